@@ -106,11 +106,10 @@ int64_t total_work(const Params& p) {
     return total * p.heads;
 }
 
-// Waking a thread costs about as much as this many multiply-adds.
+// All of the threads or one: an OpenMP team of another size than the last costs the threads of both.
 int threads_for(const Params& p, int64_t work) {
-    constexpr int64_t kWorthAThread = 500000;
-    const int64_t multiply_adds = work * (p.dim_qk + p.dim_v);
-    return static_cast<int>(std::min<int64_t>(std::max(1, p.num_threads), 1 + multiply_adds / kWorthAThread));
+    constexpr int64_t kWorthATeam = 1000000;  // multiply-adds that take one thread about as long as waking the others
+    return work * (p.dim_qk + p.dim_v) < kWorthATeam ? 1 : std::max(1, p.num_threads);
 }
 
 struct BackwardItem {

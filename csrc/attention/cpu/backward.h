@@ -135,23 +135,23 @@ static void backward_blocks(const BackwardParams& p, const QueryBlocks& blocks, 
     }
 }
 
-// to[row, 0..dim) = scale * (from[0] + from[1] + ...), the summands `distance` elements apart.
+// to[row, 0..dim) = scale * (from + the count - 1 further partials, each `distance` elements on); the sum is left in `from`.
 template <class T, class C>
-static void write_sums(const C* from, int64_t distance, int count, int rows, int dim, C scale, T* to, int64_t to_stride) {
-    C sum[256];
-    for (int row = 0; row < rows; ++row, from += padded<C>(dim), to += to_stride) {
-        std::memcpy(sum, from, dim * sizeof(C));
-        for (int i = 1; i < count; ++i)
-            for (int d = 0; d < dim; ++d) sum[d] += from[i * distance + d];
-        write_rows(sum, 0, 1, dim, scale, to, 0);
+static void write_sums(C* from, int64_t distance, int count, int rows, int dim, C scale, T* to, int64_t to_stride) {
+    const int width = padded<C>(dim);
+    const int64_t elements = int64_t{rows} * width;
+    for (int i = 1; i < count; ++i) {
+        const C* other = from + i * distance;
+        for (int64_t n = 0; n < elements; ++n) from[n] += other[n];
     }
+    write_rows(from, width, rows, dim, scale, to, to_stride);
 }
 
 template <class T>
-static void finish_rows(const BackwardParams& p, int batch, int head, const void* partials, int count, int row0, int rows) {
+static void finish_rows(const BackwardParams& p, int batch, int head, void* partials, int count, int row0, int rows) {
     using C = Compute<T>;
     const Sequence sequence(p, batch);
-    Arena arena(const_cast<void*>(partials));
+    Arena arena(partials);
     const Partial<C> first(arena, p, sequence.len_k);
     const int64_t distance = static_cast<int64_t>(arena.used() / sizeof(C)), row = sequence.k_begin + row0;
     const C inv_scaling = static_cast<C>(p.inv_scaling);

@@ -79,7 +79,7 @@ static void backward(const BackwardParams& p, DType dtype, MaskKind mask, const 
     });
 }
 
-static void finish(const BackwardParams& p, DType dtype, int batch, int head, const void* partials, int count, int row0,
+static void finish(const BackwardParams& p, DType dtype, int batch, int head, void* partials, int count, int row0,
                    int rows) {
     with_type(dtype, [&](auto type) {
         finish_rows<typename decltype(type)::Type>(p, batch, head, partials, count, row0, rows);
