@@ -21,64 +21,67 @@
 
 namespace hstu::attention::sm80 {
 
-template <class T, int kHeadDim, class Tile>
+template <int kHeadDim, class Config>
 struct BackwardShared {
-    static constexpr int kQ = Tile::rows * kHeadDim, kKV = Tile::cols * kHeadDim, kS = Tile::rows * Tile::cols;
-    static constexpr int kBytes = sizeof(T) * (2 * kKV + 4 * kQ + 2 * kS);
+    using QTile = Tile<Config::rows, kHeadDim>;
+    using KTile = Tile<Config::cols, kHeadDim>;
+    using STile = Tile<Config::rows, Config::cols>;
+    static constexpr int kRing = 2 * KTile::kBytes, kScores = kRing + 4 * QTile::kBytes;
+    static constexpr int kBytes = kScores + 2 * STile::kBytes;
 
-    T* base;
-    __device__ T* k() const { return base; }        // [cols, head_dim]; dK at the end
-    __device__ T* v() const { return base + kKV; }  // [cols, head_dim]; dV at the end
-    __device__ T* q(int stage) const { return base + 2 * kKV + stage * kQ; }            // [rows, head_dim]
-    __device__ T* dout(int stage) const { return base + 2 * kKV + (2 + stage) * kQ; }   // [rows, head_dim]
-    __device__ T* p() const { return base + 2 * kKV + 4 * kQ; }                         // [rows, cols]
-    __device__ T* ds() const { return p() + kS; }                                       // [rows, cols]
+    uint32_t base;
+    __device__ KTile k() const { return {base}; }                  // dK at the end
+    __device__ KTile v() const { return {base + KTile::kBytes}; }  // dV at the end
+    __device__ QTile q(int stage) const { return {base + kRing + stage * QTile::kBytes}; }
+    __device__ QTile dout(int stage) const { return {base + kRing + (2 + stage) * QTile::kBytes}; }
+    __device__ STile p() const { return {base + kScores}; }
+    __device__ STile ds() const { return {base + kScores + STile::kBytes}; }
 };
 
 // (S, dP) -> (P N, G N), both 0 where masked; writes drab.
-template <class T, class Tile, class TiledMma, class Acc, class Mask, class Bias>
-__device__ __forceinline__ void differentiate(TiledMma mma, Acc& s, Acc& dp, const Mask& mask, const Bias& bias,
-                                              const Params& p, const Dense& drab, int b, int head, int row0, int col0) {
+template <class T, class Grid, class Mask, class Bias>
+__device__ __forceinline__ void differentiate(typename Grid::Acc& s, typename Grid::Acc& dp, const Mask& mask,
+                                              const Bias& bias, const Params& p, const Dense& drab, int b, int head,
+                                              int row0, int rows, int col0, int cols) {
     if constexpr (Bias::kKind == BiasKind::kRab)
-        for_each_element<Tile::rows, Tile::cols>(
-            mma, s, [](int) { return 0; },
-            [&](int, int row, int col, float& x) { x += static_cast<float>(bias.at(row0 + row, col0 + col)); });
-    if (!mask.is_full(row0, Tile::rows, col0, Tile::cols)) {
+        Grid::for_each(s, [](int) { return 0; }, [&](int, int row, int col, float& x) {
+            x += static_cast<float>(bias.at(row0 + row, col0 + col));
+        });
+    if (!mask.is_full(row0, rows, col0, cols)) {
         const auto begin_row = [&](int row) { return mask.row(row0 + row); };
         const auto clear_masked = [&](const auto& rule, int, int col, float& x) {
             x = rule.keeps(col0 + col) ? x : 0.0f;
         };
-        for_each_element<Tile::rows, Tile::cols>(mma, s, begin_row, clear_masked);
-        for_each_element<Tile::rows, Tile::cols>(mma, dp, begin_row, clear_masked);
+        Grid::for_each(s, begin_row, clear_masked);
+        Grid::for_each(dp, begin_row, clear_masked);
     }
     const float half_alpha = 0.5f * p.alpha;
-    CUTE_UNROLL
-    for (int i = 0; i < size(s); ++i) {
-        const SiluAndSlope silu = silu_and_slope_of_twice(half_alpha * s(i));
-        s(i) = silu.value;
-        dp(i) *= silu.slope;
+#pragma unroll
+    for (int i = 0; i < Grid::Acc::kSize; ++i) {
+        const SiluAndSlope silu = silu_and_slope_of_twice(half_alpha * s.flat(i));
+        s.flat(i) = silu.value;
+        dp.flat(i) *= silu.slope;
     }
     if constexpr (Bias::kKind == BiasKind::kRab) {
         if (drab.data == nullptr) return;
         const float scale = p.alpha * p.inv_scaling;
-        for_each_element<Tile::rows, Tile::cols>(
-            mma, dp, [](int) { return 0; }, [&](int, int row, int col, float& x) {
-                if (bias.contains(row0 + row, col0 + col))
-                    drab.at<T>(b, head, row0 + row + bias.offset)[col0 + col] = static_cast<T>(scale * x);
-            });
+        Grid::for_each(dp, [](int) { return 0; }, [&](int, int row, int col, float& x) {
+            if (bias.contains(row0 + row, col0 + col))
+                drab.at<T>(b, head, row0 + row + bias.offset)[col0 + col] = static_cast<T>(scale * x);
+        });
     }
 }
 
 // First scratch tile of a sequence: sequences own whole tiles, at most total_q / rows + batch in all.
-template <class Tile>
+template <class Config>
 __device__ __forceinline__ int64_t first_accum_tile(const Sequence& seq, int b) {
-    return seq.q_begin / Tile::rows + b;
+    return seq.q_begin / Config::rows + b;
 }
 
 // This thread's float4 slots in the scratch of one dQ tile; slot i of all threads is contiguous.
-template <int kHeadDim, class Tile>
+template <int kHeadDim, class Config>
 __device__ __forceinline__ float4* accum_slots(float* dq_accum, int64_t tile, int heads, int head) {
-    return reinterpret_cast<float4*>(dq_accum + (tile * heads + head) * Tile::rows * kHeadDim) + threadIdx.x;
+    return reinterpret_cast<float4*>(dq_accum + (tile * heads + head) * Config::rows * kHeadDim) + threadIdx.x;
 }
 
 __device__ __forceinline__ void add_to_global(float4* to, float a, float b, float c, float d) {
@@ -92,27 +95,19 @@ __device__ __forceinline__ void add_to_global(float4* to, float a, float b, floa
 #endif
 }
 
-// Stores a [kRows, head_dim] accumulator times `scale`, row 0 at `global`, straight from registers.
-template <class T, int kRows, int kHeadDim, class TiledMma, class Acc>
-__device__ __forceinline__ void store_fragment(TiledMma mma, Acc& acc, float scale, T* global, int64_t stride,
-                                               int num_rows, int num_cols) {
-    auto where = mma.get_thread_slice(threadIdx.x).partition_C(make_identity_tensor(Shape<Int<kRows>, Int<kHeadDim>>{}));
-    CUTE_UNROLL
-    for (int i = 0; i < size(acc); i += 2) {
-        const int row = get<0>(where(i)), col = get<1>(where(i));
-        const cutlass::Array<T, 2> pair = cutlass::NumericArrayConverter<T, float, 2>{}(
-            cutlass::Array<float, 2>{acc(i) * scale, acc(i + 1) * scale});
-        if (row < num_rows && col < num_cols)
-            *reinterpret_cast<uint32_t*>(global + row * stride + col) = reinterpret_cast<const uint32_t&>(pair);
-    }
-}
-
-template <class T, int kHeadDim, class Mask, class Bias, class Tile>
-__global__ void __launch_bounds__(Tile::warps * 32, Tile::blocks)
+template <class T, int kHeadDim, class Mask, class Bias, class Config>
+__global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
     backward_kv_kernel(const __grid_constant__ BackwardParams p, DqPlan plan) {
-    constexpr int kRows = Tile::rows, kCols = Tile::cols, kThreads = Tile::warps * 32;
-    extern __shared__ __align__(128) unsigned char shared_bytes[];
-    const BackwardShared<T, kHeadDim, Tile> shared{reinterpret_cast<T*>(shared_bytes)};
+    constexpr int kRows = Config::rows, kCols = Config::cols, kThreads = Config::warps * 32;
+    using Shared = BackwardShared<kHeadDim, Config>;
+    using QTile = typename Shared::QTile;
+    using KTile = typename Shared::KTile;
+    using STile = typename Shared::STile;
+    using ScoreGrid = WarpGrid<kRows, kCols, Config::warps_m_s, Config::warps / Config::warps_m_s>;     // S, dP
+    using KeyGrid = WarpGrid<kCols, kHeadDim, Config::warps_m_kv, Config::warps / Config::warps_m_kv>;  // dK, dV
+    using QueryGrid = WarpGrid<kRows, kHeadDim, Config::warps_m_q, Config::warps / Config::warps_m_q>;  // dQ
+    extern __shared__ __align__(128) unsigned char shared_memory[];
+    const Shared shared{static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory))};
 
     // Earlier keys first: under a causal mask they have the most work.
     const int col_blocks = block_count(p.max_seqlen_k, kCols);
@@ -134,86 +129,76 @@ __global__ void __launch_bounds__(Tile::warps * 32, Tile::blocks)
     const TileWalk walk(aligned(rows, kRows), kRows);
     const T* q = p.q.at<T>(seq.q_begin, head);
     const T* dout = p.dout.at<T>(seq.q_begin, head);
-    auto load_q = [&](int t) {
+    const auto load_q = [&](int t) {
         const int row0 = walk[t];
-        load_tile<kRows, kHeadDim, kThreads>(shared.q(t & 1), q + row0 * p.q.row_stride, p.q.row_stride,
-                                             seq.len_q - row0, p.dim_qk);
-        load_tile<kRows, kHeadDim, kThreads>(shared.dout(t & 1), dout + row0 * p.dout.row_stride, p.dout.row_stride,
-                                             seq.len_q - row0, p.dim_v);
+        load_tile<kThreads>(shared.q(t & 1), q + row0 * p.q.row_stride, p.q.row_stride, seq.len_q - row0, p.dim_qk);
+        load_tile<kThreads>(shared.dout(t & 1), dout + row0 * p.dout.row_stride, p.dout.row_stride, seq.len_q - row0,
+                            p.dim_v);
     };
-    load_tile<kCols, kHeadDim, kThreads>(shared.k(), p.k.at<T>(seq.k_begin + col0, head), p.k.row_stride,
-                                         seq.len_k - col0, p.dim_qk);
-    load_tile<kCols, kHeadDim, kThreads>(shared.v(), p.v.at<T>(seq.k_begin + col0, head), p.v.row_stride,
-                                         seq.len_k - col0, p.dim_v);
+    load_tile<kThreads>(shared.k(), p.k.at<T>(seq.k_begin + col0, head), p.k.row_stride, seq.len_k - col0, p.dim_qk);
+    load_tile<kThreads>(shared.v(), p.v.at<T>(seq.k_begin + col0, head), p.v.row_stride, seq.len_k - col0, p.dim_v);
     if (walk.tiles > 0) load_q(0);
-    cp_async_fence();
+    cute::cp_async_fence();
 
-    Mma<T, Tile::warps_m_s, Tile::warps / Tile::warps_m_s> mma_s;     // S, dP: [rows, cols]
-    Mma<T, Tile::warps_m_kv, Tile::warps / Tile::warps_m_kv> mma_kv;  // dK, dV: [cols, head_dim]
-    Mma<T, Tile::warps_m_q, Tile::warps / Tile::warps_m_q> mma_q;     // dQ: [rows, head_dim]
-    auto dk = partition_fragment_C(mma_kv, Shape<Int<kCols>, Int<kHeadDim>>{});
-    auto dv = partition_fragment_C(mma_kv, Shape<Int<kCols>, Int<kHeadDim>>{});
-    clear(dk);
-    clear(dv);
-
+    typename KeyGrid::Acc dk, dv;
+    dk.clear();
+    dv.clear();
     for (int t = 0; t < walk.tiles; ++t) {
         const int row0 = walk[t];
-        cp_async_wait<0>();
+        cute::cp_async_wait<0>();
         __syncthreads();
         if (t + 1 < walk.tiles) load_q(t + 1);
-        cp_async_fence();
+        cute::cp_async_fence();
         {
-            auto s = partition_fragment_C(mma_s, Shape<Int<kRows>, Int<kCols>>{});
-            auto dp = partition_fragment_C(mma_s, Shape<Int<kRows>, Int<kCols>>{});
-            clear(s);
-            clear(dp);
-            matmul<LoadRows, LoadRows>(mma_s, s, tile<kRows, kHeadDim>(shared.q(t & 1)), tile<kCols, kHeadDim>(shared.k()));
-            matmul<LoadRows, LoadRows>(mma_s, dp, tile<kRows, kHeadDim>(shared.dout(t & 1)),
-                                       tile<kCols, kHeadDim>(shared.v()));
-            differentiate<T, Tile>(mma_s, s, dp, mask, bias, p, p.drab, b, head, row0, col0);
-            store_accumulator<T>(mma_s, s, tile<kRows, kCols>(shared.p()));
-            store_accumulator<T>(mma_s, dp, tile<kRows, kCols>(shared.ds()));
+            typename ScoreGrid::Acc s, dp;
+            s.clear();
+            dp.clear();
+            matmul<T, kHeadDim / 16>(s, LeftRows<QTile>(shared.q(t & 1), ScoreGrid::row()),
+                                     RightRows<KTile>(shared.k(), ScoreGrid::col()));
+            matmul<T, kHeadDim / 16>(dp, LeftRows<QTile>(shared.dout(t & 1), ScoreGrid::row()),
+                                     RightRows<KTile>(shared.v(), ScoreGrid::col()));
+            differentiate<T, ScoreGrid>(s, dp, mask, bias, p, p.drab, b, head, row0, kRows, col0, kCols);
+            ScoreGrid::template store<T>(s, shared.p());
+            ScoreGrid::template store<T>(dp, shared.ds());
         }
         __syncthreads();
-        matmul<LoadTransposed, LoadTransposed>(mma_kv, dv, transposed<kRows, kCols>(shared.p()),
-                                               transposed<kRows, kHeadDim>(shared.dout(t & 1)));
-        matmul<LoadTransposed, LoadTransposed>(mma_kv, dk, transposed<kRows, kCols>(shared.ds()),
-                                               transposed<kRows, kHeadDim>(shared.q(t & 1)));
+        matmul<T, kRows / 16>(dv, LeftColumns<STile>(shared.p(), KeyGrid::row()),
+                              RightColumns<QTile>(shared.dout(t & 1), KeyGrid::col()));
+        matmul<T, kRows / 16>(dk, LeftColumns<STile>(shared.ds(), KeyGrid::row()),
+                              RightColumns<QTile>(shared.q(t & 1), KeyGrid::col()));
         if (plan == DqPlan::kSeparate) continue;
-        auto dq = partition_fragment_C(mma_q, Shape<Int<kRows>, Int<kHeadDim>>{});
-        clear(dq);
-        matmul<LoadRows, LoadTransposed>(mma_q, dq, tile<kRows, kCols>(shared.ds()), transposed<kCols, kHeadDim>(shared.k()));
+        typename QueryGrid::Acc dq;
+        dq.clear();
+        matmul<T, kCols / 16>(dq, LeftRows<STile>(shared.ds(), QueryGrid::row()),
+                              RightColumns<KTile>(shared.k(), QueryGrid::col()));
         if (plan == DqPlan::kReduce) {
-            float4* slots = accum_slots<kHeadDim, Tile>(p.dq_accum, first_accum_tile<Tile>(seq, b) + row0 / kRows, p.heads, head);
-            CUTE_UNROLL
-            for (int i = 0; i < size(dq) / 4; ++i)
-                add_to_global(slots + i * kThreads, dq(4 * i), dq(4 * i + 1), dq(4 * i + 2), dq(4 * i + 3));
+            float4* slots = accum_slots<kHeadDim, Config>(
+                p.dq_accum, first_accum_tile<Config>(seq, b) + row0 / kRows, p.heads, head);
+#pragma unroll
+            for (int i = 0; i < QueryGrid::Acc::kSize; i += 4)
+                add_to_global(slots + i / 4 * kThreads, dq.flat(i), dq.flat(i + 1), dq.flat(i + 2), dq.flat(i + 3));
         } else {
-            store_fragment<T, kRows, kHeadDim>(mma_q, dq, p.alpha * p.inv_scaling, p.dq.at<T>(seq.q_begin + row0, head),
-                                               p.dq.row_stride, seq.len_q - row0, p.dim_qk);
+            dq.scale(p.alpha * p.inv_scaling);
+            QueryGrid::template store_global<T>(dq, p.dq.at<T>(seq.q_begin + row0, head), p.dq.row_stride,
+                                                seq.len_q - row0, p.dim_qk);
         }
     }
 
-    cp_async_wait<0>();
+    cute::cp_async_wait<0>();
     __syncthreads();
-    CUTE_UNROLL
-    for (int i = 0; i < size(dk); ++i) {
-        dk(i) *= p.alpha * p.inv_scaling;
-        dv(i) *= p.inv_scaling;
-    }
-    store_accumulator<T>(mma_kv, dk, tile<kCols, kHeadDim>(shared.k()));
-    store_accumulator<T>(mma_kv, dv, tile<kCols, kHeadDim>(shared.v()));
+    dk.scale(p.alpha * p.inv_scaling);
+    dv.scale(p.inv_scaling);
+    KeyGrid::template store<T>(dk, shared.k());
+    KeyGrid::template store<T>(dv, shared.v());
     __syncthreads();
-    store_tile<kCols, kHeadDim, kThreads>(shared.k(), p.dk.at<T>(seq.k_begin + col0, head), p.dk.row_stride,
-                                          seq.len_k - col0, p.dim_qk);
-    store_tile<kCols, kHeadDim, kThreads>(shared.v(), p.dv.at<T>(seq.k_begin + col0, head), p.dv.row_stride,
-                                          seq.len_k - col0, p.dim_v);
+    store_tile<kThreads>(shared.k(), p.dk.at<T>(seq.k_begin + col0, head), p.dk.row_stride, seq.len_k - col0, p.dim_qk);
+    store_tile<kThreads>(shared.v(), p.dv.at<T>(seq.k_begin + col0, head), p.dv.row_stride, seq.len_k - col0, p.dim_v);
 }
 
 // The sums of kReduce, scaled and converted: one block a dQ tile, each thread reading back its own fragment.
-template <class T, int kHeadDim, class Tile>
-__global__ void __launch_bounds__(Tile::warps * 32) backward_dq_convert_kernel(const __grid_constant__ BackwardParams p) {
-    constexpr int kRows = Tile::rows, kThreads = Tile::warps * 32;
+template <class T, int kHeadDim, class Config>
+__global__ void __launch_bounds__(Config::warps * 32) backward_dq_convert_kernel(const __grid_constant__ BackwardParams p) {
+    constexpr int kRows = Config::rows, kThreads = Config::warps * 32;
     const int row_blocks = block_count(p.max_seqlen_q, kRows);
     const int row_block = blockIdx.x % row_blocks, row0 = row_block * kRows;
     const int head = blockIdx.x / row_blocks % p.heads, b = blockIdx.x / row_blocks / p.heads;
@@ -222,16 +207,18 @@ __global__ void __launch_bounds__(Tile::warps * 32) backward_dq_convert_kernel(c
                         row_block == row_blocks - 1);
     if (row0 >= seq.len_q) return;
 
-    Mma<T, Tile::warps_m_q, Tile::warps / Tile::warps_m_q> mma;
-    auto dq = partition_fragment_C(mma, Shape<Int<kRows>, Int<kHeadDim>>{});
-    const float4* slots = accum_slots<kHeadDim, Tile>(p.dq_accum, first_accum_tile<Tile>(seq, b) + row_block, p.heads, head);
-    CUTE_UNROLL
-    for (int i = 0; i < size(dq) / 4; ++i) {
-        const float4 sum = slots[i * kThreads];
-        dq(4 * i) = sum.x, dq(4 * i + 1) = sum.y, dq(4 * i + 2) = sum.z, dq(4 * i + 3) = sum.w;
+    using QueryGrid = WarpGrid<kRows, kHeadDim, Config::warps_m_q, Config::warps / Config::warps_m_q>;
+    typename QueryGrid::Acc dq;
+    const float4* slots =
+        accum_slots<kHeadDim, Config>(p.dq_accum, first_accum_tile<Config>(seq, b) + row_block, p.heads, head);
+#pragma unroll
+    for (int i = 0; i < QueryGrid::Acc::kSize; i += 4) {
+        const float4 sum = slots[i / 4 * kThreads];
+        dq.flat(i) = sum.x, dq.flat(i + 1) = sum.y, dq.flat(i + 2) = sum.z, dq.flat(i + 3) = sum.w;
     }
-    store_fragment<T, kRows, kHeadDim>(mma, dq, p.alpha * p.inv_scaling, p.dq.at<T>(seq.q_begin + row0, head),
-                                       p.dq.row_stride, seq.len_q - row0, p.dim_qk);
+    dq.scale(p.alpha * p.inv_scaling);
+    QueryGrid::template store_global<T>(dq, p.dq.at<T>(seq.q_begin + row0, head), p.dq.row_stride, seq.len_q - row0,
+                                        p.dim_qk);
 }
 
 }  // namespace hstu::attention::sm80

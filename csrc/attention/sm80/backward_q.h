@@ -12,24 +12,30 @@
 
 namespace hstu::attention::sm80 {
 
-template <class T, int kHeadDim, class Tile>
+template <int kHeadDim, class Config>
 struct BackwardQueryShared {
-    static constexpr int kQ = Tile::rows * kHeadDim, kKV = Tile::cols * kHeadDim;
-    static constexpr int kBytes = sizeof(T) * (2 * kQ + 4 * kKV);
+    using QTile = Tile<Config::rows, kHeadDim>;
+    using KTile = Tile<Config::cols, kHeadDim>;
+    static constexpr int kRing = 2 * QTile::kBytes, kBytes = kRing + 4 * KTile::kBytes;
 
-    T* base;
-    __device__ T* q() const { return base; }                                          // [rows, head_dim]; dQ at the end
-    __device__ T* dout() const { return base + kQ; }                                  // [rows, head_dim]
-    __device__ T* k(int stage) const { return base + 2 * kQ + stage * kKV; }          // [cols, head_dim]
-    __device__ T* v(int stage) const { return base + 2 * kQ + (2 + stage) * kKV; }    // [cols, head_dim]
+    uint32_t base;
+    __device__ QTile q() const { return {base}; }  // dQ at the end
+    __device__ QTile dout() const { return {base + QTile::kBytes}; }
+    __device__ KTile k(int stage) const { return {base + kRing + stage * KTile::kBytes}; }
+    __device__ KTile v(int stage) const { return {base + kRing + (2 + stage) * KTile::kBytes}; }
 };
 
-template <class T, int kHeadDim, class Mask, class Bias, class Tile>
-__global__ void __launch_bounds__(Tile::warps * 32, Tile::blocks)
+template <class T, int kHeadDim, class Mask, class Bias, class Config>
+__global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
     backward_q_kernel(const __grid_constant__ BackwardParams p) {
-    constexpr int kRows = Tile::rows, kCols = Tile::cols, kThreads = Tile::warps * 32;
-    extern __shared__ __align__(128) unsigned char shared_bytes[];
-    const BackwardQueryShared<T, kHeadDim, Tile> shared{reinterpret_cast<T*>(shared_bytes)};
+    constexpr int kRows = Config::rows, kCols = Config::cols, kThreads = Config::warps * 32;
+    using Shared = BackwardQueryShared<kHeadDim, Config>;
+    using QTile = typename Shared::QTile;
+    using KTile = typename Shared::KTile;
+    using ScoreGrid = WarpGrid<kRows, kCols, Config::warps, 1>;
+    using QueryGrid = WarpGrid<kRows, kHeadDim, Config::warps, 1>;
+    extern __shared__ __align__(128) unsigned char shared_memory[];
+    const Shared shared{static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory))};
 
     const int row_blocks = block_count(p.max_seqlen_q, kRows);
     const int head = blockIdx.x / row_blocks % p.heads, b = blockIdx.x / row_blocks / p.heads;
@@ -44,48 +50,40 @@ __global__ void __launch_bounds__(Tile::warps * 32, Tile::blocks)
     const TileWalk walk(mask.kv_range(row0, kRows), kCols);
     const T* k = p.k.at<T>(seq.k_begin, head);
     const T* v = p.v.at<T>(seq.k_begin, head);
-    auto load_kv = [&](int t) {
+    const auto load_kv = [&](int t) {
         const int col0 = walk[t];
-        load_tile<kCols, kHeadDim, kThreads>(shared.k(t & 1), k + col0 * p.k.row_stride, p.k.row_stride,
-                                             seq.len_k - col0, p.dim_qk);
-        load_tile<kCols, kHeadDim, kThreads>(shared.v(t & 1), v + col0 * p.v.row_stride, p.v.row_stride,
-                                             seq.len_k - col0, p.dim_v);
+        load_tile<kThreads>(shared.k(t & 1), k + col0 * p.k.row_stride, p.k.row_stride, seq.len_k - col0, p.dim_qk);
+        load_tile<kThreads>(shared.v(t & 1), v + col0 * p.v.row_stride, p.v.row_stride, seq.len_k - col0, p.dim_v);
     };
-    load_tile<kRows, kHeadDim, kThreads>(shared.q(), p.q.at<T>(seq.q_begin + row0, head), p.q.row_stride,
-                                         seq.len_q - row0, p.dim_qk);
-    load_tile<kRows, kHeadDim, kThreads>(shared.dout(), p.dout.at<T>(seq.q_begin + row0, head), p.dout.row_stride,
-                                         seq.len_q - row0, p.dim_v);
+    load_tile<kThreads>(shared.q(), p.q.at<T>(seq.q_begin + row0, head), p.q.row_stride, seq.len_q - row0, p.dim_qk);
+    load_tile<kThreads>(shared.dout(), p.dout.at<T>(seq.q_begin + row0, head), p.dout.row_stride, seq.len_q - row0,
+                        p.dim_v);
     if (walk.tiles > 0) load_kv(0);
-    cp_async_fence();
+    cute::cp_async_fence();
 
-    Mma<T, Tile::warps, 1> mma;
-    auto dq = partition_fragment_C(mma, Shape<Int<kRows>, Int<kHeadDim>>{});
-    clear(dq);
+    const LeftRows<QTile> q(shared.q(), ScoreGrid::row()), dout(shared.dout(), ScoreGrid::row());
+    typename QueryGrid::Acc dq;
+    dq.clear();
     for (int t = 0; t < walk.tiles; ++t) {
-        cp_async_wait<0>();
+        cute::cp_async_wait<0>();
         __syncthreads();
         if (t + 1 < walk.tiles) load_kv(t + 1);
-        cp_async_fence();
-        auto s = partition_fragment_C(mma, Shape<Int<kRows>, Int<kCols>>{});
-        auto dp = partition_fragment_C(mma, Shape<Int<kRows>, Int<kCols>>{});
-        clear(s);
-        clear(dp);
-        matmul<LoadRows, LoadRows>(mma, s, tile<kRows, kHeadDim>(shared.q()), tile<kCols, kHeadDim>(shared.k(t & 1)));
-        matmul<LoadRows, LoadRows>(mma, dp, tile<kRows, kHeadDim>(shared.dout()), tile<kCols, kHeadDim>(shared.v(t & 1)));
-        differentiate<T, Tile>(mma, s, dp, mask, bias, p, Dense{}, b, head, row0, walk[t]);
-        auto g = to_type<T>(dp);
-        matmul_from_registers<LoadTransposed>(mma, dq, make_tensor(g.data(), as_operand_a(g.layout())),
-                                              transposed<kCols, kHeadDim>(shared.k(t & 1)));
+        cute::cp_async_fence();
+        typename ScoreGrid::Acc s, dp;
+        s.clear();
+        dp.clear();
+        matmul<T, kHeadDim / 16>(s, q, RightRows<KTile>(shared.k(t & 1), 0));
+        matmul<T, kHeadDim / 16>(dp, dout, RightRows<KTile>(shared.v(t & 1), 0));
+        differentiate<T, ScoreGrid>(s, dp, mask, bias, p, Dense{}, b, head, row0, kRows, walk[t], kCols);
+        matmul<T, kCols / 16>(dq, as_operand<T>(dp), RightColumns<KTile>(shared.k(t & 1), 0));
     }
 
-    cp_async_wait<0>();
+    cute::cp_async_wait<0>();
     __syncthreads();
-    CUTE_UNROLL
-    for (int i = 0; i < size(dq); ++i) dq(i) *= p.alpha * p.inv_scaling;
-    store_accumulator<T>(mma, dq, tile<kRows, kHeadDim>(shared.q()));
+    dq.scale(p.alpha * p.inv_scaling);
+    QueryGrid::template store<T>(dq, shared.q());
     __syncthreads();
-    store_tile<kRows, kHeadDim, kThreads>(shared.q(), p.dq.at<T>(seq.q_begin + row0, head), p.dq.row_stride,
-                                          seq.len_q - row0, p.dim_qk);
+    store_tile<kThreads>(shared.q(), p.dq.at<T>(seq.q_begin + row0, head), p.dq.row_stride, seq.len_q - row0, p.dim_qk);
 }
 
 }  // namespace hstu::attention::sm80

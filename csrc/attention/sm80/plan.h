@@ -11,14 +11,14 @@ namespace hstu::attention::sm80 {
 // kSeparate: a query-stationary pass of its own, which recomputes S and dP. Deterministic, no scratch.
 enum class DqPlan : int { kDirect, kReduce, kSeparate };
 
-template <class Tile>
+template <class Config>
 int64_t dq_accum_elements(const BackwardParams& p, int head_dim) {
-    return (p.total_q / Tile::rows + p.batch) * p.heads * Tile::rows * head_dim;
+    return (p.total_q / Config::rows + p.batch) * p.heads * Config::rows * head_dim;
 }
 
-template <class Tile>
+template <class Config>
 DqPlan plan_of(const BackwardParams& p) {
-    if (p.max_seqlen_k <= Tile::cols) return DqPlan::kDirect;
+    if (p.max_seqlen_k <= Config::cols) return DqPlan::kDirect;
     return p.dq_accum != nullptr ? DqPlan::kReduce : DqPlan::kSeparate;
 }
 
@@ -26,9 +26,9 @@ DqPlan plan_of(const BackwardParams& p) {
 // backward still works, by kSeparate.
 inline int64_t dq_accum_elements(const BackwardParams& p, int head_dim) {
     const auto wanted = [&](auto tile) -> int64_t {
-        using Tile = decltype(tile);
-        if (p.deterministic || p.max_seqlen_k <= Tile::cols || p.max_seqlen_k <= Tile::separate_up_to) return 0;
-        return dq_accum_elements<Tile>(p, head_dim);
+        using Config = decltype(tile);
+        if (p.deterministic || p.max_seqlen_k <= Config::cols || p.max_seqlen_k <= Config::separate_up_to) return 0;
+        return dq_accum_elements<Config>(p, head_dim);
     };
     switch (head_dim) {
         case 32: return wanted(BackwardTile<32>{});

@@ -1,106 +1,322 @@
-// Shared-memory tiles, tile loads and stores, and the matrix products of the SM80 family.
+// Shared-memory tiles, tile loads and stores, and the warp-level matrix products of the SM80 family.
+//
+// Everything is built from three hardware operations: cp.async (global to shared, 16 bytes), ldmatrix (shared to
+// registers, four 8x8 blocks) and mma m16n8k16 (16-bit operands, fp32 accumulators), taken from CuTe's atoms.
 #pragma once
 
-#include <cute/tensor.hpp>
-#include <cutlass/bfloat16.h>
-#include <cutlass/half.h>
-#include <cutlass/numeric_conversion.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/mma_sm80.hpp>
 #include <type_traits>
 
 #include "attention/mask.h"
 
 namespace hstu::attention::sm80 {
 
-using namespace cute;
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
 
-// Rows of 64 (or 32) elements, 16-byte chunks swizzled so that ldmatrix and fragment stores meet no bank conflict.
-// Eight rows of such a panel are contiguous; panels of wider tiles follow one another.
-template <int kDim>
-constexpr int kPanelCols = kDim % 64 == 0 ? 64 : 32;
+// ---- Tiles ----
 
-template <int kDim>
-using PanelAtom = decltype(composition(
-    Swizzle<kPanelCols<kDim> == 64 ? 3 : 2, 3, 3>{},
-    Layout<Shape<_8, Int<kPanelCols<kDim>>>, Stride<Int<kPanelCols<kDim>>, _1>>{}));
+// A [kRows, kDim] tile of 16-bit elements at a 128-byte aligned shared-memory address. Columns are cut into panels of
+// 64 (or 32) that follow one another; within a panel the 16-byte chunks of a row are permuted by an exclusive or with
+// the row number, so that ldmatrix and fragment stores meet no bank conflict.
+template <int kRows_, int kDim_>
+struct Tile {
+    static constexpr int kRows = kRows_, kDim = kDim_;
+    static constexpr int kPanelCols = kDim % 64 == 0 ? 64 : 32, kPanels = kDim / kPanelCols;
+    static constexpr int kRowBytes = 2 * kPanelCols, kPanelBytes = kRows * kRowBytes, kBytes = kPanels * kPanelBytes;
 
-template <int kRows, int kDim>
-using TileLayout = decltype(tile_to_shape(PanelAtom<kDim>{}, Shape<Int<kRows>, Int<kDim>>{}));
+    uint32_t address;  // in the shared window
 
-// The same memory read as its transpose [kDim, kRows].
-template <int kRows, int kDim>
-using TransposedLayout =
-    decltype(composition(TileLayout<kRows, kDim>{}, make_layout(Shape<Int<kDim>, Int<kRows>>{}, GenRowMajor{})));
-
-template <int kRows, int kDim, class T>
-__device__ __forceinline__ auto tile(T* smem) {
-    return make_tensor(make_smem_ptr(smem), TileLayout<kRows, kDim>{});
-}
-template <int kRows, int kDim, class T>
-__device__ __forceinline__ auto transposed(T* smem) {
-    return make_tensor(make_smem_ptr(smem), TransposedLayout<kRows, kDim>{});
-}
-
-template <class T>
-using MmaAtom = MMA_Atom<std::conditional_t<std::is_same_v<T, cutlass::bfloat16_t>, SM80_16x8x16_F32BF16BF16F32_TN,
-                                            SM80_16x8x16_F32F16F16F32_TN>>;
-
-// kWarpsM x kWarpsN warps over a product's rows and columns.
-template <class T, int kWarpsM, int kWarpsN>
-using Mma = TiledMMA<MmaAtom<T>, Layout<Shape<Int<kWarpsM>, Int<kWarpsN>, _1>>,
-                     Tile<Int<16 * kWarpsM>, Int<16 * kWarpsN>, _16>>;
-
-// How threads walk over a tile in 16-byte chunks, a warp covering whole 128-byte (64-byte) row segments.
-template <int kRows, int kDim, int kThreads>
-struct ChunkWalk {
-    static constexpr int kLanes = kPanelCols<kDim> / 8;         // threads a row segment
-    static constexpr int kRowStep = kThreads / kLanes;          // rows a pass
-    static constexpr int kPasses = kRows / kRowStep;
-    static constexpr int kPanels = kDim / kPanelCols<kDim>;
-    static constexpr int kSmemStep = kRowStep * kPanelCols<kDim>;  // elements from one pass to the next
-    static constexpr int kSmemPanel = kRows * kPanelCols<kDim>;
-    static_assert(kRowStep % 8 == 0 && kRows % kRowStep == 0);
+    static __device__ __forceinline__ int swizzle(int row) { return kPanelCols == 64 ? row & 7 : (row >> 1) & 3; }
+    // Of the 16-byte chunk that holds columns [col, col + 8) of the first panel.
+    static __device__ __forceinline__ int chunk_offset(int row, int col) {
+        return row * kRowBytes + ((col / 8 ^ swizzle(row)) << 4);
+    }
 };
 
-// Asynchronously fills a tile from rows of `stride` elements; rows >= num_rows and columns >= num_cols become 0.
-template <int kRows, int kDim, int kThreads, class T>
-__device__ __forceinline__ void load_tile(T* smem, const T* global, int64_t stride, int num_rows, int num_cols) {
-    using Walk = ChunkWalk<kRows, kDim, kThreads>;
-    const int row0 = threadIdx.x / Walk::kLanes, col0 = threadIdx.x % Walk::kLanes * 8;
-    const uint32_t base = cast_smem_ptr_to_uint(smem + TileLayout<kRows, kPanelCols<kDim>>{}(row0, col0));
-    global += row0 * stride + col0;
-    CUTE_UNROLL
-    for (int pass = 0; pass < Walk::kPasses; ++pass) {
-        CUTE_UNROLL
-        for (int panel = 0; panel < Walk::kPanels; ++panel) {
-            const bool inside = row0 + pass * Walk::kRowStep < num_rows && col0 + panel * kPanelCols<kDim> < num_cols;
-            const uint32_t to = base + sizeof(T) * (pass * Walk::kSmemStep + panel * Walk::kSmemPanel);
+// How a block's threads walk over a tile in 16-byte chunks, each warp covering whole row segments of a panel.
+template <class Tile, int kThreads>
+struct ChunkWalk {
+    static constexpr int kLanes = Tile::kPanelCols / 8;  // threads a row segment
+    static constexpr int kRowStep = kThreads / kLanes;   // rows a pass; whole swizzle periods
+    static constexpr int kPasses = Tile::kRows / kRowStep;
+    static_assert(kRowStep % 8 == 0 && Tile::kRows % kRowStep == 0);
+
+    int row = threadIdx.x / kLanes, col = threadIdx.x % kLanes * 8;
+};
+
+// Starts copying a tile from global rows of `stride` elements; rows >= num_rows and columns >= num_cols become 0.
+template <int kThreads, class Tile, class T>
+__device__ __forceinline__ void load_tile(Tile tile, const T* global, int64_t stride, int num_rows, int num_cols) {
+    using Walk = ChunkWalk<Tile, kThreads>;
+    const Walk walk;
+    const uint32_t base = tile.address + Tile::chunk_offset(walk.row, walk.col);
+    global += walk.row * stride + walk.col;
+#pragma unroll
+    for (int pass = 0; pass < Walk::kPasses; ++pass, global += Walk::kRowStep * stride) {
+#pragma unroll
+        for (int panel = 0; panel < Tile::kPanels; ++panel) {
+            const bool inside = walk.row + pass * Walk::kRowStep < num_rows && walk.col + panel * Tile::kPanelCols < num_cols;
+            const uint32_t to = base + pass * Walk::kRowStep * Tile::kRowBytes + panel * Tile::kPanelBytes;
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to),
-                         "l"(global + panel * kPanelCols<kDim>), "r"(inside ? 16 : 0));
+                         "l"(global + panel * Tile::kPanelCols), "r"(inside ? 16 : 0));
         }
-        global += Walk::kRowStep * stride;
     }
 }
 
-// Writes a tile's first num_rows rows and num_cols columns, 16 bytes a thread.
-template <int kRows, int kDim, int kThreads, class T>
-__device__ __forceinline__ void store_tile(const T* smem, T* global, int64_t stride, int num_rows, int num_cols) {
-    using Walk = ChunkWalk<kRows, kDim, kThreads>;
-    const int row0 = threadIdx.x / Walk::kLanes, col0 = threadIdx.x % Walk::kLanes * 8;
-    const T* from = smem + TileLayout<kRows, kPanelCols<kDim>>{}(row0, col0);
-    global += row0 * stride + col0;
-    CUTE_UNROLL
-    for (int pass = 0; pass < Walk::kPasses; ++pass) {
-        CUTE_UNROLL
-        for (int panel = 0; panel < Walk::kPanels; ++panel)
-            if (row0 + pass * Walk::kRowStep < num_rows && col0 + panel * kPanelCols<kDim> < num_cols)
-                *reinterpret_cast<uint4*>(global + panel * kPanelCols<kDim>) =
-                    *reinterpret_cast<const uint4*>(from + pass * Walk::kSmemStep + panel * Walk::kSmemPanel);
-        global += Walk::kRowStep * stride;
+// Writes a tile's first num_rows rows and num_cols columns to global memory, 16 bytes a thread.
+template <int kThreads, class Tile, class T>
+__device__ __forceinline__ void store_tile(Tile tile, T* global, int64_t stride, int num_rows, int num_cols) {
+    using Walk = ChunkWalk<Tile, kThreads>;
+    const Walk walk;
+    const uint32_t base = tile.address + Tile::chunk_offset(walk.row, walk.col);
+    global += walk.row * stride + walk.col;
+#pragma unroll
+    for (int pass = 0; pass < Walk::kPasses; ++pass, global += Walk::kRowStep * stride) {
+#pragma unroll
+        for (int panel = 0; panel < Tile::kPanels; ++panel) {
+            if (walk.row + pass * Walk::kRowStep >= num_rows || walk.col + panel * Tile::kPanelCols >= num_cols) continue;
+            const uint32_t from = base + pass * Walk::kRowStep * Tile::kRowBytes + panel * Tile::kPanelBytes;
+            uint4 chunk;
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(chunk.x), "=r"(chunk.y), "=r"(chunk.z), "=r"(chunk.w) : "r"(from));
+            *reinterpret_cast<uint4*>(global + panel * Tile::kPanelCols) = chunk;
+        }
     }
 }
 
-// Writes 0 to rows [begin, end) of one head: the rows that no sequence uses.
+// ---- Fragments ----
+
+__device__ __forceinline__ int lane() { return threadIdx.x & 31; }
+__device__ __forceinline__ int warp() { return threadIdx.x >> 5; }
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    if constexpr (std::is_same_v<T, bf16>) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+        return reinterpret_cast<const uint32_t&>(pair);
+    } else {
+        const __half2 pair = __floats2half2_rn(low, high);
+        return reinterpret_cast<const uint32_t&>(pair);
+    }
+}
+
+// A warp's share of a product's accumulator: m16 x n8 blocks from (row, col) on, in the layout of mma.
+template <int kBlocksM, int kBlocksN>
+struct Accumulator {
+    static constexpr int kM = kBlocksM, kN = kBlocksN, kSize = kBlocksM * kBlocksN * 4;
+    float x[kM][kN][4];  // [m][n][(row + 8 if 2, 3), (col + 1 if 1, 3)]
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) flat(i) = 0.0f;
+    }
+    __device__ __forceinline__ float& flat(int i) { return x[i / (kN * 4)][i / 4 % kN][i % 4]; }
+    __device__ __forceinline__ void scale(float factor) {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) flat(i) *= factor;
+    }
+};
+
+// kWarpsM x kWarpsN warps over a [kRows, kCols] product, each owning one contiguous rectangle.
+template <int kRows, int kCols, int kWarpsM, int kWarpsN>
+struct WarpGrid {
+    static constexpr int kM = kRows / kWarpsM / 16, kN = kCols / kWarpsN / 8;
+    static_assert(kM * kWarpsM * 16 == kRows && kN * kWarpsN * 8 == kCols && kN % 2 == 0);
+    using Acc = Accumulator<kM, kN>;
+
+    static __device__ __forceinline__ int row() { return warp() / kWarpsN * (kM * 16); }
+    static __device__ __forceinline__ int col() { return warp() % kWarpsN * (kN * 8); }
+
+    // visit(row, col, element) for each element of this thread; begin_row(row) once a row, its result handed on.
+    template <class BeginRow, class Visit>
+    static __device__ __forceinline__ void for_each(Acc& acc, BeginRow&& begin_row, Visit&& visit) {
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int r = row() + m * 16 + half * 8 + lane() / 4;
+                const auto state = begin_row(r);
+#pragma unroll
+                for (int n = 0; n < kN; ++n) {
+#pragma unroll
+                    for (int c = 0; c < 2; ++c)
+                        visit(state, r, col() + n * 8 + lane() % 4 * 2 + c, acc.x[m][n][half * 2 + c]);
+                }
+            }
+        }
+    }
+
+    // Converts to T and writes into a shared-memory tile.
+    template <class T, class Tile>
+    static __device__ __forceinline__ void store(const Acc& acc, Tile tile) {
+        static_assert(Tile::kRows == kRows && Tile::kDim == kCols);
+        const int r = row() + lane() / 4;
+        const uint32_t base = tile.address + r * Tile::kRowBytes + lane() % 4 * 4;
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+            const int c = col() + n * 8;
+            const uint32_t to = base + c / Tile::kPanelCols * Tile::kPanelBytes +
+                                ((c % Tile::kPanelCols / 8 ^ Tile::swizzle(r)) << 4);
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + (m * 16 + half * 8) * Tile::kRowBytes),
+                                 "r"(pack<T>(acc.x[m][n][half * 2], acc.x[m][n][half * 2 + 1])));
+            }
+        }
+    }
+
+    // Converts to T and writes the first num_rows rows and num_cols columns to global memory, 4 bytes a thread.
+    template <class T>
+    static __device__ __forceinline__ void store_global(const Acc& acc, T* global, int64_t stride, int num_rows,
+                                                        int num_cols) {
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int r = row() + m * 16 + half * 8 + lane() / 4;
+#pragma unroll
+                for (int n = 0; n < kN; ++n) {
+                    const int c = col() + n * 8 + lane() % 4 * 2;
+                    if (r < num_rows && c < num_cols)
+                        *reinterpret_cast<uint32_t*>(global + r * stride + c) =
+                            pack<T>(acc.x[m][n][half * 2], acc.x[m][n][half * 2 + 1]);
+                }
+            }
+        }
+    }
+};
+
+// ---- Operands ----
+
+// Reads 16 x 16 blocks of a product's operand from a tile with ldmatrix. kLeft: operand A (m16 x k16) or B (two n8 x
+// k16). kTransposed: the tile's rows run along k instead of along m or n. `first`: the operand's first m or n.
+template <class Tile_, bool kLeft, bool kTransposed>
+struct Operand {
+    using Tile = Tile_;
+    uint32_t base;  // this lane's row and chunk at block (0, 0)
+
+    __device__ __forceinline__ Operand(Tile tile, int first) {
+        const bool rows_first = kLeft != kTransposed;  // order of the four 8 x 8 blocks
+        const int row = rows_first ? lane() & 15 : (lane() >> 4) * 8 + (lane() & 7);
+        const int chunk = rows_first ? lane() >> 4 : lane() >> 3 & 1;
+        if constexpr (kTransposed) {
+            base = tile.address + first / Tile::kPanelCols * Tile::kPanelBytes +
+                   Tile::chunk_offset(row, (chunk + first % Tile::kPanelCols / 8) * 8);
+        } else {
+            base = tile.address + Tile::chunk_offset(row, chunk * 8) + first * Tile::kRowBytes;
+        }
+    }
+    // Block i (16 of m or n) and k-step k. Chunk numbers are exclusive-ored, so blocks along a row differ by constants.
+    __device__ __forceinline__ void load(uint32_t (&r)[4], int i, int k) const {
+        constexpr int kBlocks = Tile::kPanelCols / 16;
+        const int along_rows = kTransposed ? k : i, along_cols = kTransposed ? i : k;
+        const uint32_t from = (base ^ (along_cols % kBlocks << 5)) + along_cols / kBlocks * Tile::kPanelBytes +
+                              along_rows * 16 * Tile::kRowBytes;
+        if constexpr (kTransposed)
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from));
+        else
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from));
+    }
+};
+
+template <class Tile>
+using LeftRows = Operand<Tile, true, false>;
+template <class Tile>
+using LeftColumns = Operand<Tile, true, true>;
+template <class Tile>
+using RightRows = Operand<Tile, false, false>;
+template <class Tile>
+using RightColumns = Operand<Tile, false, true>;
+
+template <class T>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    using Atom = std::conditional_t<std::is_same_v<T, bf16>, cute::SM80_16x8x16_F32BF16BF16F32_TN,
+                                    cute::SM80_16x8x16_F32F16F16F32_TN>;
+    Atom::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]);
+}
+
+// A left operand held in registers: kM blocks of 16 rows, kSteps k-steps.
+template <int kM, int kSteps>
+struct Registers {
+    uint32_t x[kSteps][kM][4];
+
+    template <class Operand>
+    __device__ __forceinline__ void read(const Operand& from) {
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+            for (int m = 0; m < kM; ++m) from.load(x[k][m], m, k);
+        }
+    }
+    __device__ __forceinline__ void load(uint32_t (&r)[4], int m, int k) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) r[i] = x[k][m][i];
+    }
+};
+
+// An accumulator converted to T: the left operand of the next product.
+template <class T, int kM, int kN>
+__device__ __forceinline__ Registers<kM, kN / 2> as_operand(const Accumulator<kM, kN>& acc) {
+    Registers<kM, kN / 2> out;
+#pragma unroll
+    for (int k = 0; k < kN / 2; ++k) {
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float(&from)[4] = acc.x[m][2 * k + i / 2];
+                out.x[k][m][i] = pack<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
+            }
+        }
+    }
+    return out;
+}
+
+// acc += A B^T over kSteps steps of k = 16. Blocks of B are read one block ahead of their use, blocks of A one step.
+template <class T, int kSteps, int kM, int kN, class A, class B>
+__device__ __forceinline__ void matmul(Accumulator<kM, kN>& acc, const A& a, const B& b) {
+    constexpr int kPairs = kN / 2;
+    uint32_t left[2][kM][4], right[2][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) a.load(left[0][m], m, 0);
+    b.load(right[0], 0, 0);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+            const int next = k * kPairs + pair + 1;
+            if (next < kSteps * kPairs) b.load(right[next & 1], next % kPairs, next / kPairs);
+            if (pair == 0 && k + 1 < kSteps)
+#pragma unroll
+                for (int m = 0; m < kM; ++m) a.load(left[k + 1 & 1][m], m, k + 1);
+            const uint32_t(&block)[4] = right[next - 1 & 1];
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+                mma<T>(acc.x[m][2 * pair], left[k & 1][m], block[0], block[1]);
+                mma<T>(acc.x[m][2 * pair + 1], left[k & 1][m], block[2], block[3]);
+            }
+        }
+    }
+}
+
+// ---- Rows and tiles of a sequence ----
+
+// Blocks along a sequence; at least one, which clears the rows that nobody uses.
+__host__ __device__ __forceinline__ int block_count(int max_seqlen, int rows) {
+    return max_of(1, ceil_div(max_seqlen, rows));
+}
+
+// Writes 0 to rows [begin, end) of one head.
 template <class T>
 __device__ __forceinline__ void zero_rows(const Jagged& out, int head, int64_t begin, int64_t end, int num_cols) {
     const int chunks = num_cols / 8;
@@ -120,9 +336,6 @@ __device__ __forceinline__ void zero_unused_rows(const Jagged& out, int head, in
     if (b == batch - 1 && row0 == 0 && begin + alloc < total)
         zero_rows<T>(out, head, begin + alloc, total, num_cols);
 }
-
-// Blocks along a sequence; at least one, which clears the rows that nobody uses.
-__host__ __device__ __forceinline__ int block_count(int max_seqlen, int rows) { return max_of(1, ceil_div(max_seqlen, rows)); }
 
 __device__ __forceinline__ Spans aligned(Spans spans, int step) {
     spans.first.begin -= spans.first.begin % step;
@@ -145,130 +358,5 @@ struct TileWalk {
         return t < first_tiles ? first + t * step : second + (t - first_tiles) * step;
     }
 };
-
-template <class T, class Acc>
-__device__ __forceinline__ auto to_type(const Acc& acc) {
-    constexpr int kSize = decltype(size(acc))::value;
-    cutlass::NumericArrayConverter<T, float, kSize> convert;
-    auto converted = convert(*reinterpret_cast<const cutlass::Array<float, kSize>*>(acc.data()));
-    auto out = make_tensor<T>(acc.layout());
-    *reinterpret_cast<cutlass::Array<T, kSize>*>(out.data()) = converted;
-    return out;
-}
-
-// An accumulator ((2, 2), M, N) seen as the left operand ((2, 2, 2), M, N / 2) of the next product.
-template <class Layout_>
-__device__ __forceinline__ auto as_operand_a(Layout_ acc) {
-    auto l = logical_divide(acc, Shape<X, X, _2>{});
-    return make_layout(make_layout(get<0, 0>(l), get<0, 1>(l), get<2, 0>(l)), get<1>(l), get<2, 1>(l));
-}
-
-using LoadRows = SM75_U32x4_LDSM_N;       // operand stored with its k index contiguous
-using LoadTransposed = SM75_U16x8_LDSM_T;  // operand stored with its m or n index contiguous
-
-// Registers of one operand and the ldmatrix copies that fill them, k-step by k-step.
-template <class Copy, bool kIsA, class T, class TiledMma, class Smem>
-struct Operand {
-    static __device__ __forceinline__ auto make_copy(TiledMma mma) {
-        if constexpr (kIsA) return make_tiled_copy_A(Copy_Atom<Copy, T>{}, mma);
-        else return make_tiled_copy_B(Copy_Atom<Copy, T>{}, mma);
-    }
-    static __device__ __forceinline__ auto make_registers(TiledMma mma, const Smem& smem) {
-        if constexpr (kIsA) return make_tensor<T>(partition_shape_A(mma, shape(smem)));
-        else return make_tensor<T>(partition_shape_B(mma, shape(smem)));
-    }
-};
-
-// acc += A B^T with A [M, K] and B [N, K] in shared memory; fragments are loaded one k-step ahead of their use.
-template <class CopyA, class CopyB, class TiledMma, class Acc, class SmemA, class SmemB>
-__device__ __forceinline__ void matmul(TiledMma mma, Acc& acc, const SmemA& smem_a, const SmemB& smem_b) {
-    using T = typename SmemA::value_type;
-    using OpA = Operand<CopyA, true, T, TiledMma, SmemA>;
-    using OpB = Operand<CopyB, false, T, TiledMma, SmemB>;
-    auto a = OpA::make_registers(mma, smem_a);
-    auto b = OpB::make_registers(mma, smem_b);
-    auto copy_a = OpA::make_copy(mma);
-    auto copy_b = OpB::make_copy(mma);
-    auto thread_a = copy_a.get_thread_slice(threadIdx.x);
-    auto thread_b = copy_b.get_thread_slice(threadIdx.x);
-    auto from_a = thread_a.partition_S(smem_a);
-    auto from_b = thread_b.partition_S(smem_b);
-    auto to_a = thread_a.retile_D(a);
-    auto to_b = thread_b.retile_D(b);
-    copy(copy_a, from_a(_, _, _0{}), to_a(_, _, _0{}));
-    copy(copy_b, from_b(_, _, _0{}), to_b(_, _, _0{}));
-    constexpr int kSteps = decltype(size<2>(a))::value;
-    CUTE_UNROLL
-    for (int k = 0; k < kSteps; ++k) {
-        if (k + 1 < kSteps) {
-            copy(copy_a, from_a(_, _, k + 1), to_a(_, _, k + 1));
-            copy(copy_b, from_b(_, _, k + 1), to_b(_, _, k + 1));
-        }
-        cute::gemm(mma, a(_, _, k), b(_, _, k), acc);
-    }
-}
-
-// acc += A B^T with A already in registers.
-template <class CopyB, class TiledMma, class Acc, class RegA, class SmemB>
-__device__ __forceinline__ void matmul_from_registers(TiledMma mma, Acc& acc, const RegA& a, const SmemB& smem_b) {
-    using T = typename SmemB::value_type;
-    using OpB = Operand<CopyB, false, T, TiledMma, SmemB>;
-    auto b = OpB::make_registers(mma, smem_b);
-    auto copy_b = OpB::make_copy(mma);
-    auto thread_b = copy_b.get_thread_slice(threadIdx.x);
-    auto from_b = thread_b.partition_S(smem_b);
-    auto to_b = thread_b.retile_D(b);
-    copy(copy_b, from_b(_, _, _0{}), to_b(_, _, _0{}));
-    constexpr int kSteps = decltype(size<2>(b))::value;
-    CUTE_UNROLL
-    for (int k = 0; k < kSteps; ++k) {
-        if (k + 1 < kSteps) copy(copy_b, from_b(_, _, k + 1), to_b(_, _, k + 1));
-        cute::gemm(mma, a(_, _, k), b(_, _, k), acc);
-    }
-}
-
-// All of a left operand into registers, to be used by many products.
-template <class Copy, class TiledMma, class Smem>
-__device__ __forceinline__ auto load_operand_a(TiledMma mma, const Smem& smem) {
-    using T = typename Smem::value_type;
-    using Op = Operand<Copy, true, T, TiledMma, Smem>;
-    auto a = Op::make_registers(mma, smem);
-    auto copy_a = Op::make_copy(mma);
-    auto thread = copy_a.get_thread_slice(threadIdx.x);
-    copy(copy_a, thread.partition_S(smem), thread.retile_D(a));
-    return a;
-}
-
-// Writes an accumulator, converted to T, into a shared-memory tile.
-template <class T, class TiledMma, class Acc, class Smem>
-__device__ __forceinline__ void store_accumulator(TiledMma mma, const Acc& acc, Smem&& smem) {
-    auto values = to_type<T>(acc);
-    auto thread = make_tiled_copy_C(Copy_Atom<AutoVectorizingCopyWithAssumedAlignment<32>, T>{}, mma)
-                      .get_thread_slice(threadIdx.x);
-    copy(Copy_Atom<AutoVectorizingCopyWithAssumedAlignment<32>, T>{}, thread.retile_S(values), thread.partition_D(smem));
-}
-
-// Calls visit(row, col, element) for each element of a product's accumulator [kRows, kCols] held by this thread,
-// row by row; begin_row(row) is called before each row and its result handed to visit.
-template <int kRows, int kCols, class TiledMma, class Acc, class BeginRow, class Visit>
-__device__ __forceinline__ void for_each_element(TiledMma mma, Acc& acc, BeginRow&& begin_row, Visit&& visit) {
-    auto where = mma.get_thread_slice(threadIdx.x).partition_C(make_identity_tensor(Shape<Int<kRows>, Int<kCols>>{}));
-    CUTE_UNROLL
-    for (int m = 0; m < size<1>(acc); ++m) {
-        CUTE_UNROLL
-        for (int r = 0; r < 2; ++r) {
-            const int row = get<0>(where(make_coord(0, r), m, 0));
-            auto state = begin_row(row);
-            CUTE_UNROLL
-            for (int n = 0; n < size<2>(acc); ++n) {
-                CUTE_UNROLL
-                for (int c = 0; c < 2; ++c) {
-                    auto at = make_coord(make_coord(c, r), m, n);
-                    visit(state, row, get<1>(where(at)), acc(at));
-                }
-            }
-        }
-    }
-}
 
 }  // namespace hstu::attention::sm80
