@@ -108,7 +108,7 @@ static void backward_blocks(const BackwardParams& p, const QueryBlocks& blocks, 
     const int head = blocks.head;
     const Sequence sequence(p, blocks.batch);
     const Mask mask(p, sequence, blocks.batch, head);
-    const C scale = static_cast<C>(p.alpha) * static_cast<C>(p.inv_scaling);
+    const C scale = static_cast<C>(p.alpha_fp64) * static_cast<C>(p.inv_scaling_fp64);
     const int offset = sequence.len_k - sequence.len_q;
 
     Arena partial_arena(partial_memory), arena(memory);
@@ -125,7 +125,7 @@ static void backward_blocks(const BackwardParams& p, const QueryBlocks& blocks, 
             s.k.pack(p.k.at<const T>(sequence.k_begin + tile.col0, head), p.k.row_stride, tile.cols);
             s.v.pack(p.v.at<const T>(sequence.k_begin + tile.col0, head), p.v.row_stride, tile.cols);
             if (p.rab.data != nullptr) pack_rab(RabBias<T>(p, sequence, blocks.batch, head), tile, s.rab);
-            backward_tile<C>(tile, static_cast<C>(p.alpha), s, partial);
+            backward_tile<C>(tile, static_cast<C>(p.alpha_fp64), s, partial);
             if (p.drab.data != nullptr)
                 write_drab(tile, s, scale, p.drab.at<T>(blocks.batch, head, row0 + offset) + tile.col0,
                            p.drab.row_stride);
@@ -154,9 +154,9 @@ static void finish_rows(const BackwardParams& p, int batch, int head, void* part
     Arena arena(partials);
     const Partial<C> first(arena, p, sequence.len_k);
     const int64_t distance = static_cast<int64_t>(arena.used() / sizeof(C)), row = sequence.k_begin + row0;
-    const C inv_scaling = static_cast<C>(p.inv_scaling);
+    const C inv_scaling = static_cast<C>(p.inv_scaling_fp64);
     write_sums(first.dk + row0 * int64_t{padded<C>(p.dim_qk)}, distance, count, rows, p.dim_qk,
-               static_cast<C>(p.alpha) * inv_scaling, p.dk.at<T>(row, head), p.dk.row_stride);
+               static_cast<C>(p.alpha_fp64) * inv_scaling, p.dk.at<T>(row, head), p.dk.row_stride);
     write_sums(first.dv + row0 * int64_t{padded<C>(p.dim_v)}, distance, count, rows, p.dim_v, inv_scaling,
                p.dv.at<T>(row, head), p.dv.row_stride);
 }

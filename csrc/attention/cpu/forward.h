@@ -104,9 +104,9 @@ static void forward_block(const Params& p, int batch, int head, int block, void*
         s.k.pack(p.k.at<const T>(sequence.k_begin + tile.col0, head), p.k.row_stride, tile.cols);
         s.v.pack(p.v.at<const T>(sequence.k_begin + tile.col0, head), p.v.row_stride, tile.cols);
         if (p.rab.data != nullptr) pack_rab(RabBias<T>(p, sequence, batch, head), tile, s.rab);
-        forward_tile<C>(tile, static_cast<C>(p.alpha), s);
+        forward_tile<C>(tile, static_cast<C>(p.alpha_fp64), s);
     });
-    write_rows(s.out, s.v.stride(), rows, p.dim_v, static_cast<C>(p.inv_scaling),
+    write_rows(s.out, s.v.stride(), rows, p.dim_v, static_cast<C>(p.inv_scaling_fp64),
                p.out.at<T>(sequence.q_begin + row0, head), p.out.row_stride);
 }
 
