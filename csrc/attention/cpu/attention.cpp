@@ -36,7 +36,8 @@ const Kernels& select_kernels() {
     std::string usable;
     for (const Variant& variant : variants()) {
         if (!variant.supported) continue;
-        if (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, variant.kernels.name) == 0) return variant.kernels;
+        if (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, variant.kernels.name) == 0)
+            return variant.kernels;
         usable += (usable.empty() ? "" : ", ") + std::string(variant.kernels.name);
     }
     throw std::invalid_argument("hstu_ext.attention: HSTU_EXT_CPU must be one of " + usable + ", got " + wanted);
@@ -68,8 +69,8 @@ void zero_rows(const Jagged& tensor, int64_t begin, int64_t end, int heads, int 
     const int64_t size = size_of(dtype);
     for (int64_t row = begin; row < end; ++row)
         for (int head = 0; head < heads; ++head)
-            std::memset(static_cast<char*>(tensor.data) + (row * tensor.row_stride + head * tensor.head_stride) * size, 0,
-                        static_cast<size_t>(dim * size));
+            std::memset(static_cast<char*>(tensor.data) + (row * tensor.row_stride + head * tensor.head_stride) * size,
+                        0, static_cast<size_t>(dim * size));
 }
 
 // The rows of a packed tensor that no sequence uses become 0. range(b) gives the first row and the rows in use.

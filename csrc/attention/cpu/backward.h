@@ -36,7 +36,8 @@ struct Partial {
     C* dv;
 
     Partial(Arena& arena, const Params& p, int len_k)
-        : dk(arena.take<C>(int64_t{len_k} * padded<C>(p.dim_qk))), dv(arena.take<C>(int64_t{len_k} * padded<C>(p.dim_v))) {}
+        : dk(arena.take<C>(int64_t{len_k} * padded<C>(p.dim_qk))),
+          dv(arena.take<C>(int64_t{len_k} * padded<C>(p.dim_v))) {}
 };
 
 // One key's row of a tile: (q.k, dO.v) becomes (P, G), 0 where masked. rab may be nullptr.
@@ -90,8 +91,8 @@ static void backward_tile(const Tile& tile, C alpha, const BackwardScratch<C>& s
         const Span& keys = tile.group_keys[group];
         multiply<Layout::kTransposed, C>(min_of(kGroup, tile.rows - row), width_qk / kLanes<C>, keys.size(),
                                          {s.g + keys.begin * kBlockQ + row, kBlockQ},
-                                         {s.k.rows + keys.begin * width_qk, width_qk}, {s.dq + row * width_qk, width_qk},
-                                         true);
+                                         {s.k.rows + keys.begin * width_qk, width_qk},
+                                         {s.dq + row * width_qk, width_qk}, true);
     }
 }
 

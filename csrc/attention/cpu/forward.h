@@ -74,8 +74,9 @@ static void forward_tile(const Tile& tile, C alpha, const ForwardScratch<C>& s) 
         const VectorSpan span = vectors_of<C>(tile.group_queries[g]);
         C* scores = s.scores + key * kBlockQ;
         const int first = span.begin * kLanes<C>;
-        multiply<Layout::kRowMajor, C>(keys, span.end - span.begin, s.q.dim, {s.k.rows + key * s.k.stride(), s.k.stride()},
-                                       {s.q.transposed + first, kBlockQ}, {scores + first, kBlockQ}, false);
+        multiply<Layout::kRowMajor, C>(keys, span.end - span.begin, s.q.dim,
+                                       {s.k.rows + key * s.k.stride(), s.k.stride()}, {s.q.transposed + first, kBlockQ},
+                                       {scores + first, kBlockQ}, false);
         for (int i = 0; i < keys; ++i)
             activate<C>(tile, key + i, span, alpha, s.rab.dim ? s.rab.transposed + (key + i) * kBlockQ : nullptr,
                         scores + i * kBlockQ);

@@ -32,8 +32,7 @@ struct Kernels {
     // Rows of dq (and drab) in the query blocks, and what these blocks add to dK and dV, into `partial`.
     void (*backward)(const BackwardParams&, DType, MaskKind, const QueryBlocks&, void* partial, void* scratch);
     // Rows [row0, row0 + rows) of dk and dv: the sum of `count` partials that lie one after the other, left in the first.
-    void (*finish)(const BackwardParams&, DType, int batch, int head, void* partials, int count, int row0,
-                   int rows);
+    void (*finish)(const BackwardParams&, DType, int batch, int head, void* partials, int count, int row0, int rows);
 };
 
 const Kernels& baseline_kernels();
