@@ -212,9 +212,7 @@ def finished(row: Row, times: Times, problem: Problem, rates: Rates, common: Row
     return row | timed | common
 
 
-def host_overhead_rows(
-    providers: Sequence[str], dtype_name: str, device: str, timer: Timer, common: Row
-) -> list[Row]:
+def host_overhead_rows(providers: Sequence[str], dtype_name: str, device: str, timer: Timer, common: Row) -> list[Row]:
     """Host time of a forward call on two sequences of 16: the bare op, and with autograd recording."""
     problem = Problem((16, 16), HEADS, 64, DTYPES[dtype_name], device)
     rows: list[Row] = []
@@ -324,7 +322,9 @@ def run(
     common = machine(device)
     rates = timer.rates()
     print(f"{common['gpu'] or common.get('cpu')}, torch {common['torch']}, commit {common['commit']}")
-    print(f"matmul {rates.matmul_tflops:.4g} TFLOP/s, copy {rates.copy_gbps:.4g} GB/s, providers {', '.join(providers)}")
+    print(
+        f"matmul {rates.matmul_tflops:.4g} TFLOP/s, copy {rates.copy_gbps:.4g} GB/s, providers {', '.join(providers)}"
+    )
     for case in cases:
         problem = case.problem(DTYPES[dtype_name], device)
         measured = measure_case(case, problem, providers, directions, dtype_name, timer)
@@ -335,9 +335,7 @@ def run(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", help="d64:u128,d128,u200; default: the grid")
     parser.add_argument("--directions", default="fwd,bwd")
     parser.add_argument("--providers", default="auto", help=f"of {', '.join(PROVIDERS)}; default: those that import")
@@ -365,7 +363,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         providers = load_providers("hstu_ext,eager" if on_cpu and options.providers == "auto" else options.providers)
     except ValueError as error:
         parser.error(str(error))
-    timer: Timer = CpuTimer(250.0 if options.quick else 1000.0) if on_cpu else CudaTimer(25.0 if options.quick else 100.0)
+    timer: Timer = (
+        CpuTimer(250.0 if options.quick else 1000.0) if on_cpu else CudaTimer(25.0 if options.quick else 100.0)
+    )
     base = read_rows(options.base) if options.base else []
     peers = read_peers(options.peers) if options.peers else {}
 
