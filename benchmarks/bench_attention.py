@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+
 from attention_providers import PROVIDERS, Attention, Problem, eager_fits
 from harness import (
     RESULTS,
@@ -275,8 +276,7 @@ def print_table(rows: Sequence[Row], subject: str, peers: PeerTimes) -> None:
                 if row is not None and (name, direction, dim, lengths) in peers
             }
             if len(pairs) == len(DIRECTIONS):
-                theirs, mine = zip(*pairs.values(), strict=True)
-                pairs["both"] = (sum(theirs), sum(mine))
+                pairs["both"] = (sum(theirs for theirs, _ in pairs.values()), sum(mine for _, mine in pairs.values()))
             shown = {direction: theirs / mine for direction, (theirs, mine) in pairs.items()}
             for direction, ratio in shown.items():
                 ratios.setdefault((name, direction), []).append(ratio)
@@ -340,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--directions", default="fwd,bwd")
     parser.add_argument("--providers", default="auto", help=f"of {', '.join(PROVIDERS)}; default: those that import")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bf16, fp32 on the CPU")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     parser.add_argument("--quick", action="store_true", help="four lengths, a quarter of the repetitions")
     parser.add_argument("--peers", type=Path, help="a CSV of recorded peer times to divide by ours")
@@ -351,11 +351,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     directions = [word for word in options.directions.split(",") if word]
     if not directions or set(directions) - set(DIRECTIONS):
         parser.error(f"--directions must be among {', '.join(DIRECTIONS)}, got {options.directions}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device; --device cpu times the CPU path")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA device")
     if options.threads:
         torch.set_num_threads(options.threads)
-    on_cpu = options.device == "cpu"
+    on_cpu = device == "cpu"
     try:
         cases = parse_cases(
             options.cases or (CPU_CASES if on_cpu else ""), QUICK_LENGTHS if options.quick else tuple(BATCHES)
@@ -371,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     dtype_name = options.dtype or ("fp32" if on_cpu else "bf16")
     rows: list[Row] = []
-    for measured in run(cases, providers, directions, dtype_name, options.device, timer):
+    for measured in run(cases, providers, directions, dtype_name, device, timer):
         append_rows(options.out, measured)
         rows += measured
     print()

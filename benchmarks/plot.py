@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
 from harness import Row, read_rows
 
 TITLES = {"fwd": "forward", "bwd": "backward"}
@@ -32,7 +33,7 @@ def draw(rows: list[Row], provider: str, target: Path) -> None:
     if not found:
         raise SystemExit(f"no rows of {provider} with equal lengths")
     figure, panels = plt.subplots(1, len(TITLES), figsize=(10, 4), sharey=True, layout="constrained")
-    for panel, (direction, title) in zip(panels, TITLES.items(), strict=True):
+    for panel, (direction, title) in zip(panels, TITLES.items()):
         for (of, dim), points in sorted(found.items()):
             if of == direction:
                 lengths = sorted(points)

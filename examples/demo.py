@@ -67,7 +67,7 @@ def print_recommendations(model: RetrievalGR, log: InteractionLog, targets: torc
     scores[history.items] = -torch.inf
     best = scores.topk(K)
     print(f"\nuser {user}: last events {history.items[-5:].tolist()}, the next one was {int(targets[user])}")
-    for place, (item, score) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True), start=1):
+    for place, (item, score) in enumerate(zip(best.indices.tolist(), best.values.tolist()), start=1):
         print(f"  {place:>2}. item {item:>4}  {score:.3f}" + ("  <- the next event" if item == targets[user] else ""))
 
 
