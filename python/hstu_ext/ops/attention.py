@@ -6,6 +6,7 @@ that are not plain (fake tensors, subclasses), it is the custom op hstu_ext::att
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Number
 from typing import Any, NamedTuple
 
@@ -125,9 +126,9 @@ def hstu_attn_varlen_func(
     plain = _is_plain(q, k, v, rab, problem)
     q, k, v, rab = _autocast(q, k, v, rab)
     if not plain:
-        return _forward_op(q, k, v, rab, *problem, has_drab, deterministic)
+        return _by_op(q, k, v, rab, *problem, has_drab, deterministic)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or has_drab):
-        return _Attention.apply(q, k, v, rab, problem, has_drab, deterministic)
+        return _by_function(q, k, v, rab, problem, has_drab, deterministic)
     return _forward(q, k, v, rab, problem)
 
 
@@ -163,10 +164,10 @@ def hstu_attn_qkvpacked_func(
         raise ValueError(f"hstu_ext.attention: qkv must be [total, 3, heads, dim], got {list(qkv.shape)}")
     qkv, _, _, rab = _autocast(qkv, qkv, qkv, rab)
     if plain and torch.is_grad_enabled() and (qkv.requires_grad or has_drab):
-        return _PackedAttention.apply(qkv, rab, problem, has_drab, deterministic)
+        return _by_packed_function(qkv, rab, problem, has_drab, deterministic)
     q, k, v = qkv.unbind(1)
     if not plain:
-        return _forward_op(q, k, v, rab, *problem, has_drab, deterministic)
+        return _by_op(q, k, v, rab, *problem, has_drab, deterministic)
     return _forward(q, k, v, rab, problem)
 
 
@@ -206,8 +207,9 @@ def _execution(q: Tensor) -> tuple[int, int]:
     return 0, torch.get_num_threads()
 
 
-def _aligned(*tensors: Tensor) -> list[Tensor]:
-    return [x.clone(memory_format=torch.contiguous_format) for x in tensors]
+def _aligned(x: Tensor) -> Tensor:
+    """A copy whose rows are 16-byte aligned, which contiguous() does not promise."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None, problem: _Problem) -> Tensor:
@@ -216,7 +218,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None, problem: _Prob
     try:
         _C.attention_forward(q, k, v, rab, out, *problem, *execution)
     except _C.MisalignedError:
-        _C.attention_forward(*_aligned(q, k, v), rab, out, *problem, *execution)
+        _C.attention_forward(_aligned(q), _aligned(k), _aligned(v), rab, out, *problem, *execution)
     return out
 
 
@@ -241,7 +243,7 @@ def _backward(
     try:
         _run_backward(dout, q, k, v, rab, grads, drab, problem, deterministic)
     except _C.MisalignedError:
-        dout, q, k, v = _aligned(dout, q, k, v)
+        dout, q, k, v = _aligned(dout), _aligned(q), _aligned(k), _aligned(v)
         _run_backward(dout, q, k, v, rab, grads, drab, problem, deterministic)
     if drab is not None and rab is not None and rab.shape[1] < drab.shape[1]:
         accumulate = torch.float64 if drab.dtype == torch.float64 else torch.float32
@@ -260,11 +262,12 @@ def _run_backward(
     problem: _Problem,
     deterministic: bool,
 ) -> None:
+    dq, dk, dv = grads
     dq_accum = None
     if q.is_cuda and not deterministic:
         size = _C.attention_backward_scratch(q, v, problem.cu_seqlens_q, problem.max_seqlen_k, deterministic)
         dq_accum = q.new_empty(size, dtype=torch.float32) if size else None
-    _C.attention_backward(dout, q, k, v, rab, *grads, drab, dq_accum, *problem, deterministic, *_execution(q))
+    _C.attention_backward(dout, q, k, v, rab, dq, dk, dv, drab, dq_accum, *problem, deterministic, *_execution(q))
 
 
 class _Attention(torch.autograd.Function):
@@ -300,16 +303,23 @@ class _PackedAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(qkv, rab)
         ctx.problem, ctx.has_drab, ctx.deterministic = problem, has_drab, deterministic
-        return _forward(*qkv.unbind(1), rab, problem)
+        q, k, v = qkv.unbind(1)
+        return _forward(q, k, v, rab, problem)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, rab = ctx.saved_tensors
+        q, k, v = qkv.unbind(1)
         dqkv = qkv.new_empty(qkv.shape)
+        dq, dk, dv = dqkv.unbind(1)
         want_drab = ctx.has_drab and ctx.needs_input_grad[1]
-        drab = _backward(dout, *qkv.unbind(1), rab, dqkv.unbind(1), ctx.problem, want_drab, ctx.deterministic)
+        drab = _backward(dout, q, k, v, rab, (dq, dk, dv), ctx.problem, want_drab, ctx.deterministic)
         return dqkv, drab, None, None, None
+
+
+_by_function: Callable[..., Tensor] = _Attention.apply
+_by_packed_function: Callable[..., Tensor] = _PackedAttention.apply
 
 
 @torch.library.custom_op(
@@ -347,8 +357,8 @@ def _backward_op(
 def _(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    want_drab = rest[-2] and rab is not None
-    drab = rab.new_empty(rab.shape) if want_drab else q.new_empty(0)
+    want_drab = rest[-2]
+    drab = rab.new_empty(rab.shape) if want_drab and rab is not None else q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), drab
 
 
@@ -365,4 +375,5 @@ def _backward_of_op(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return dq, dk, dv, drab if want_drab else None, *(None,) * (len(_Problem._fields) + 2)
 
 
+_by_op: Callable[..., Tensor] = _forward_op
 _forward_op.register_autograd(_backward_of_op, setup_context=_setup_context)

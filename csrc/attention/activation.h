@@ -1,0 +1,31 @@
+// SiLU and its derivative on the GPU, each from one hyperbolic tangent: with h = x / 2,
+//   silu(x)  = x * sigmoid(x)                      = h + h * tanh(h)
+//   silu'(x) = sigmoid(x) + silu(x) * (1 - sigmoid(x)),  sigmoid(x) = (1 + tanh(h)) / 2
+#pragma once
+
+namespace hstu::attention {
+
+__device__ __forceinline__ float fast_tanh(float x) {
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// silu(2h)
+__device__ __forceinline__ float silu_of_twice(float h) {
+    return fmaf(h, fast_tanh(h), h);
+}
+
+struct SiluAndSlope {
+    float value, slope;
+};
+
+// silu(2h) and silu'(2h)
+__device__ __forceinline__ SiluAndSlope silu_and_slope_of_twice(float h) {
+    const float t = fast_tanh(h);
+    const float value = fmaf(h, t, h);
+    const float sigmoid = fmaf(0.5f, t, 0.5f);
+    return {value, fmaf(sigmoid, 1.0f - value, value)};
+}
+
+}  // namespace hstu::attention

@@ -1,0 +1,89 @@
+// HSTU attention backward, query-stationary: dQ alone, without atomics or scratch.
+//
+//   dQ_i = alpha sum_j G_ij k_j
+//
+// One block: one head, `rows` queries of one sequence. Q and dO stay in shared memory, K and V come through a two-stage
+// ring as in the forward. S and dP are recomputed (two of the backward's five products a second time: 7 / 5 of its
+// work in all), G stays in registers as the left operand of G K. Each dQ tile has one owner and one order of addition,
+// so the result is bitwise reproducible.
+#pragma once
+
+#include "attention/sm80/backward_kv.h"
+
+namespace hstu::attention::sm80 {
+
+template <int kHeadDim, class Config>
+struct BackwardQueryShared {
+    using QTile = Tile<Config::rows, kHeadDim>;
+    using KTile = Tile<Config::cols, kHeadDim>;
+    static constexpr int kRing = 2 * QTile::kBytes, kBytes = kRing + 4 * KTile::kBytes;
+
+    uint32_t base;
+    __device__ QTile q() const { return {base}; }  // dQ at the end
+    __device__ QTile dout() const { return {base + QTile::kBytes}; }
+    __device__ KTile k(int stage) const { return {base + kRing + stage * KTile::kBytes}; }
+    __device__ KTile v(int stage) const { return {base + kRing + (2 + stage) * KTile::kBytes}; }
+};
+
+template <class T, int kHeadDim, class Mask, class Bias, class Config>
+__global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
+    backward_q_kernel(const __grid_constant__ BackwardParams p) {
+    constexpr int kRows = Config::rows, kCols = Config::cols, kThreads = Config::warps * 32;
+    using Shared = BackwardQueryShared<kHeadDim, Config>;
+    using QTile = typename Shared::QTile;
+    using KTile = typename Shared::KTile;
+    using ScoreGrid = WarpGrid<kRows, kCols, Config::warps, 1>;
+    using QueryGrid = WarpGrid<kRows, kHeadDim, Config::warps, 1>;
+    extern __shared__ __align__(128) unsigned char shared_memory[];
+    const Shared shared{static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory))};
+
+    const int row_blocks = block_count(p.max_seqlen_q, kRows);
+    const int head = blockIdx.x / row_blocks % p.heads, b = blockIdx.x / row_blocks / p.heads;
+    const int row_block = row_blocks - 1 - static_cast<int>(blockIdx.x % row_blocks), row0 = row_block * kRows;
+    const Sequence seq(p, b);
+    zero_unused_rows<T>(p.dq, head, p.dim_qk, b, p.batch, p.total_q, seq.q_begin, seq.alloc_q, seq.len_q, row0, kRows,
+                        row_block == row_blocks - 1);
+    if (row0 >= seq.len_q) return;
+
+    const Mask mask(p, seq, b, head);
+    const Bias bias(p, seq, b, head);
+    const TileWalk walk(mask.kv_range(row0, kRows), kCols);
+    const T* k = p.k.at<T>(seq.k_begin, head);
+    const T* v = p.v.at<T>(seq.k_begin, head);
+    const auto load_kv = [&](int t) {
+        const int col0 = walk[t];
+        load_tile<kThreads>(shared.k(t & 1), k + col0 * p.k.row_stride, p.k.row_stride, seq.len_k - col0, p.dim_qk);
+        load_tile<kThreads>(shared.v(t & 1), v + col0 * p.v.row_stride, p.v.row_stride, seq.len_k - col0, p.dim_v);
+    };
+    load_tile<kThreads>(shared.q(), p.q.at<T>(seq.q_begin + row0, head), p.q.row_stride, seq.len_q - row0, p.dim_qk);
+    load_tile<kThreads>(shared.dout(), p.dout.at<T>(seq.q_begin + row0, head), p.dout.row_stride, seq.len_q - row0,
+                        p.dim_v);
+    if (walk.tiles > 0) load_kv(0);
+    cute::cp_async_fence();
+
+    const LeftRows<QTile> q(shared.q(), ScoreGrid::row()), dout(shared.dout(), ScoreGrid::row());
+    typename QueryGrid::Acc dq;
+    dq.clear();
+    for (int t = 0; t < walk.tiles; ++t) {
+        cute::cp_async_wait<0>();
+        __syncthreads();
+        if (t + 1 < walk.tiles) load_kv(t + 1);
+        cute::cp_async_fence();
+        typename ScoreGrid::Acc s, dp;
+        s.clear();
+        dp.clear();
+        matmul<T, kHeadDim / 16>(s, q, RightRows<KTile>(shared.k(t & 1), 0));
+        matmul<T, kHeadDim / 16>(dp, dout, RightRows<KTile>(shared.v(t & 1), 0));
+        differentiate<T, ScoreGrid>(s, dp, mask, bias, p, Dense{}, b, head, row0, kRows, walk[t], kCols);
+        matmul<T, kCols / 16>(dq, as_operand<T>(dp), RightColumns<KTile>(shared.k(t & 1), 0));
+    }
+
+    cute::cp_async_wait<0>();
+    __syncthreads();
+    dq.scale(p.alpha * p.inv_scaling);
+    QueryGrid::template store<T>(dq, shared.q());
+    __syncthreads();
+    store_tile<kThreads>(shared.q(), p.dq.at<T>(seq.q_begin + row0, head), p.dq.row_stride, seq.len_q - row0, p.dim_qk);
+}
+
+}  // namespace hstu::attention::sm80

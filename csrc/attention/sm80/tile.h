@@ -1,0 +1,362 @@
+// Shared-memory tiles, tile loads and stores, and the warp-level matrix products of the SM80 family.
+//
+// Everything is built from three hardware operations: cp.async (global to shared, 16 bytes), ldmatrix (shared to
+// registers, four 8x8 blocks) and mma m16n8k16 (16-bit operands, fp32 accumulators), taken from CuTe's atoms.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/mma_sm80.hpp>
+#include <type_traits>
+
+#include "attention/mask.h"
+
+namespace hstu::attention::sm80 {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+// ---- Tiles ----
+
+// A [kRows, kDim] tile of 16-bit elements at a 128-byte aligned shared-memory address. Columns are cut into panels of
+// 64 (or 32) that follow one another; within a panel the 16-byte chunks of a row are permuted by an exclusive or with
+// the row number, so that ldmatrix and fragment stores meet no bank conflict.
+template <int kRows_, int kDim_>
+struct Tile {
+    static constexpr int kRows = kRows_, kDim = kDim_;
+    static constexpr int kPanelCols = kDim % 64 == 0 ? 64 : 32, kPanels = kDim / kPanelCols;
+    static constexpr int kRowBytes = 2 * kPanelCols, kPanelBytes = kRows * kRowBytes, kBytes = kPanels * kPanelBytes;
+
+    uint32_t address;  // in the shared window
+
+    static __device__ __forceinline__ int swizzle(int row) { return kPanelCols == 64 ? row & 7 : (row >> 1) & 3; }
+    // Of the 16-byte chunk that holds columns [col, col + 8) of the first panel.
+    static __device__ __forceinline__ int chunk_offset(int row, int col) {
+        return row * kRowBytes + ((col / 8 ^ swizzle(row)) << 4);
+    }
+};
+
+// How a block's threads walk over a tile in 16-byte chunks, each warp covering whole row segments of a panel.
+template <class Tile, int kThreads>
+struct ChunkWalk {
+    static constexpr int kLanes = Tile::kPanelCols / 8;  // threads a row segment
+    static constexpr int kRowStep = kThreads / kLanes;   // rows a pass; whole swizzle periods
+    static constexpr int kPasses = Tile::kRows / kRowStep;
+    static_assert(kRowStep % 8 == 0 && Tile::kRows % kRowStep == 0);
+
+    int row = threadIdx.x / kLanes, col = threadIdx.x % kLanes * 8;
+};
+
+// Starts copying a tile from global rows of `stride` elements; rows >= num_rows and columns >= num_cols become 0.
+template <int kThreads, class Tile, class T>
+__device__ __forceinline__ void load_tile(Tile tile, const T* global, int64_t stride, int num_rows, int num_cols) {
+    using Walk = ChunkWalk<Tile, kThreads>;
+    const Walk walk;
+    const uint32_t base = tile.address + Tile::chunk_offset(walk.row, walk.col);
+    global += walk.row * stride + walk.col;
+#pragma unroll
+    for (int pass = 0; pass < Walk::kPasses; ++pass, global += Walk::kRowStep * stride) {
+#pragma unroll
+        for (int panel = 0; panel < Tile::kPanels; ++panel) {
+            const bool inside = walk.row + pass * Walk::kRowStep < num_rows && walk.col + panel * Tile::kPanelCols < num_cols;
+            const uint32_t to = base + pass * Walk::kRowStep * Tile::kRowBytes + panel * Tile::kPanelBytes;
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to),
+                         "l"(global + panel * Tile::kPanelCols), "r"(inside ? 16 : 0));
+        }
+    }
+}
+
+// Writes a tile's first num_rows rows and num_cols columns to global memory, 16 bytes a thread.
+template <int kThreads, class Tile, class T>
+__device__ __forceinline__ void store_tile(Tile tile, T* global, int64_t stride, int num_rows, int num_cols) {
+    using Walk = ChunkWalk<Tile, kThreads>;
+    const Walk walk;
+    const uint32_t base = tile.address + Tile::chunk_offset(walk.row, walk.col);
+    global += walk.row * stride + walk.col;
+#pragma unroll
+    for (int pass = 0; pass < Walk::kPasses; ++pass, global += Walk::kRowStep * stride) {
+#pragma unroll
+        for (int panel = 0; panel < Tile::kPanels; ++panel) {
+            if (walk.row + pass * Walk::kRowStep >= num_rows || walk.col + panel * Tile::kPanelCols >= num_cols) continue;
+            const uint32_t from = base + pass * Walk::kRowStep * Tile::kRowBytes + panel * Tile::kPanelBytes;
+            uint4 chunk;
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(chunk.x), "=r"(chunk.y), "=r"(chunk.z), "=r"(chunk.w) : "r"(from));
+            *reinterpret_cast<uint4*>(global + panel * Tile::kPanelCols) = chunk;
+        }
+    }
+}
+
+// ---- Fragments ----
+
+__device__ __forceinline__ int lane() { return threadIdx.x & 31; }
+__device__ __forceinline__ int warp() { return threadIdx.x >> 5; }
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    if constexpr (std::is_same_v<T, bf16>) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+        return reinterpret_cast<const uint32_t&>(pair);
+    } else {
+        const __half2 pair = __floats2half2_rn(low, high);
+        return reinterpret_cast<const uint32_t&>(pair);
+    }
+}
+
+// A warp's share of a product's accumulator: m16 x n8 blocks from (row, col) on, in the layout of mma.
+template <int kBlocksM, int kBlocksN>
+struct Accumulator {
+    static constexpr int kM = kBlocksM, kN = kBlocksN, kSize = kBlocksM * kBlocksN * 4;
+    float x[kM][kN][4];  // [m][n][(row + 8 if 2, 3), (col + 1 if 1, 3)]
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) flat(i) = 0.0f;
+    }
+    __device__ __forceinline__ float& flat(int i) { return x[i / (kN * 4)][i / 4 % kN][i % 4]; }
+    __device__ __forceinline__ void scale(float factor) {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) flat(i) *= factor;
+    }
+};
+
+// kWarpsM x kWarpsN warps over a [kRows, kCols] product, each owning one contiguous rectangle.
+template <int kRows, int kCols, int kWarpsM, int kWarpsN>
+struct WarpGrid {
+    static constexpr int kM = kRows / kWarpsM / 16, kN = kCols / kWarpsN / 8;
+    static_assert(kM * kWarpsM * 16 == kRows && kN * kWarpsN * 8 == kCols && kN % 2 == 0);
+    using Acc = Accumulator<kM, kN>;
+
+    static __device__ __forceinline__ int row() { return warp() / kWarpsN * (kM * 16); }
+    static __device__ __forceinline__ int col() { return warp() % kWarpsN * (kN * 8); }
+
+    // visit(row, col, element) for each element of this thread; begin_row(row) once a row, its result handed on.
+    template <class BeginRow, class Visit>
+    static __device__ __forceinline__ void for_each(Acc& acc, BeginRow&& begin_row, Visit&& visit) {
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int r = row() + m * 16 + half * 8 + lane() / 4;
+                const auto state = begin_row(r);
+#pragma unroll
+                for (int n = 0; n < kN; ++n) {
+#pragma unroll
+                    for (int c = 0; c < 2; ++c)
+                        visit(state, r, col() + n * 8 + lane() % 4 * 2 + c, acc.x[m][n][half * 2 + c]);
+                }
+            }
+        }
+    }
+
+    // Converts to T and writes into a shared-memory tile.
+    template <class T, class Tile>
+    static __device__ __forceinline__ void store(const Acc& acc, Tile tile) {
+        static_assert(Tile::kRows == kRows && Tile::kDim == kCols);
+        const int r = row() + lane() / 4;
+        const uint32_t base = tile.address + r * Tile::kRowBytes + lane() % 4 * 4;
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+            const int c = col() + n * 8;
+            const uint32_t to = base + c / Tile::kPanelCols * Tile::kPanelBytes +
+                                ((c % Tile::kPanelCols / 8 ^ Tile::swizzle(r)) << 4);
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + (m * 16 + half * 8) * Tile::kRowBytes),
+                                 "r"(pack<T>(acc.x[m][n][half * 2], acc.x[m][n][half * 2 + 1])));
+            }
+        }
+    }
+
+    // Converts to T and writes the first num_rows rows and num_cols columns to global memory, 4 bytes a thread.
+    template <class T>
+    static __device__ __forceinline__ void store_global(const Acc& acc, T* global, int64_t stride, int num_rows,
+                                                        int num_cols) {
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int r = row() + m * 16 + half * 8 + lane() / 4;
+#pragma unroll
+                for (int n = 0; n < kN; ++n) {
+                    const int c = col() + n * 8 + lane() % 4 * 2;
+                    if (r < num_rows && c < num_cols)
+                        *reinterpret_cast<uint32_t*>(global + r * stride + c) =
+                            pack<T>(acc.x[m][n][half * 2], acc.x[m][n][half * 2 + 1]);
+                }
+            }
+        }
+    }
+};
+
+// ---- Operands ----
+
+// Reads 16 x 16 blocks of a product's operand from a tile with ldmatrix. kLeft: operand A (m16 x k16) or B (two n8 x
+// k16). kTransposed: the tile's rows run along k instead of along m or n. `first`: the operand's first m or n.
+template <class Tile_, bool kLeft, bool kTransposed>
+struct Operand {
+    using Tile = Tile_;
+    uint32_t base;  // this lane's row and chunk at block (0, 0)
+
+    __device__ __forceinline__ Operand(Tile tile, int first) {
+        const bool rows_first = kLeft != kTransposed;  // order of the four 8 x 8 blocks
+        const int row = rows_first ? lane() & 15 : (lane() >> 4) * 8 + (lane() & 7);
+        const int chunk = rows_first ? lane() >> 4 : lane() >> 3 & 1;
+        if constexpr (kTransposed) {
+            base = tile.address + first / Tile::kPanelCols * Tile::kPanelBytes +
+                   Tile::chunk_offset(row, (chunk + first % Tile::kPanelCols / 8) * 8);
+        } else {
+            base = tile.address + Tile::chunk_offset(row, chunk * 8) + first * Tile::kRowBytes;
+        }
+    }
+    // Block i (16 of m or n) and k-step k. Chunk numbers are exclusive-ored, so blocks along a row differ by constants.
+    __device__ __forceinline__ void load(uint32_t (&r)[4], int i, int k) const {
+        constexpr int kBlocks = Tile::kPanelCols / 16;
+        const int along_rows = kTransposed ? k : i, along_cols = kTransposed ? i : k;
+        const uint32_t from = (base ^ (along_cols % kBlocks << 5)) + along_cols / kBlocks * Tile::kPanelBytes +
+                              along_rows * 16 * Tile::kRowBytes;
+        if constexpr (kTransposed)
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from));
+        else
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from));
+    }
+};
+
+template <class Tile>
+using LeftRows = Operand<Tile, true, false>;
+template <class Tile>
+using LeftColumns = Operand<Tile, true, true>;
+template <class Tile>
+using RightRows = Operand<Tile, false, false>;
+template <class Tile>
+using RightColumns = Operand<Tile, false, true>;
+
+template <class T>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    using Atom = std::conditional_t<std::is_same_v<T, bf16>, cute::SM80_16x8x16_F32BF16BF16F32_TN,
+                                    cute::SM80_16x8x16_F32F16F16F32_TN>;
+    Atom::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]);
+}
+
+// A left operand held in registers: kM blocks of 16 rows, kSteps k-steps.
+template <int kM, int kSteps>
+struct Registers {
+    uint32_t x[kSteps][kM][4];
+
+    template <class Operand>
+    __device__ __forceinline__ void read(const Operand& from) {
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+            for (int m = 0; m < kM; ++m) from.load(x[k][m], m, k);
+        }
+    }
+    __device__ __forceinline__ void load(uint32_t (&r)[4], int m, int k) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) r[i] = x[k][m][i];
+    }
+};
+
+// An accumulator converted to T: the left operand of the next product.
+template <class T, int kM, int kN>
+__device__ __forceinline__ Registers<kM, kN / 2> as_operand(const Accumulator<kM, kN>& acc) {
+    Registers<kM, kN / 2> out;
+#pragma unroll
+    for (int k = 0; k < kN / 2; ++k) {
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float(&from)[4] = acc.x[m][2 * k + i / 2];
+                out.x[k][m][i] = pack<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
+            }
+        }
+    }
+    return out;
+}
+
+// acc += A B^T over kSteps steps of k = 16. Blocks of B are read one block ahead of their use, blocks of A one step.
+template <class T, int kSteps, int kM, int kN, class A, class B>
+__device__ __forceinline__ void matmul(Accumulator<kM, kN>& acc, const A& a, const B& b) {
+    constexpr int kPairs = kN / 2;
+    uint32_t left[2][kM][4], right[2][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) a.load(left[0][m], m, 0);
+    b.load(right[0], 0, 0);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+            const int next = k * kPairs + pair + 1;
+            if (next < kSteps * kPairs) b.load(right[next & 1], next % kPairs, next / kPairs);
+            if (pair == 0 && k + 1 < kSteps)
+#pragma unroll
+                for (int m = 0; m < kM; ++m) a.load(left[k + 1 & 1][m], m, k + 1);
+            const uint32_t(&block)[4] = right[next - 1 & 1];
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+                mma<T>(acc.x[m][2 * pair], left[k & 1][m], block[0], block[1]);
+                mma<T>(acc.x[m][2 * pair + 1], left[k & 1][m], block[2], block[3]);
+            }
+        }
+    }
+}
+
+// ---- Rows and tiles of a sequence ----
+
+// Blocks along a sequence; at least one, which clears the rows that nobody uses.
+__host__ __device__ __forceinline__ int block_count(int max_seqlen, int rows) {
+    return max_of(1, ceil_div(max_seqlen, rows));
+}
+
+// Writes 0 to rows [begin, end) of one head.
+template <class T>
+__device__ __forceinline__ void zero_rows(const Jagged& out, int head, int64_t begin, int64_t end, int num_cols) {
+    const int chunks = num_cols / 8;
+    for (int64_t i = threadIdx.x; i < (end - begin) * chunks; i += blockDim.x)
+        *reinterpret_cast<uint4*>(out.at<T>(begin + i / chunks, head) + i % chunks * 8) = uint4{0, 0, 0, 0};
+}
+
+// Rows of a [total, heads, dim] result that belong to no used row, cleared by the block that owns rows
+// [row0, row0 + rows) of sequence b: its own tail past `len`, past the last block, and before or after all sequences.
+template <class T>
+__device__ __forceinline__ void zero_unused_rows(const Jagged& out, int head, int num_cols, int b, int batch,
+                                                 int64_t total, int64_t begin, int alloc, int len, int row0, int rows,
+                                                 bool last_block) {
+    const int64_t owned_end = last_block ? alloc : min_of(row0 + rows, alloc);
+    if (owned_end > max_of(row0, len)) zero_rows<T>(out, head, begin + max_of(row0, len), begin + owned_end, num_cols);
+    if (b == 0 && row0 == 0 && begin > 0) zero_rows<T>(out, head, 0, begin, num_cols);
+    if (b == batch - 1 && row0 == 0 && begin + alloc < total)
+        zero_rows<T>(out, head, begin + alloc, total, num_cols);
+}
+
+__device__ __forceinline__ Spans aligned(Spans spans, int step) {
+    spans.first.begin -= spans.first.begin % step;
+    spans.second.begin -= spans.second.begin % step;
+    return spans;
+}
+
+// The tiles of at most two spans, in order. A tile starts where a span starts and never covers an index twice.
+struct TileWalk {
+    int first, first_tiles, second, tiles, step;
+
+    __device__ __forceinline__ TileWalk(Spans spans, int step) : step(step) {
+        first = spans.first.begin;
+        first_tiles = ceil_div(spans.first.size(), step);
+        second = spans.second.begin;
+        if (first_tiles > 0) second = max_of(second, first + first_tiles * step);
+        tiles = first_tiles + ceil_div(Span{second, spans.second.end}.size(), step);
+    }
+    __device__ __forceinline__ int operator[](int t) const {
+        return t < first_tiles ? first + t * step : second + (t - first_tiles) * step;
+    }
+};
+
+}  // namespace hstu::attention::sm80

@@ -1,0 +1,38 @@
+// Launching a kernel: raised shared-memory limits, error checks, the caller's stream.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace hstu {
+
+inline void check_cuda(cudaError_t status, const char* what) {
+    if (status != cudaSuccess)
+        throw std::runtime_error(std::string("hstu_ext: ") + what + " failed: " + cudaGetErrorString(status));
+}
+
+// Runs kernel<<<blocks, threads, shared_bytes, stream>>>(args...). The limit on dynamic shared memory is raised once a
+// kernel and device, so that launches are cheap and can be captured in a CUDA graph.
+template <auto kKernel, class... Args>
+void launch(int64_t blocks, int threads, int shared_bytes, int device, cudaStream_t stream, const Args&... args) {
+    if (blocks == 0) return;
+    if (blocks > 0x7fffffff) throw std::runtime_error("hstu_ext: too many thread blocks: " + std::to_string(blocks));
+    if (shared_bytes > 48 * 1024) {
+        static std::atomic<uint64_t> prepared{0};
+        const uint64_t bit = uint64_t{1} << (device & 63);
+        if (!(prepared.load(std::memory_order_relaxed) & bit)) {
+            check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+                       "reserving shared memory for a kernel");
+            prepared.fetch_or(bit, std::memory_order_relaxed);
+        }
+    }
+    kKernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args...);
+    check_cuda(cudaGetLastError(), "a kernel launch");
+}
+
+}  // namespace hstu
