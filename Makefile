@@ -34,6 +34,9 @@ HAVE := $(patsubst $(STATE)/installed-%,%,$(firstword $(wildcard $(STATE)/instal
 
 .PHONY: demo test check test-build gpu-test bench clean
 .DELETE_ON_ERROR:
+export PYTHONUNBUFFERED := 1
+# torch's idle CPU threads sleep instead of spinning: several times faster wherever other work shares the cores.
+demo test test-build: export OMP_WAIT_POLICY ?= passive
 
 demo: $(STATE)/installed-$(or $(KERNELS),$(HAVE),cpu)
 	$(PY) examples/demo.py
