@@ -1,5 +1,5 @@
-# The GPU kernels: finds nvcc and CUTLASS, generates the cells of HSTU_EXT_SET into the build tree and adds them to _C.
-# Without nvcc (auto) or with HSTU_EXT_CUDA=off the variables below stay empty and _C has its CPU part only.
+# hstu_gpu, an object library of the GPU kernels: finds nvcc and CUTLASS and generates the cells of HSTU_EXT_SET into the
+# build tree. Without nvcc (auto) or with HSTU_EXT_CUDA=off there is no such target and the variables below stay empty.
 set(HSTU_EXT_CUDA_VERSION "")
 set(HSTU_EXT_BUILT_ARCHS "")
 set(HSTU_EXT_BUILT_SET "")
@@ -55,16 +55,16 @@ execute_process(
   OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 string(REPLACE "\n" ";" cell_sources "${cell_sources}")
 
-target_sources(_C PRIVATE csrc/attention/cell_table.cpp ${cell_sources})
-target_compile_definitions(_C PRIVATE HSTU_EXT_CUDA=1)
-target_link_libraries(_C PRIVATE CUTLASS::CUTLASS CUDA::cudart_static)
+add_library(hstu_gpu OBJECT csrc/attention/cell_table.cpp ${cell_sources})
+target_include_directories(hstu_gpu PRIVATE csrc ${CMAKE_CURRENT_BINARY_DIR}/include)
+target_compile_definitions(hstu_gpu INTERFACE HSTU_EXT_CUDA=1)
+target_link_libraries(hstu_gpu PRIVATE CUTLASS::CUTLASS PUBLIC CUDA::cudart_static)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13)
   set(compress --compress-mode=size)
 else()
   set(compress -Xfatbin=-compress-all)
 endif()
-target_compile_options(
-  _C PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${compress};--expt-relaxed-constexpr;--diag-suppress=186;-DNDEBUG>")
+target_compile_options(hstu_gpu PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${compress};--expt-relaxed-constexpr>")
 
 set(HSTU_EXT_CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})
 string(REPLACE ";" " " HSTU_EXT_BUILT_ARCHS "${HSTU_EXT_ARCHS}")
