@@ -32,7 +32,9 @@ DEFINES_full := HSTU_EXT_SET=full
 # The kernels to install: KERNELS, else what is installed already (for the demo), else what the target asks for.
 HAVE := $(patsubst $(STATE)/installed-%,%,$(firstword $(wildcard $(STATE)/installed-*)))
 
-.PHONY: demo test check test-build gpu-test bench clean
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+.PHONY: demo test check format test-build gpu-test bench clean
 .DELETE_ON_ERROR:
 export PYTHONUNBUFFERED := 1
 # torch's idle CPU threads sleep instead of spinning: several times faster wherever other work shares the cores.
@@ -49,9 +51,13 @@ ifneq ($(OFFLINE),1)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	find csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 \
-	    | xargs -0 $(STATE)/bin/clang-format --dry-run -Werror
+	$(STATE)/bin/clang-format --dry-run -Werror $(CPP)
 endif
+
+format: $(STATE)/installed-$(or $(KERNELS),$(HAVE),cpu)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(STATE)/bin/clang-format -i $(CPP)
 
 test-build: $(STATE)/installed-$(or $(KERNELS),ci)
 	$(PY) -m pytest -m slow $(TEST_FLAGS)
