@@ -34,7 +34,7 @@ def test_reference(case: Case) -> None:
             )
             for name, where in (("out", rows), ("q", rows), ("k", keys), ("v", keys)):
                 values = head["out" if name == "out" else "d" + name]
-                if values:
+                if values and values[0]:
                     expected[name][where, h] = torch.tensor(values, dtype=torch.float64)
             if problem.rab is not None and head["drab"] and len_k:
                 square = expected["rab"][b, rab_head, len_k - len_q : len_k, :len_k]

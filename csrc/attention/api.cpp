@@ -135,8 +135,10 @@ void fill_scalars(const Inputs& in, Params& p) {
     const int64_t scaling = in.scaling_seqlen == -1 ? in.max_seqlen_q : in.scaling_seqlen;
     p.max_seqlen_q = static_cast<int>(in.max_seqlen_q);
     p.max_seqlen_k = static_cast<int>(in.max_seqlen_k);
-    p.alpha = static_cast<float>(in.alpha);
-    p.inv_scaling = scaling > 0 ? static_cast<float>(1.0 / static_cast<double>(scaling)) : 0.0f;
+    p.alpha_fp64 = in.alpha;
+    p.inv_scaling_fp64 = scaling > 0 ? 1.0 / static_cast<double>(scaling) : 0.0;
+    p.alpha = static_cast<float>(p.alpha_fp64);
+    p.inv_scaling = static_cast<float>(p.inv_scaling_fp64);
 }
 
 MaskKind fill_mask(const Inputs& in, Params& p) {

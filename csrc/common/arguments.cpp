@@ -29,6 +29,11 @@ py::object owned(PyObject* value) {
 }
 
 py::object attribute(PyObject* source, PyObject* name) { return owned(PyObject_GetAttr(source, name)); }
+py::object find_attribute(PyObject* source, PyObject* name) {
+    PyObject* value = PyObject_GetAttr(source, name);
+    if (!value) PyErr_Clear();
+    return py::reinterpret_steal<py::object>(value);
+}
 py::object call(PyObject* source, PyObject* method) { return owned(PyObject_CallMethodNoArgs(source, method)); }
 
 int64_t to_int64(PyObject* number) {
@@ -78,7 +83,8 @@ Tensor Arguments::tensor(const char* name) {
     PyObject* const source = next();
     Tensor tensor;
     if (source == Py_None) return tensor;
-    if (!PyObject_HasAttr(source, names->data_ptr)) fail_type(name, "a tensor", source);
+    const py::object data_ptr = find_attribute(source, names->data_ptr);
+    if (!data_ptr) fail_type(name, "a tensor", source);
 
     const py::object shape = attribute(source, names->shape), stride = call(source, names->stride);
     const Py_ssize_t rank = PyTuple_GET_SIZE(shape.ptr());
@@ -98,7 +104,7 @@ Tensor Arguments::tensor(const char* name) {
     if (attribute(source, tensor.device < 0 ? names->is_cpu : names->is_cuda).ptr() != Py_True)
         fail<std::invalid_argument>("hstu_ext.", op_, ": ", name, " must be on cpu or cuda, got ",
                                     std::string(py::str(py::handle(source).attr("device"))));
-    tensor.data = PyLong_AsVoidPtr(call(source, names->data_ptr).ptr());
+    tensor.data = PyLong_AsVoidPtr(owned(PyObject_CallNoArgs(data_ptr.ptr())).ptr());
     if (PyErr_Occurred()) throw py::error_already_set();
     tensor.defined = true;
     return tensor;

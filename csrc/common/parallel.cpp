@@ -64,10 +64,9 @@ void run_on_own_threads(Loop& loop, int num_threads) {
 void parallel_for(int64_t count, int num_threads, const std::function<void(int64_t, int)>& body) {
     static const OpenMp openmp;
     Loop loop{count, &body};
-    const int threads = static_cast<int>(std::min<int64_t>(num_threads, count));
-    if (threads <= 1 || in_own_threads || (openmp && openmp.in_parallel())) return loop.work();
-    if (!openmp) return run_on_own_threads(loop, threads);
-    openmp.parallel([](void* data) { static_cast<Loop*>(data)->work(); }, &loop, static_cast<unsigned>(threads), 0);
+    if (num_threads <= 1 || count <= 1 || in_own_threads || (openmp && openmp.in_parallel())) return loop.work();
+    if (!openmp) return run_on_own_threads(loop, static_cast<int>(std::min<int64_t>(num_threads, count)));
+    openmp.parallel([](void* data) { static_cast<Loop*>(data)->work(); }, &loop, static_cast<unsigned>(num_threads), 0);
 }
 
 }  // namespace hstu

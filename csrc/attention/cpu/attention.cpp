@@ -36,7 +36,8 @@ const Kernels& select_kernels() {
     std::string usable;
     for (const Variant& variant : variants()) {
         if (!variant.supported) continue;
-        if (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, variant.kernels.name) == 0) return variant.kernels;
+        if (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, variant.kernels.name) == 0)
+            return variant.kernels;
         usable += (usable.empty() ? "" : ", ") + std::string(variant.kernels.name);
     }
     throw std::invalid_argument("hstu_ext.attention: HSTU_EXT_CPU must be one of " + usable + ", got " + wanted);
@@ -68,8 +69,8 @@ void zero_rows(const Jagged& tensor, int64_t begin, int64_t end, int heads, int 
     const int64_t size = size_of(dtype);
     for (int64_t row = begin; row < end; ++row)
         for (int head = 0; head < heads; ++head)
-            std::memset(static_cast<char*>(tensor.data) + (row * tensor.row_stride + head * tensor.head_stride) * size, 0,
-                        static_cast<size_t>(dim * size));
+            std::memset(static_cast<char*>(tensor.data) + (row * tensor.row_stride + head * tensor.head_stride) * size,
+                        0, static_cast<size_t>(dim * size));
 }
 
 // The rows of a packed tensor that no sequence uses become 0. range(b) gives the first row and the rows in use.
@@ -106,11 +107,10 @@ int64_t total_work(const Params& p) {
     return total * p.heads;
 }
 
-// Waking a thread costs about as much as this many multiply-adds.
+// All of the threads or one: an OpenMP team of another size than the last costs the threads of both.
 int threads_for(const Params& p, int64_t work) {
-    constexpr int64_t kWorthAThread = 500000;
-    const int64_t multiply_adds = work * (p.dim_qk + p.dim_v);
-    return static_cast<int>(std::min<int64_t>(std::max(1, p.num_threads), 1 + multiply_adds / kWorthAThread));
+    constexpr int64_t kWorthATeam = 1000000;  // multiply-adds that take one thread about as long as waking the others
+    return work * (p.dim_qk + p.dim_v) < kWorthATeam ? 1 : std::max(1, p.num_threads);
 }
 
 struct BackwardItem {

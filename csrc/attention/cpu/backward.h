@@ -36,7 +36,8 @@ struct Partial {
     C* dv;
 
     Partial(Arena& arena, const Params& p, int len_k)
-        : dk(arena.take<C>(int64_t{len_k} * padded<C>(p.dim_qk))), dv(arena.take<C>(int64_t{len_k} * padded<C>(p.dim_v))) {}
+        : dk(arena.take<C>(int64_t{len_k} * padded<C>(p.dim_qk))),
+          dv(arena.take<C>(int64_t{len_k} * padded<C>(p.dim_v))) {}
 };
 
 // One key's row of a tile: (q.k, dO.v) becomes (P, G), 0 where masked. rab may be nullptr.
@@ -90,8 +91,8 @@ static void backward_tile(const Tile& tile, C alpha, const BackwardScratch<C>& s
         const Span& keys = tile.group_keys[group];
         multiply<Layout::kTransposed, C>(min_of(kGroup, tile.rows - row), width_qk / kLanes<C>, keys.size(),
                                          {s.g + keys.begin * kBlockQ + row, kBlockQ},
-                                         {s.k.rows + keys.begin * width_qk, width_qk}, {s.dq + row * width_qk, width_qk},
-                                         true);
+                                         {s.k.rows + keys.begin * width_qk, width_qk},
+                                         {s.dq + row * width_qk, width_qk}, true);
     }
 }
 
@@ -108,7 +109,7 @@ static void backward_blocks(const BackwardParams& p, const QueryBlocks& blocks, 
     const int head = blocks.head;
     const Sequence sequence(p, blocks.batch);
     const Mask mask(p, sequence, blocks.batch, head);
-    const C scale = static_cast<C>(p.alpha) * static_cast<C>(p.inv_scaling);
+    const C scale = static_cast<C>(p.alpha_fp64) * static_cast<C>(p.inv_scaling_fp64);
     const int offset = sequence.len_k - sequence.len_q;
 
     Arena partial_arena(partial_memory), arena(memory);
@@ -125,7 +126,7 @@ static void backward_blocks(const BackwardParams& p, const QueryBlocks& blocks, 
             s.k.pack(p.k.at<const T>(sequence.k_begin + tile.col0, head), p.k.row_stride, tile.cols);
             s.v.pack(p.v.at<const T>(sequence.k_begin + tile.col0, head), p.v.row_stride, tile.cols);
             if (p.rab.data != nullptr) pack_rab(RabBias<T>(p, sequence, blocks.batch, head), tile, s.rab);
-            backward_tile<C>(tile, static_cast<C>(p.alpha), s, partial);
+            backward_tile<C>(tile, static_cast<C>(p.alpha_fp64), s, partial);
             if (p.drab.data != nullptr)
                 write_drab(tile, s, scale, p.drab.at<T>(blocks.batch, head, row0 + offset) + tile.col0,
                            p.drab.row_stride);
@@ -135,28 +136,28 @@ static void backward_blocks(const BackwardParams& p, const QueryBlocks& blocks, 
     }
 }
 
-// to[row, 0..dim) = scale * (from[0] + from[1] + ...), the summands `distance` elements apart.
+// to[row, 0..dim) = scale * (from + the count - 1 further partials, each `distance` elements on); the sum is left in `from`.
 template <class T, class C>
-static void write_sums(const C* from, int64_t distance, int count, int rows, int dim, C scale, T* to, int64_t to_stride) {
-    C sum[256];
-    for (int row = 0; row < rows; ++row, from += padded<C>(dim), to += to_stride) {
-        std::memcpy(sum, from, dim * sizeof(C));
-        for (int i = 1; i < count; ++i)
-            for (int d = 0; d < dim; ++d) sum[d] += from[i * distance + d];
-        write_rows(sum, 0, 1, dim, scale, to, 0);
+static void write_sums(C* from, int64_t distance, int count, int rows, int dim, C scale, T* to, int64_t to_stride) {
+    const int width = padded<C>(dim);
+    const int64_t elements = int64_t{rows} * width;
+    for (int i = 1; i < count; ++i) {
+        const C* other = from + i * distance;
+        for (int64_t n = 0; n < elements; ++n) from[n] += other[n];
     }
+    write_rows(from, width, rows, dim, scale, to, to_stride);
 }
 
 template <class T>
-static void finish_rows(const BackwardParams& p, int batch, int head, const void* partials, int count, int row0, int rows) {
+static void finish_rows(const BackwardParams& p, int batch, int head, void* partials, int count, int row0, int rows) {
     using C = Compute<T>;
     const Sequence sequence(p, batch);
-    Arena arena(const_cast<void*>(partials));
+    Arena arena(partials);
     const Partial<C> first(arena, p, sequence.len_k);
     const int64_t distance = static_cast<int64_t>(arena.used() / sizeof(C)), row = sequence.k_begin + row0;
-    const C inv_scaling = static_cast<C>(p.inv_scaling);
+    const C inv_scaling = static_cast<C>(p.inv_scaling_fp64);
     write_sums(first.dk + row0 * int64_t{padded<C>(p.dim_qk)}, distance, count, rows, p.dim_qk,
-               static_cast<C>(p.alpha) * inv_scaling, p.dk.at<T>(row, head), p.dk.row_stride);
+               static_cast<C>(p.alpha_fp64) * inv_scaling, p.dk.at<T>(row, head), p.dk.row_stride);
     write_sums(first.dv + row0 * int64_t{padded<C>(p.dim_v)}, distance, count, rows, p.dim_v, inv_scaling,
                p.dv.at<T>(row, head), p.dv.row_stride);
 }

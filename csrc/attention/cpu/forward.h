@@ -74,8 +74,9 @@ static void forward_tile(const Tile& tile, C alpha, const ForwardScratch<C>& s) 
         const VectorSpan span = vectors_of<C>(tile.group_queries[g]);
         C* scores = s.scores + key * kBlockQ;
         const int first = span.begin * kLanes<C>;
-        multiply<Layout::kRowMajor, C>(keys, span.end - span.begin, s.q.dim, {s.k.rows + key * s.k.stride(), s.k.stride()},
-                                       {s.q.transposed + first, kBlockQ}, {scores + first, kBlockQ}, false);
+        multiply<Layout::kRowMajor, C>(keys, span.end - span.begin, s.q.dim,
+                                       {s.k.rows + key * s.k.stride(), s.k.stride()}, {s.q.transposed + first, kBlockQ},
+                                       {scores + first, kBlockQ}, false);
         for (int i = 0; i < keys; ++i)
             activate<C>(tile, key + i, span, alpha, s.rab.dim ? s.rab.transposed + (key + i) * kBlockQ : nullptr,
                         scores + i * kBlockQ);
@@ -104,9 +105,9 @@ static void forward_block(const Params& p, int batch, int head, int block, void*
         s.k.pack(p.k.at<const T>(sequence.k_begin + tile.col0, head), p.k.row_stride, tile.cols);
         s.v.pack(p.v.at<const T>(sequence.k_begin + tile.col0, head), p.v.row_stride, tile.cols);
         if (p.rab.data != nullptr) pack_rab(RabBias<T>(p, sequence, batch, head), tile, s.rab);
-        forward_tile<C>(tile, static_cast<C>(p.alpha), s);
+        forward_tile<C>(tile, static_cast<C>(p.alpha_fp64), s);
     });
-    write_rows(s.out, s.v.stride(), rows, p.dim_v, static_cast<C>(p.inv_scaling),
+    write_rows(s.out, s.v.stride(), rows, p.dim_v, static_cast<C>(p.inv_scaling_fp64),
                p.out.at<T>(sequence.q_begin + row0, head), p.out.row_stride);
 }
 

@@ -56,7 +56,7 @@ template <class C, Layout kLayout, int kRows>
 static void multiply_rows(Matrix<const C> a, Matrix<const C> b, Matrix<C> c, int vectors, int depth, bool accumulate) {
     const auto block = [&](auto count, int v) {
         multiply_block<C, kLayout, kRows, decltype(count)::value>(a.data, a.stride, b.data + v * kLanes<C>, b.stride,
-                                                                 c.data + v * kLanes<C>, c.stride, depth, accumulate);
+                                                                  c.data + v * kLanes<C>, c.stride, depth, accumulate);
     };
     int v = 0;
     for (; v + kBlockVectors <= vectors; v += kBlockVectors) block(Constant<kBlockVectors>{}, v);

@@ -64,7 +64,7 @@ static void forward(const Params& p, DType dtype, MaskKind mask, int batch, int 
     with_type(dtype, [&](auto type) {
         with_mask(mask, [&](auto mask_type) {
             forward_block<typename decltype(type)::Type, typename decltype(mask_type)::Type>(p, batch, head, block,
-                                                                                            scratch);
+                                                                                             scratch);
         });
     });
 }
@@ -74,12 +74,12 @@ static void backward(const BackwardParams& p, DType dtype, MaskKind mask, const 
     with_type(dtype, [&](auto type) {
         with_mask(mask, [&](auto mask_type) {
             backward_blocks<typename decltype(type)::Type, typename decltype(mask_type)::Type>(p, blocks, partial,
-                                                                                              scratch);
+                                                                                               scratch);
         });
     });
 }
 
-static void finish(const BackwardParams& p, DType dtype, int batch, int head, const void* partials, int count, int row0,
+static void finish(const BackwardParams& p, DType dtype, int batch, int head, void* partials, int count, int row0,
                    int rows) {
     with_type(dtype, [&](auto type) {
         finish_rows<typename decltype(type)::Type>(p, batch, head, partials, count, row0, rows);
@@ -89,7 +89,7 @@ static void finish(const BackwardParams& p, DType dtype, int batch, int head, co
 #define HSTU_CPU_STRING_OF(name) #name
 #define HSTU_CPU_STRING(name) HSTU_CPU_STRING_OF(name)
 
-static constexpr Kernels kKernels = {HSTU_CPU_STRING(HSTU_CPU_VARIANT), forward_scratch, backward_scratch,
-                                     partial_bytes, forward, backward, finish};
+static constexpr Kernels kKernels = {
+    HSTU_CPU_STRING(HSTU_CPU_VARIANT), forward_scratch, backward_scratch, partial_bytes, forward, backward, finish};
 
 }  // namespace hstu::attention::cpu::HSTU_CPU_VARIANT

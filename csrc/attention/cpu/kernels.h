@@ -31,9 +31,8 @@ struct Kernels {
     void (*forward)(const Params&, DType, MaskKind, int batch, int head, int block, void* scratch);
     // Rows of dq (and drab) in the query blocks, and what these blocks add to dK and dV, into `partial`.
     void (*backward)(const BackwardParams&, DType, MaskKind, const QueryBlocks&, void* partial, void* scratch);
-    // Rows [row0, row0 + rows) of dk and dv: the sum of `count` partials that lie one after the other.
-    void (*finish)(const BackwardParams&, DType, int batch, int head, const void* partials, int count, int row0,
-                   int rows);
+    // Rows [row0, row0 + rows) of dk and dv: the sum of `count` partials that lie one after the other, left in the first.
+    void (*finish)(const BackwardParams&, DType, int batch, int head, void* partials, int count, int row0, int rows);
 };
 
 const Kernels& baseline_kernels();

@@ -36,26 +36,30 @@ static void pack_rows(const T* from, int64_t from_stride, int rows, int dim, C* 
     const int whole = dim / 8 * 8, width = padded<C>(dim);
     for (int row = 0; row < rows; ++row, from += from_stride, to += width) {
         for (int d = 0; d < whole; d += 8) load8(from + d, to + d);
+        if (whole == width) continue;
         fill_zero(to + whole, width - whole);
-        if (whole < dim) {
-            T rest[8] = {};
-            std::memcpy(rest, from + whole, (dim - whole) * sizeof(T));
-            load8(rest, to + whole);
-        }
+        if (whole == dim) continue;
+        T rest[8] = {};
+        std::memcpy(rest, from + whole, (dim - whole) * sizeof(T));
+        load8(rest, to + whole);
     }
 }
 
 // to[row, 0..dim) = scale * from[row, 0..dim)
 template <class T, class C>
 static void write_rows(const C* from, int from_stride, int rows, int dim, C scale, T* to, int64_t to_stride) {
+    const int whole = dim / 8 * 8;
+    C scaled[8] = {};
     for (int row = 0; row < rows; ++row, from += from_stride, to += to_stride) {
-        for (int d = 0; d < dim; d += 8) {
-            C scaled[8];
-            T converted[8];
+        for (int d = 0; d < whole; d += 8) {
             for (int i = 0; i < 8; ++i) scaled[i] = from[d + i] * scale;
-            store8(scaled, converted);
-            std::memcpy(to + d, converted, min_of(8, dim - d) * sizeof(T));
+            store8(scaled, to + d);
         }
+        if (whole == dim) continue;
+        for (int i = 0; whole + i < dim; ++i) scaled[i] = from[whole + i] * scale;
+        T rest[8];
+        store8(scaled, rest);
+        std::memcpy(to + whole, rest, (dim - whole) * sizeof(T));
     }
 }
 

@@ -38,7 +38,7 @@ constexpr int kGroups = (kBlockQ + kGroup - 1) / kGroup;
 struct Tile {
     int row0, rows, col0, cols;
     bool full;
-    uint64_t queries[kBlockK];  // per key: the query rows that keep it
+    uint64_t queries[kBlockK];    // per key: the query rows that keep it
     Span group_queries[kGroups];  // per group of keys: a range of query rows
     Span group_keys[kGroups];     // per group of query rows: a range of keys
 
