@@ -95,9 +95,9 @@ __device__ __forceinline__ void add_to_global(float4* to, float a, float b, floa
 #endif
 }
 
+// The work of key-stationary block `block` of block_count(max_seqlen_k, cols) * heads * batch.
 template <class T, int kHeadDim, class Mask, class Bias, class Config>
-__global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
-    backward_kv_kernel(const __grid_constant__ BackwardParams p, DqPlan plan) {
+__device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPlan plan, int block, uint32_t shared_base) {
     constexpr int kRows = Config::rows, kCols = Config::cols, kThreads = Config::warps * 32;
     using Shared = BackwardShared<kHeadDim, Config>;
     using QTile = typename Shared::QTile;
@@ -106,13 +106,12 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
     using ScoreGrid = WarpGrid<kRows, kCols, Config::warps_m_s, Config::warps / Config::warps_m_s>;     // S, dP
     using KeyGrid = WarpGrid<kCols, kHeadDim, Config::warps_m_kv, Config::warps / Config::warps_m_kv>;  // dK, dV
     using QueryGrid = WarpGrid<kRows, kHeadDim, Config::warps_m_q, Config::warps / Config::warps_m_q>;  // dQ
-    extern __shared__ __align__(128) unsigned char shared_memory[];
-    const Shared shared{static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory))};
+    const Shared shared{shared_base};
 
     // Earlier keys first: under a causal mask they have the most work.
     const int col_blocks = block_count(p.max_seqlen_k, kCols);
-    const int col_block = blockIdx.x % col_blocks, col0 = col_block * kCols;
-    const int head = blockIdx.x / col_blocks % p.heads, b = blockIdx.x / col_blocks / p.heads;
+    const int col_block = block % col_blocks, col0 = col_block * kCols;
+    const int head = block / col_blocks % p.heads, b = block / col_blocks / p.heads;
     const Sequence seq(p, b);
     const bool last = col_block == col_blocks - 1;
     zero_unused_rows<T>(p.dk, head, p.dim_qk, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0, kCols, last);

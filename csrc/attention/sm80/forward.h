@@ -29,21 +29,66 @@ struct ForwardShared {
     __device__ KTile v(int stage) const { return {base + QTile::kBytes + (2 + stage) * KTile::kBytes}; }
 };
 
-// S -> silu(alpha (S + rab)), 0 where masked.
-template <class Grid, class Mask, class Bias>
-__device__ __forceinline__ void activate(typename Grid::Acc& s, const Mask& mask, const Bias& bias, float alpha,
-                                         int row0, int rows, int col0, int cols) {
-    if constexpr (Bias::kKind == BiasKind::kRab)
-        Grid::for_each(s, [](int) { return 0; }, [&](int, int row, int col, float& x) {
-            x += static_cast<float>(bias.at(row0 + row, col0 + col));
-        });
-    if (!mask.is_full(row0, rows, col0, cols))
-        Grid::for_each(s, [&](int row) { return mask.row(row0 + row); }, [&](const auto& rule, int, int col, float& x) {
-            x = rule.keeps(col0 + col) ? x : 0.0f;
-        });
-    const float half_alpha = 0.5f * alpha;
+// S -> P N = silu(alpha (S + rab)), 0 where masked, in pieces of 16 keys that can be interleaved with products.
+template <class Grid, class Mask, class Bias, bool kMasked>
+struct Activation {
+    static constexpr int kPiece = Grid::kM * 8;  // elements of this thread in 16 columns
+
+    typename Grid::Acc& s;
+    const Mask& mask;
+    const Bias& bias;
+    int row0, col0;
+    float half_alpha;
+
+    // Elements [from, to) of 16-column piece `piece`.
+    __device__ __forceinline__ void operator()(int piece, int from, int to) const {
 #pragma unroll
-    for (int i = 0; i < Grid::Acc::kSize; ++i) s.flat(i) = silu_of_twice(half_alpha * s.flat(i));
+        for (int i = from; i < to; ++i) {
+            const int m = i / 8, n = 2 * piece + i / 4 % 2, half = i / 2 % 2, c = i % 2;
+            float& x = s.x[m][n][half * 2 + c];
+            if constexpr (kMasked || Bias::kKind == BiasKind::kRab) {
+                const int row = row0 + Grid::row() + m * 16 + half * 8 + lane() / 4;
+                const int col = col0 + Grid::col() + n * 8 + lane() % 4 * 2 + c;
+                if constexpr (Bias::kKind == BiasKind::kRab) x += static_cast<float>(bias.at(row, col));
+                if constexpr (kMasked) x = mask.row(row).keeps(col) ? x : 0.0f;
+            }
+            x = silu_of_twice(half_alpha * x);
+        }
+    }
+};
+
+// out += P V for one tile of keys. The activation of 16 keys runs among the products of the 16 keys before (or, where
+// Q is in registers, already among the products that compute the following scores), so that the tensor cores and the
+// special-function units work at the same time.
+template <class T, int kHeadDim, class Config, bool kMasked, class Q, class KTile, class Out, class Mask, class Bias>
+__device__ __forceinline__ void attend(Out& out, const Q& q, KTile k, KTile v, const Mask& mask, const Bias& bias,
+                                       int row0, int col0, float alpha) {
+    using Grid = WarpGrid<Config::rows, Config::cols, Config::warps, 1>;
+    using Act = Activation<Grid, Mask, Bias, kMasked>;
+    constexpr int kPieces = Config::cols / 16, kOutPairs = kHeadDim / 16, kPiece = Act::kPiece;
+    typename Grid::Acc s;
+    s.clear();
+    Registers<Grid::kM, kPieces> weights;
+    const Act activate{s, mask, bias, row0, col0, 0.5f * alpha};
+    const auto among = [&](int piece, int step, int steps) {
+        activate(piece, step * kPiece / steps, (step + 1) * kPiece / steps);
+        if (step + 1 == steps) convert_step<T>(weights, s, piece);
+    };
+    const RightRows<KTile> keys(k, 0);
+    if constexpr (Config::q_in_registers) {
+        constexpr int kSteps = kHeadDim / 16;
+        matmul_by_columns<T>(s, q, keys, [&](int step) {
+            if (step >= kSteps) among(step / kSteps - 1, step % kSteps, kSteps);
+        });
+        among(kPieces - 1, 0, 1);
+        matmul_by_rows<T>(out, weights, RightColumns<KTile>(v, 0));
+    } else {
+        matmul<T, kHeadDim / 16>(s, q, keys);
+        among(0, 0, 1);
+        matmul_by_rows<T>(out, weights, RightColumns<KTile>(v, 0), [&](int step) {
+            if (step / kOutPairs + 1 < kPieces) among(step / kOutPairs + 1, step % kOutPairs, kOutPairs);
+        });
+    }
 }
 
 template <class T, int kHeadDim, class Mask, class Bias, class Config>
@@ -78,7 +123,7 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks) forward_ke
     if (walk.tiles > 0) load_kv(0);
     cute::cp_async_fence();
 
-    const LeftRows<typename Shared::QTile> q(shared.q(), ScoreGrid::row());
+    const LeftRows<typename Shared::QTile> q_shared(shared.q(), ScoreGrid::row());
     Registers<ScoreGrid::kM, kHeadDim / 16> q_registers;
     typename OutGrid::Acc out;
     out.clear();
@@ -87,18 +132,20 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks) forward_ke
         cute::cp_async_wait<0>();
         __syncthreads();
         if constexpr (Config::q_in_registers) {
-            if (t == 0) q_registers.read(q);
+            if (t == 0) q_registers.read(q_shared);
         }
         if (t + 1 < walk.tiles) load_kv(t + 1);
         cute::cp_async_fence();
-
-        typename ScoreGrid::Acc s;
-        s.clear();
-        const RightRows<typename Shared::KTile> keys(shared.k(t & 1), 0);
-        if constexpr (Config::q_in_registers) matmul<T, kHeadDim / 16>(s, q_registers, keys);
-        else matmul<T, kHeadDim / 16>(s, q, keys);
-        activate<ScoreGrid>(s, mask, bias, p.alpha, row0, kRows, walk[t], kCols);
-        matmul<T, kCols / 16>(out, as_operand<T>(s), RightColumns<typename Shared::KTile>(shared.v(t & 1), 0));
+        const auto step = [&](auto masked) {
+            const auto run = [&](const auto& q) {
+                attend<T, kHeadDim, Config, decltype(masked)::value>(out, q, shared.k(t & 1), shared.v(t & 1), mask,
+                                                                     bias, row0, walk[t], p.alpha);
+            };
+            if constexpr (Config::q_in_registers) run(q_registers);
+            else run(q_shared);
+        };
+        if (mask.is_full(row0, kRows, walk[t], kCols)) step(std::false_type{});
+        else step(std::true_type{});
     }
 
     cute::cp_async_wait<0>();
