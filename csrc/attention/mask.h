@@ -103,8 +103,8 @@ struct TargetMask {
                      p.num_targets ? p.num_targets[b] : 0, p.target_group_size) {}
 
     HSTU_HOST_DEVICE Row row(int i) const {
-        const int position = i + offset;
-        if (position < contexts) return {history_end, 0, 0};
+        const int position = i + offset;  // negative where len_q > len_k: such a row is no context and keeps nothing
+        if (position >= 0 && position < contexts) return {history_end, 0, 0};
         if (position < history_end) return {position + 1, 0, 0};
         return {history_end, group_start(position), min_of(len_k, position + 1)};
     }
@@ -112,19 +112,20 @@ struct TargetMask {
 
     HSTU_HOST_DEVICE Spans kv_range(int row0, int rows) const {
         const int first = row0 + offset, last = min_of(row0 + rows, len_q) - 1 + offset;
-        if (last < history_end) return {{0, first < contexts ? history_end : last + 1}, {}};
+        if (last < history_end) return {{0, max_of(first, 0) < contexts ? history_end : last + 1}, {}};
         return {{0, history_end}, {group_start(max_of(first, history_end)), last + 1}};
     }
     HSTU_HOST_DEVICE Spans q_range(int col0, int cols) const {
         const int last = min_of(col0 + cols, len_k) - 1;
         if (col0 >= history_end)
             return {{max_of(0, col0 - offset), min_of(len_q, group_start(last) + group - offset)}, {}};
-        return {{0, clamp_to(contexts - offset, 0, len_q)}, {max_of(0, max_of(contexts, col0) - offset), len_q}};
+        return {{max_of(0, -offset), clamp_to(contexts - offset, 0, len_q)},
+                {max_of(0, max_of(contexts, col0) - offset), len_q}};
     }
     HSTU_HOST_DEVICE bool is_full(int row0, int rows, int col0, int cols) const {
         const int last = min_of(row0 + rows, len_q) - 1 + offset, last_col = min_of(col0 + cols, len_k) - 1;
         const int first = max_of(row0 + offset, contexts);  // the first row that is not a context
-        return last_col < history_end && (first > last || last_col <= first);
+        return row0 + offset >= 0 && last_col < history_end && (first > last || last_col <= first);
     }
 
   private:

@@ -42,6 +42,8 @@ struct Params {
 
     float alpha = 1.0f;                   // S = alpha * (q.k + rab)
     float inv_scaling = 1.0f;             // 1 / N, N = scaling_seqlen
+    double alpha_fp64 = 1.0;              // the same two for the CPU kernels, which also run in fp64
+    double inv_scaling_fp64 = 1.0;
 
     Jagged q, k, v;                       // [total_q, heads, dim_qk] [total_k, heads, dim_qk] [total_k, heads, dim_v]
     Jagged out;                           // [total_q, heads, dim_v]; every element is written

@@ -1,4 +1,4 @@
-// Launching a kernel: raised shared-memory limits, error checks, the caller's stream.
+// Launching a kernel: raised shared-memory limits, the error check, the caller's stream.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,12 +10,9 @@
 #include <stdexcept>
 #include <string>
 
-namespace hstu {
+#include "common/cuda.h"
 
-inline void check_cuda(cudaError_t status, const char* what) {
-    if (status != cudaSuccess)
-        throw std::runtime_error(std::string("hstu_ext: ") + what + " failed: " + cudaGetErrorString(status));
-}
+namespace hstu {
 
 // Shared memory that a block may ask for on this device: 99 to 227 KB. HSTU_EXT_MAX_SHARED_KB lowers it, so that the
 // kernels of small GPUs can be tested on large ones.

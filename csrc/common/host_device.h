@@ -1,8 +1,11 @@
 // HSTU_HOST_DEVICE marks functions shared by host code, CPU kernels and CUDA kernels.
+// They are always inlined, so no copy compiled for one instruction set can be linked into code meant for another.
 #pragma once
 
 #if defined(__CUDACC__)
 #define HSTU_HOST_DEVICE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define HSTU_HOST_DEVICE inline __attribute__((always_inline))
 #else
 #define HSTU_HOST_DEVICE inline
 #endif

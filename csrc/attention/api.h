@@ -1,0 +1,56 @@
+// HSTU attention as Python calls it: checked tensors in, a kernel launch (or a CPU run) out.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "common/tensor.h"
+
+namespace hstu::attention {
+
+// What forward and backward share. An undefined tensor was None.
+struct Inputs {
+    Tensor q, k, v;                     // [total_q, heads, dqk] [total_k, heads, dqk] [total_k, heads, dv]
+    Tensor cu_seqlens_q, cu_seqlens_k;  // [batch + 1]
+    int64_t max_seqlen_q, max_seqlen_k;
+    Tensor num_contexts, num_targets;  // [batch] or undefined
+    int64_t target_group_size;
+    int64_t window_left, window_right;
+    double alpha;
+    Tensor rab;   // [batch, 1 or heads, M, M] or undefined
+    Tensor func;  // [1 or heads, n, >= total_q] or undefined
+    int64_t scaling_seqlen;
+    Tensor seqused_q, seqused_k;  // [batch] or undefined
+};
+
+struct Gradients {
+    Tensor dout;        // [total_q, heads, dv], read
+    Tensor dq, dk, dv;  // as q, k, v, written
+    Tensor drab;        // [batch, heads, M, M], zeroed by the caller, or undefined
+    Tensor dq_accum;    // fp32 [backward_scratch()] or undefined
+};
+
+// Where and how to run. `stream` is a cudaStream_t; `num_threads` is for the CPU.
+struct Execution {
+    void* stream;
+    int num_threads;
+};
+
+// A GPU tensor whose rows are not 16-byte aligned. The caller may try again with fresh copies.
+struct MisalignedError : std::invalid_argument {
+    using std::invalid_argument::invalid_argument;
+};
+
+// The kernel that this call needs was not compiled.
+struct MissingKernelError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+void forward(const Inputs& inputs, const Tensor& out, Execution execution);
+void backward(const Inputs& inputs, const Gradients& gradients, bool deterministic, Execution execution);
+
+// fp32 elements that backward wants in dq_accum; 0 for none.
+int64_t backward_scratch(const Tensor& q, const Tensor& v, const Tensor& cu_seqlens_q, int64_t max_seqlen_k,
+                         bool deterministic);
+
+}  // namespace hstu::attention

@@ -1,0 +1,32 @@
+// The Python module hstu_ext._C.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "attention/bindings.h"
+#include "attention/cpu/attention.h"
+#include "build_info.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+    py::dict info;
+    info["version"] = hstu::build::kVersion;
+    info["compiler"] = hstu::build::kCompiler;
+    info["cuda"] = hstu::build::kCuda;
+    info["cutlass"] = hstu::build::kCutlass;
+    info["archs"] = py::str(hstu::build::kArchs).attr("split")();
+    info["set"] = hstu::build::kSet;
+    info["cpu_variants"] = hstu::attention::cpu::built_variants();
+    info["cpu_variant"] = hstu::attention::cpu::selected_variant();
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Compiled kernels of hstu_ext. Private: use the functions of the hstu_ext package.";
+    m.def("build_info", &build_info, "Versions, architectures and the kernel set of this build.");
+    hstu::attention::register_attention(m);
+}

@@ -1,0 +1,135 @@
+#include "common/arguments.h"
+
+#include <sstream>
+#include <string>
+
+#include "common/check.h"
+
+namespace py = pybind11;
+
+namespace hstu {
+namespace {
+
+// Never freed: a static py::object would be destroyed after the interpreter is gone.
+PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
+
+struct Names {
+    PyObject* shape = intern("shape");
+    PyObject* stride = intern("stride");
+    PyObject* dtype = intern("dtype");
+    PyObject* data_ptr = intern("data_ptr");
+    PyObject* get_device = intern("get_device");
+    PyObject* is_cuda = intern("is_cuda");
+    PyObject* is_cpu = intern("is_cpu");
+};
+
+py::object owned(PyObject* value) {
+    if (!value) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(value);
+}
+
+py::object attribute(PyObject* source, PyObject* name) { return owned(PyObject_GetAttr(source, name)); }
+py::object find_attribute(PyObject* source, PyObject* name) {
+    PyObject* value = PyObject_GetAttr(source, name);
+    if (!value) PyErr_Clear();
+    return py::reinterpret_steal<py::object>(value);
+}
+py::object call(PyObject* source, PyObject* method) { return owned(PyObject_CallMethodNoArgs(source, method)); }
+
+int64_t to_int64(PyObject* number) {
+    const long long value = PyLong_AsLongLong(number);
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+}
+
+// torch's dtypes are singletons: each is read from its text once and known by its address from then on.
+bool find_dtype(PyObject* object, DType& dtype) {
+    static struct {
+        PyObject* object;
+        DType dtype;
+    } known[8];
+    static int known_count = 0;  // the GIL guards both
+    for (int i = 0; i < known_count; ++i)
+        if (known[i].object == object) return dtype = known[i].dtype, true;
+
+    const std::string text = py::str(object);
+    for (DType candidate : {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16, DType::kInt32,
+                            DType::kInt64, DType::kBool}) {
+        if (text == std::string("torch.") + name_of(candidate)) {
+            Py_INCREF(object);
+            known[known_count++] = {object, candidate};
+            return dtype = candidate, true;
+        }
+    }
+    return false;
+}
+
+}  // namespace
+
+PyObject* Arguments::next() {
+    if (position_ >= static_cast<Py_ssize_t>(values_.size()))
+        throw py::type_error(std::string("hstu_ext.") + op_ + ": too few arguments");
+    return PyTuple_GET_ITEM(values_.ptr(), position_++);
+}
+
+void Arguments::fail_type(const char* name, const char* expected, PyObject* got) const {
+    std::ostringstream text;
+    text << "hstu_ext." << op_ << ": " << name << " must be " << expected << ", got " << Py_TYPE(got)->tp_name;
+    throw py::type_error(text.str());
+}
+
+Tensor Arguments::tensor(const char* name) {
+    static const Names* const names = new Names;
+    PyObject* const source = next();
+    Tensor tensor;
+    if (source == Py_None) return tensor;
+    const py::object data_ptr = find_attribute(source, names->data_ptr);
+    if (!data_ptr) fail_type(name, "a tensor", source);
+
+    const py::object shape = attribute(source, names->shape), stride = call(source, names->stride);
+    const Py_ssize_t rank = PyTuple_GET_SIZE(shape.ptr());
+    if (rank > Tensor::kMaxRank)
+        fail<std::invalid_argument>("hstu_ext.", op_, ": ", name, " must have at most ", Tensor::kMaxRank,
+                                    " dimensions, got ", rank);
+    tensor.rank = static_cast<int>(rank);
+    for (Py_ssize_t i = 0; i < rank; ++i) {
+        tensor.shape[i] = to_int64(PyTuple_GET_ITEM(shape.ptr(), i));
+        tensor.stride[i] = to_int64(PyTuple_GET_ITEM(stride.ptr(), i));
+    }
+    const py::object dtype = attribute(source, names->dtype);
+    if (!find_dtype(dtype.ptr(), tensor.dtype))
+        fail<std::invalid_argument>("hstu_ext.", op_, ": ", name, " must be of a supported type, got ",
+                                    std::string(py::str(dtype)));
+    tensor.device = static_cast<int>(to_int64(call(source, names->get_device).ptr()));
+    if (attribute(source, tensor.device < 0 ? names->is_cpu : names->is_cuda).ptr() != Py_True)
+        fail<std::invalid_argument>("hstu_ext.", op_, ": ", name, " must be on cpu or cuda, got ",
+                                    std::string(py::str(py::handle(source).attr("device"))));
+    tensor.data = PyLong_AsVoidPtr(owned(PyObject_CallNoArgs(data_ptr.ptr())).ptr());
+    if (PyErr_Occurred()) throw py::error_already_set();
+    tensor.defined = true;
+    return tensor;
+}
+
+int64_t Arguments::integer(const char* name) {
+    PyObject* const source = next();
+    const long long value = PyLong_AsLongLong(source);
+    if (value == -1 && PyErr_Occurred()) {
+        if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
+        PyErr_Clear();
+        fail_type(name, "an int", source);
+    }
+    return value;
+}
+
+double Arguments::number(const char* name) {
+    PyObject* const source = next();
+    const double value = PyFloat_AsDouble(source);
+    if (value == -1.0 && PyErr_Occurred()) {
+        if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
+        PyErr_Clear();
+        fail_type(name, "a float", source);
+    }
+    return value;
+}
+
+}  // namespace hstu

@@ -1,0 +1,1 @@
+"""The ops: one module each, autograd and torch.compile support around hstu_ext._C."""

@@ -1,0 +1,380 @@
+"""The named cases of the attention op: what is asked (Case), with which tensors (Problem), and how good is good enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hstu_ext import reference
+
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+INT32_MAX = 2**31 - 1
+
+
+def ragged(longest: int, count: int, seed: int = 0) -> tuple[int, ...]:
+    """Heavy-tailed lengths; the first is the longest."""
+    x = torch.rand(count, generator=torch.Generator().manual_seed(seed))
+    return (longest, *(max(1, int(longest * y**3)) for y in x.tolist()[1:]))
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    lengths: tuple[int, ...] = ragged(300, 10)  # keys of each sequence
+    lengths_q: tuple[int, ...] | None = None  # query rows, the same unless given
+    heads: int = 2
+    dim: int = 64
+    dim_v: int | None = None
+    window: tuple[int, int] = (-1, 0)
+    contexts: tuple[int, ...] | None = None
+    targets: tuple[int, ...] | None = None
+    group: int = 1
+    bounds: int = 0  # rows of func, odd; 0: no func
+    bounds_per_head: bool = True
+    rab: str = ""  # "", "one" (broadcast over heads) or "heads"
+    rab_margin: int = 0  # M - max_seqlen_k
+    alpha: float = 0.15
+    scaling: int = -1
+    offsets: torch.dtype = torch.int32
+    layout: str = "plain"  # or fused, packed, padded, transposed
+    used_q: tuple[int, ...] | None = None
+    used_k: tuple[int, ...] | None = None
+    max_margin: int = 0  # max_seqlen beyond the longest sequence
+    outside: tuple[int, int] = (0, 0)  # rows before the first and after the last sequence
+
+    @property
+    def mask(self) -> str:
+        if self.bounds:
+            return "interval"
+        return "window" if self.contexts is None and self.targets is None else "target"
+
+    def cell(self, direction: str, device: str, dtype: torch.dtype) -> str:
+        """Name of the kernel that serves this case; for the CPU, which has no cells, a name in the same style."""
+        largest = max(self.dim, self.dim_v or 0)
+        bucket = next(size for size in (32, 64, 128, 256) if size >= largest)
+        arch = "sm80" if device == "cuda" else "cpu"
+        return f"attn_{direction}_{arch}_{DTYPE_NAMES[dtype]}_d{bucket}_{self.mask}" + ("_rab" if self.rab else "")
+
+    def problem(self, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:
+        return Problem(self, device, dtype, seed)
+
+    def shrunk(self) -> Case:
+        """The same kind of case, small enough for scalar arithmetic."""
+        count = min(len(self.lengths), 5)
+
+        def cut(values: tuple[int, ...] | None, limit: tuple[int, ...]) -> tuple[int, ...] | None:
+            return None if values is None else tuple(min(x, y) for x, y in zip(values, limit))
+
+        lengths = cut(self.lengths, (6,) * count)
+        lengths_q = cut(self.lengths_q, (6,) * count)
+        used_k = cut(self.used_k, lengths)
+        keys = used_k or lengths
+        contexts = cut(self.contexts, tuple(n // 3 for n in keys))
+        targets = cut(self.targets, tuple(n - (contexts[b] if contexts else 0) for b, n in enumerate(keys)))
+        return replace(
+            self, lengths=lengths, lengths_q=lengths_q, used_k=used_k, used_q=cut(self.used_q, lengths_q or lengths),
+            contexts=contexts, targets=targets, dim=8, dim_v=16 if self.dim_v else None,
+        )  # fmt: skip
+
+
+class Problem:
+    """Random tensors of a case. Whatever lies outside the sequences in use is NaN, or wild in index tensors."""
+
+    def __init__(self, case: Case, device: str, dtype: torch.dtype, seed: int) -> None:
+        self.case, self.device, self.dtype = case, device, dtype
+        self._generator = torch.Generator().manual_seed(seed)
+        lengths_k = case.lengths
+        lengths_q = case.lengths_q or lengths_k
+        before, after = case.outside
+        self.starts_q = [before + sum(lengths_q[:b]) for b in range(len(lengths_q) + 1)]
+        self.starts_k = [before + sum(lengths_k[:b]) for b in range(len(lengths_k) + 1)]
+        self.max_q = max(lengths_q, default=0) + case.max_margin
+        self.max_k = max(lengths_k, default=0) + case.max_margin
+        self.scaling = self.max_q if case.scaling == -1 else case.scaling
+        total_q, total_k = self.starts_q[-1] + after, self.starts_k[-1] + after
+
+        self.q, self.k, self.v = self._qkv(total_q, total_k)
+        self.dout = self._normal(total_q, case.heads, case.dim_v or case.dim)
+        rows_q = [(begin, length) for begin, length, _, _ in self.spans()]
+        rows_k = [(begin, length) for _, _, begin, length in self.spans()]
+        for x, rows in ((self.q, rows_q), (self.dout, rows_q), (self.k, rows_k), (self.v, rows_k)):
+            unused = torch.ones(x.shape[0], dtype=torch.bool)
+            for begin, length in rows:
+                unused[begin : begin + length] = False
+            x[unused.to(device)] = torch.nan
+        self.rab = self._rab() if case.rab else None
+        self.func = self._func(total_q) if case.bounds else None
+
+    def spans(self) -> list[tuple[int, int, int, int]]:
+        """First query row, query rows, first key, keys of each sequence."""
+        case, result = self.case, []
+        for b in range(len(case.lengths)):
+            len_q = case.used_q[b] if case.used_q else self.starts_q[b + 1] - self.starts_q[b]
+            len_k = case.used_k[b] if case.used_k else self.starts_k[b + 1] - self.starts_k[b]
+            result.append((self.starts_q[b], len_q, self.starts_k[b], len_k))
+        return result
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The differentiable ones."""
+        named = {"q": self.q, "k": self.k, "v": self.v, "rab": self.rab}
+        return {name: x for name, x in named.items() if x is not None}
+
+    def arguments(self) -> dict[str, Any]:
+        """All that attention is called with besides inputs()."""
+        case = self.case
+        return {
+            "cu_seqlens_q": self.index(self.starts_q), "cu_seqlens_k": self.index(self.starts_k),
+            "max_seqlen_q": self.max_q, "max_seqlen_k": self.max_k,
+            "num_contexts": self.index(case.contexts), "num_targets": self.index(case.targets),
+            "target_group_size": case.group, "window_size": (-1, -1) if case.bounds else case.window,
+            "alpha": case.alpha, "func": self.func, "scaling_seqlen": case.scaling,
+            "seqused_q": self.index(case.used_q), "seqused_k": self.index(case.used_k),
+        }  # fmt: skip
+
+    def run(self, function: Callable[..., Tensor], backward: bool = True, **more: Any) -> dict[str, Tensor]:
+        """{"out": result, "q": its gradient, ...}."""
+        inputs = {name: x.detach().requires_grad_(backward) for name, x in self.inputs().items()}
+        with torch.set_grad_enabled(backward):
+            out = function(**inputs, **self.arguments(), **more)
+        if backward and not self.case.lengths and function is reference.attention:  # it touched no input
+            grads = tuple(torch.zeros_like(x) for x in inputs.values())
+        else:
+            grads = torch.autograd.grad(out, list(inputs.values()), self.dout) if backward else ()
+        return {"out": out.detach(), **dict(zip(inputs, grads))}
+
+    def run_reference(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        """The reference on the same values in another precision."""
+        other = object.__new__(Problem)
+        other.__dict__.update(self.__dict__)
+        for name in ("q", "k", "v", "dout", "rab"):
+            x = getattr(self, name)
+            setattr(other, name, None if x is None else x.to(dtype))
+        return other.run(reference.attention)
+
+    def index(self, values: tuple[int, ...] | list[int] | None) -> Tensor | None:
+        return None if values is None else torch.tensor(values, dtype=self.case.offsets, device=self.device)
+
+    def _normal(self, *shape: int) -> Tensor:
+        values = torch.randn(*shape, dtype=torch.float64, generator=self._generator)
+        return values.to(self.device, self.dtype)
+
+    def _qkv(self, total_q: int, total_k: int) -> list[Tensor]:
+        heads, dim, dim_v = self.case.heads, self.case.dim, self.case.dim_v or self.case.dim
+        wanted = [(total_q, dim), (total_k, dim), (total_k, dim_v)]
+        match self.case.layout:
+            case "plain":
+                return [self._normal(rows, heads, d) for rows, d in wanted]
+            case "padded":
+                return [self._normal(rows, heads + 1, d + 8)[:, 1:, 8:] for rows, d in wanted]
+            case "transposed":
+                return [self._normal(heads, rows, d).transpose(0, 1) for rows, d in wanted]
+            case "packed":
+                return list(self._normal(total_q, 3, heads, dim).unbind(1))
+            case "fused":
+                widths = [heads * dim_v, heads * dim_v, heads * dim, heads * dim]
+                u_v_q_k = self._normal(total_q, sum(widths)).split(widths, dim=1)
+                v, q, k = (x.unflatten(1, (heads, -1)) for x in u_v_q_k[1:])
+                return [q, k, v]
+        raise ValueError(self.case.layout)
+
+    def _rab(self) -> Tensor:
+        case, size = self.case, self.max_k + self.case.rab_margin
+        rab = self._normal(len(case.lengths), case.heads if case.rab == "heads" else 1, size, size)
+        for b, (_, _, _, len_k) in enumerate(self.spans()):
+            rab[b, :, len_k:] = torch.nan
+            rab[b, :, :, len_k:] = torch.nan
+        return rab
+
+    def _func(self, total_q: int) -> Tensor:
+        """Bounds in and around [0, len_k]; some intervals overlap, some are empty or end before they begin."""
+        case, extra = self.case, 3
+        shape = (case.heads if case.bounds_per_head else 1, case.bounds, total_q + extra)
+        func = torch.where(torch.rand(shape, generator=self._generator) < 0.5, INT32_MAX, -INT32_MAX).int()
+        for q0, len_q, _, len_k in self.spans():
+            bounds = torch.randint(-1, len_k + 3, (*shape[:2], len_q), generator=self._generator)
+            tidy = torch.rand(len_q, generator=self._generator) < 0.7
+            func[:, :, q0 : q0 + len_q] = torch.where(tidy, bounds.sort(1).values, bounds).int()
+        return func.to(self.device)
+
+
+def assert_accurate(
+    actual: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    eager: dict[str, Tensor],
+    dtype: torch.dtype,
+    factors: dict[str, float] | None = None,
+) -> None:
+    """Compares results with the fp64 reference, in half precision also with the error of eager PyTorch.
+
+    Relative Frobenius norm of the whole tensor: half precision at most `factor` times eager's error or the unit
+    roundoff, whichever is larger (a correctly rounded result always passes). Then row by row, with more room, so that
+    a wrong row among many is found. Elements that are exactly 0 in every row of the reference (unused rows) must be 0.
+    """
+    unit = torch.finfo(dtype).eps / 2
+    for name, reference_value in expected.items():
+        value = actual[name]
+        assert value.shape == reference_value.shape, name
+        assert value.dtype == dtype, name
+        value, eager_value = value.double(), eager[name].double()
+        assert value.isfinite().all(), f"{name}: {(~value.isfinite()).sum()} of {value.numel()} elements are not finite"
+        row_scale = reference_value.norm(dim=-1, keepdim=True)
+        assert (value[(row_scale == 0).expand_as(value)] == 0).all(), f"{name}: a row that keeps nothing is not 0"
+
+        norm = reference_value.norm().item()
+        error = (value - reference_value).norm().item()
+        eager_error = (eager_value - reference_value).norm().item()
+        half = dtype in (torch.bfloat16, torch.float16)
+        factor = (factors or {}).get(name, 2 if name == "out" else 3)
+        allowed = max(factor * eager_error, unit * norm) if half else 64 * unit * norm
+        assert error <= allowed, (
+            f"{name}: relative error {error / norm:.3g}, eager PyTorch's {eager_error / norm:.3g}, "
+            f"allowed {allowed / norm:.3g}"
+        )
+
+        rows_error = (value - reference_value).norm(dim=-1, keepdim=True)
+        rows_eager = (eager_value - reference_value).norm(dim=-1, keepdim=True)
+        typical = norm / max(1, int((row_scale > 0).sum())) ** 0.5
+        rows_allowed = 5 * rows_eager + unit * ((32 if half else 512) * row_scale + (4 if half else 64) * typical)
+        worst = (rows_error - rows_allowed).flatten().argmax() if rows_error.numel() else None
+        if worst is not None:
+            where = torch.unravel_index(worst, rows_error.shape)
+            assert (rows_error <= rows_allowed).all(), (
+                f"{name}: row {[int(x) for x in where[:-1]]} is wrong: error {rows_error.flatten()[worst]:.3g}, "
+                f"allowed {rows_allowed.flatten()[worst]:.3g}, norm {row_scale.flatten()[worst]:.3g}"
+            )
+
+
+SHORT = (100, 37, 64, 65, 1, 128, 130)
+USED = (80, 0, 64, 1, 1, 127, 130)
+CONTEXTS = (3, 0, 10, 1, 0, 128, 64)
+TARGETS = (20, 37, 0, 5, 1, 0, 66)
+MANY = ragged(200, 24, seed=3)
+
+NAMED = [
+    Case("causal"),
+    Case("full", window=(-1, -1)),
+    Case("regular", (128,) * 4),
+    Case("all_equal_odd", (77,) * 5),
+    Case("heavy_tailed", MANY, dim=32),
+    Case("empty_sequences", (0, 50, 0, 0, 129, 0)),
+    Case("only_empty_sequences", (0, 0, 0)),
+    Case("empty_batch", ()),
+    Case("one_token", (1,)),
+    Case("one_token_each", (1,) * 9, window=(-1, -1)),
+    Case("one_head", heads=1),
+    Case("five_heads", SHORT, heads=5),
+    Case("dim_8", SHORT, dim=8),
+    Case("dim_24", SHORT, dim=24),
+    Case("dim_40", SHORT, dim=40),
+    Case("dim_72", SHORT, dim=72),
+    Case("dim_128", SHORT, dim=128),
+    Case("dim_200", SHORT, dim=200),
+    Case("dim_256", SHORT, dim=256),
+    Case("dim_v_smaller", SHORT, dim=64, dim_v=24),
+    Case("dim_v_larger", SHORT, dim=32, dim_v=128),
+    Case("dim_v_other_bucket", SHORT, dim=16, dim_v=256),
+    Case("layout_fused", layout="fused"),
+    Case("layout_fused_dim_v", layout="fused", dim=32, dim_v=64),
+    Case("layout_packed", layout="packed"),
+    Case("layout_padded", layout="padded"),
+    Case("layout_transposed", layout="transposed"),
+    Case("offsets_int64", offsets=torch.int64),
+    Case("outside_rows", SHORT, outside=(5, 70)),
+    Case("scaling", scaling=1000),
+    Case("scaling_one", SHORT, scaling=1),
+    Case("max_seqlen_larger", max_margin=333),
+    Case("alpha_negative", SHORT, alpha=-0.2),
+    Case("alpha_zero", SHORT, alpha=0.0),
+    Case("window_0_0", window=(0, 0)),
+    Case("window_0_left", window=(0, -1)),
+    Case("window_left", window=(20, 0)),
+    Case("window_right", window=(-1, 5)),
+    Case("window_both", window=(64, 64)),
+    Case("window_wide", window=(1000, 1000)),
+    Case("window_2^29", SHORT, window=(2**29 - 1, 2**29 - 1)),
+    Case("delta_q", (150, 200, 129, 64, 1), (20, 64, 128, 64, 1)),
+    Case("delta_q_one_row", (150, 200, 129, 64, 0), (1, 1, 1, 1, 0)),
+    Case("delta_q_no_rows", (150, 200, 1), (0, 1, 0)),
+    Case("delta_q_no_keys", (0, 100, 0), (4, 100, 0), window=(-1, -1)),
+    Case("delta_q_full", (150, 200, 129), (20, 64, 128), window=(-1, -1)),
+    Case("delta_q_window", (150, 200, 129), (20, 64, 128), window=(30, 2)),
+    Case("more_queries", (50, 1, 128, 0), (150, 100, 129, 30)),
+    Case("more_queries_full", (50, 1, 128), (150, 100, 129), window=(-1, -1)),
+    Case("more_queries_window", (50, 1, 128), (150, 100, 129), window=(10, 70)),
+    Case("seqused", SHORT, used_q=USED, used_k=USED),
+    Case("seqused_k", SHORT, used_k=(100, 37, 64, 65, 1, 128, 129), window=(-1, -1)),
+    Case("seqused_q", SHORT, used_q=USED),
+    Case("seqused_delta_q", SHORT, used_q=(10, 0, 64, 1, 0, 1, 5), used_k=USED, window=(40, 0)),
+    Case("contexts", SHORT, contexts=CONTEXTS),
+    Case("targets", SHORT, targets=TARGETS),
+    Case("contexts_and_targets", SHORT, contexts=CONTEXTS, targets=TARGETS),
+    Case("contexts_only", SHORT, contexts=SHORT, targets=(0,) * 7),
+    Case("targets_only", SHORT, contexts=(0,) * 7, targets=SHORT),
+    Case("no_contexts_no_targets", SHORT, contexts=(0,) * 7, targets=(0,) * 7),
+    Case("target_groups", SHORT, contexts=CONTEXTS, targets=TARGETS, group=4),
+    Case("target_group_of_all", SHORT, targets=TARGETS, group=10000),
+    Case("target_groups_long", (300, 257, 513), contexts=(7, 130, 0), targets=(150, 60, 513), group=70),
+    Case("target_dim_128", SHORT, dim=128, contexts=CONTEXTS, targets=TARGETS, group=3, offsets=torch.int64),
+    Case("target_dim_v", SHORT, dim=40, dim_v=72, contexts=CONTEXTS, targets=TARGETS, group=2),
+    Case("target_delta_q", (150, 200, 129), (20, 64, 128), contexts=(5, 150, 60), targets=(10, 30, 60), group=2),
+    Case("target_more_queries", (50, 20, 128), (150, 100, 129), contexts=(5, 0, 60), targets=(10, 20, 60), group=2),
+    Case("target_seqused", SHORT, used_q=USED, used_k=USED,
+         contexts=(3, 0, 10, 1, 0, 7, 64), targets=(20, 0, 0, 0, 1, 120, 66)),
+    Case("interval_1", SHORT, bounds=1),
+    Case("interval_3", SHORT, bounds=3),
+    Case("interval_5", SHORT, bounds=5, dim=32),
+    Case("interval_7_dim_128", SHORT, bounds=7, dim=128),
+    Case("interval_broadcast", bounds=3, bounds_per_head=False),
+    Case("interval_delta_q", (150, 200, 129), (20, 64, 128), bounds=3),
+    Case("interval_more_queries", (50, 1, 128), (150, 100, 129), bounds=3),
+    Case("interval_seqused", SHORT, bounds=3, used_q=USED, used_k=USED, outside=(3, 9)),
+    Case("rab", SHORT, rab="heads"),
+    Case("rab_one", SHORT, rab="one"),
+    Case("rab_full", SHORT, rab="heads", window=(-1, -1)),
+    Case("rab_larger", SHORT, rab="heads", rab_margin=13, window=(40, 3)),
+    Case("rab_delta_q", (150, 200, 129), (20, 64, 128), rab="one", window=(-1, -1)),
+    Case("rab_seqused", SHORT, rab="heads", used_q=USED, used_k=USED),
+    Case("rab_empty_sequences", (0, 50, 0, 129), rab="heads"),
+    Case("rab_target", SHORT, rab="heads", contexts=CONTEXTS, targets=TARGETS, group=3),
+    Case("rab_interval", SHORT, rab="one", bounds=5, dim=32),
+    Case("rab_dim_256", (100, 37, 65), rab="heads", dim=256),
+]  # fmt: skip
+NAMED_BY_NAME = {case.name: case for case in NAMED}
+
+
+def kernel_grid() -> list[Case]:
+    """One case for each kernel of the full set: every head dimension, mask and bias."""
+    lengths = (200, 64, 129, 1, 0, 33)
+    masks: dict[str, dict[str, Any]] = {
+        "window": {"window": (100, 0)},
+        "target": {"contexts": (5, 0, 64, 0, 0, 33), "targets": (70, 64, 1, 1, 0, 0), "group": 3},
+        "interval": {"bounds": 3},
+    }
+    return [
+        Case(f"grid_{mask}" + (f"_rab_{rab}" if rab else ""), lengths, heads=3, dim=dim, rab=rab, **more)
+        for dim in (32, 64, 128, 256)
+        for mask, more in masks.items()
+        for rab in ("", "heads")
+    ]
+
+
+def long_cases() -> list[Case]:
+    """Lengths over many tiles: for the GPU."""
+    lengths, heads = (2049, 1, 700, 1500), 2
+    return [
+        case
+        for dim in (64, 128)
+        for case in (
+            Case("long_causal", lengths, heads=heads, dim=dim),
+            Case("long_full", lengths, heads=heads, dim=dim, window=(-1, -1)),
+            Case("long_window", lengths, heads=heads, dim=dim, window=(300, 50)),
+            Case("long_delta_q", lengths, (5, 1, 512, 1499), heads=heads, dim=dim),
+            Case("long_target", lengths, heads=heads, dim=dim, contexts=(9, 0, 300, 7), targets=(1000, 1, 10, 300), group=5),
+            Case("long_interval", lengths, heads=heads, dim=dim, bounds=5),
+            Case("long_rab", (600, 1, 513), heads=heads, dim=dim, rab="one"),
+        )
+    ]  # fmt: skip

@@ -1,0 +1,89 @@
+"""Shared fixtures: GPU tests skip themselves, and every buffer that an op allocates is full of NaN between guards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+GUARD = 256  # elements before and after a buffer
+LARGEST_GUARDED = 1 << 28  # elements; larger buffers are left alone, they are tests of their own
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
+    config.addinivalue_line("markers", "plain_allocations: the op's buffers are torch's own, without NaN and guards")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA GPU")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
+)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+class GuardedAllocations:
+    """Stands in for Tensor.new_empty, new_zeros and torch.empty_like, with which the ops allocate outputs, gradients and scratch.
+
+    A buffer lies between two guards of NaN. An empty one is filled with NaN too, so that an element that is never
+    written, or is read before it is written, shows up in the results.
+    """
+
+    def __init__(self) -> None:
+        self.guards: list[Tensor] = []
+        self._new_empty = Tensor.new_empty
+
+    def new_empty(self, like: Tensor, *size: object, **options: object) -> Tensor:
+        return self._allocate(like, None, size, options)
+
+    def new_zeros(self, like: Tensor, *size: object, **options: object) -> Tensor:
+        return self._allocate(like, 0, size, options)
+
+    def _allocate(self, like: Tensor, value: float | None, size: tuple, options: dict) -> Tensor:
+        dtype = options.get("dtype") or like.dtype
+        shape = torch.Size(size[0] if size and not isinstance(size[0], int) else size)
+        count = math.prod(shape)
+        plain = type(like) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+        if not plain or not dtype.is_floating_point or count > LARGEST_GUARDED:
+            result = self._new_empty(like, *size, **options)
+            return result if value is None else result.fill_(value)
+        with torch.no_grad():
+            buffer = self._new_empty(like, count + 2 * GUARD, dtype=dtype).fill_(math.nan)
+            self.guards += [buffer[:GUARD], buffer[GUARD + count :]]
+            # Not a view of the buffer as far as autograd knows, as a buffer of torch's own would not be.
+            result = self._new_empty(like, 0, dtype=dtype).set_(
+                buffer.untyped_storage(), GUARD, shape, torch.empty(shape, device="meta").stride()
+            )
+            return result if value is None else result.fill_(value)
+
+    def check(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        broken = [guard for guard in self.guards if not guard.isnan().all()]
+        assert not broken, f"{len(broken)} guards beside the op's buffers were written to"
+
+
+@pytest.fixture(autouse=True)
+def guarded_allocations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.node.get_closest_marker("plain_allocations"):
+        yield
+        return
+    allocations = GuardedAllocations()
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *size, **kw: allocations.new_empty(self, *size, **kw))
+    monkeypatch.setattr(torch, "empty_like", lambda like, **kw: allocations.new_empty(like, like.shape))
+    monkeypatch.setattr(Tensor, "new_zeros", lambda self, *size, **kw: allocations.new_zeros(self, *size, **kw))
+    yield
+    monkeypatch.undo()
+    allocations.check()
