@@ -8,7 +8,11 @@
 
 Lengths: `uN` is a batch of equal lengths N, `jagN` a heavy-tailed batch of lengths max(1, floor(N x^3)) with x uniform
 (seed 0) and the first sequence N long; a batch other than the grid's is written before it, as in 32xjag200. Inputs are
-standard normal, the mask is causal, alpha = 1/sqrt(d). docs/performance.md says how the columns are computed.
+standard normal, the mask is causal, alpha = 1/sqrt(d); nothing is flushed from the caches between calls.
+
+Times in the table are those of a call inside a replayed CUDA graph (on the CPU, medians). TFLOP/s counts 4 d operations
+forward and 10 d backward for each kept pair and head. Efficiency is the roof over the time: the longer of those
+operations at this run's own bf16 matmul rate, and of every input and output moved once at its own copy rate.
 """
 
 from __future__ import annotations
@@ -267,7 +271,7 @@ def print_table(rows: Sequence[Row], subject: str, peers: PeerTimes) -> None:
             columns.append(
                 f"{'-':>9} {'-':>7} {'-':>5}"
                 if row is None
-                else f"{row_time(row) * 1e3:9.1f} {row['tflops']:7.1f} {row['efficiency']:5.0%}"
+                else f"{row_time(row) * 1e3:9.1f} {row['tflops']:7.4g} {row['efficiency']:5.0%}"
             )
         for name in names:
             pairs = {

@@ -1,18 +1,32 @@
-// Launching a kernel: raised shared-memory limits, error checks, the caller's stream.
+// Launching a kernel: raised shared-memory limits, the error check, the caller's stream.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
+#include "common/cuda.h"
+
 namespace hstu {
 
-inline void check_cuda(cudaError_t status, const char* what) {
-    if (status != cudaSuccess)
-        throw std::runtime_error(std::string("hstu_ext: ") + what + " failed: " + cudaGetErrorString(status));
+// Shared memory that a block may ask for on this device: 99 to 227 KB. HSTU_EXT_MAX_SHARED_KB lowers it, so that the
+// kernels of small GPUs can be tested on large ones.
+inline int max_shared_bytes(int device) {
+    static std::atomic<int> known[64];
+    std::atomic<int>& bytes = known[device & 63];
+    if (bytes.load(std::memory_order_relaxed) == 0) {
+        int value = 0;
+        check_cuda(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                   "reading the shared memory of the device");
+        if (const char* limit = std::getenv("HSTU_EXT_MAX_SHARED_KB")) value = std::min(value, std::atoi(limit) * 1024);
+        bytes.store(value, std::memory_order_relaxed);
+    }
+    return bytes.load(std::memory_order_relaxed);
 }
 
 // Runs kernel<<<blocks, threads, shared_bytes, stream>>>(args...). The limit on dynamic shared memory is raised once a

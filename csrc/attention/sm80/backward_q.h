@@ -14,8 +14,8 @@ namespace hstu::attention::sm80 {
 
 template <int kHeadDim, class Config>
 struct BackwardQueryShared {
-    using QTile = Tile<Config::rows, kHeadDim>;
-    using KTile = Tile<Config::cols, kHeadDim>;
+    using QTile = Tile<Config::q_rows, kHeadDim>;
+    using KTile = Tile<Config::q_cols, kHeadDim>;
     static constexpr int kRing = 2 * QTile::kBytes, kBytes = kRing + 4 * KTile::kBytes;
 
     uint32_t base;
@@ -25,21 +25,21 @@ struct BackwardQueryShared {
     __device__ KTile v(int stage) const { return {base + kRing + (2 + stage) * KTile::kBytes}; }
 };
 
+// The work of query-stationary block `block` of block_count(max_seqlen_q, q_rows) * heads * batch.
 template <class T, int kHeadDim, class Mask, class Bias, class Config>
-__global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
-    backward_q_kernel(const __grid_constant__ BackwardParams p) {
-    constexpr int kRows = Config::rows, kCols = Config::cols, kThreads = Config::warps * 32;
+__device__ __forceinline__ void backward_q_block(const BackwardParams& p, int block, uint32_t shared_base,
+                                                 FastDivisor by_row_blocks, FastDivisor by_heads) {
+    constexpr int kRows = Config::q_rows, kCols = Config::q_cols, kThreads = Config::warps * 32;
     using Shared = BackwardQueryShared<kHeadDim, Config>;
     using QTile = typename Shared::QTile;
     using KTile = typename Shared::KTile;
     using ScoreGrid = WarpGrid<kRows, kCols, Config::warps, 1>;
     using QueryGrid = WarpGrid<kRows, kHeadDim, Config::warps, 1>;
-    extern __shared__ __align__(128) unsigned char shared_memory[];
-    const Shared shared{static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory))};
+    const Shared shared{shared_base};
 
-    const int row_blocks = block_count(p.max_seqlen_q, kRows);
-    const int head = blockIdx.x / row_blocks % p.heads, b = blockIdx.x / row_blocks / p.heads;
-    const int row_block = row_blocks - 1 - static_cast<int>(blockIdx.x % row_blocks), row0 = row_block * kRows;
+    const auto [sequence_head, reversed] = by_row_blocks.divide(block);
+    const auto [b, head] = by_heads.divide(sequence_head);
+    const int row_blocks = by_row_blocks.divisor, row_block = row_blocks - 1 - reversed, row0 = row_block * kRows;
     const Sequence seq(p, b);
     zero_unused_rows<T>(p.dq, head, p.dim_qk, b, p.batch, p.total_q, seq.q_begin, seq.alloc_q, seq.len_q, row0, kRows,
                         row_block == row_blocks - 1);
@@ -75,7 +75,10 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
         matmul<T, kHeadDim / 16>(s, q, RightRows<KTile>(shared.k(t & 1), 0));
         matmul<T, kHeadDim / 16>(dp, dout, RightRows<KTile>(shared.v(t & 1), 0));
         differentiate<T, ScoreGrid>(s, dp, mask, bias, p, Dense{}, b, head, row0, kRows, walk[t], kCols);
-        matmul<T, kCols / 16>(dq, as_operand<T>(dp), RightColumns<KTile>(shared.k(t & 1), 0));
+        Registers<ScoreGrid::kM, kCols / 16> g;
+#pragma unroll
+        for (int step = 0; step < kCols / 16; ++step) convert_step<T>(g, dp, step);
+        matmul_by_rows<T>(dq, g, RightColumns<KTile>(shared.k(t & 1), 0));
     }
 
     cute::cp_async_wait<0>();

@@ -250,62 +250,117 @@ template <int kM, int kSteps>
 struct Registers {
     uint32_t x[kSteps][kM][4];
 
-    template <class Operand>
-    __device__ __forceinline__ void read(const Operand& from) {
+    template <class From>
+    __device__ __forceinline__ void read(const From& from) {
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
             for (int m = 0; m < kM; ++m) from.load(x[k][m], m, k);
         }
     }
-    __device__ __forceinline__ void load(uint32_t (&r)[4], int m, int k) const {
+};
+
+// An accumulator converted to T, k-step by k-step: the left operand of the next product.
+template <class T, int kM, int kN>
+__device__ __forceinline__ void convert_step(Registers<kM, kN / 2>& out, const Accumulator<kM, kN>& acc, int k) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) r[i] = x[k][m][i];
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float(&from)[4] = acc.x[m][2 * k + i / 2];
+            out.x[k][m][i] = pack<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
+        }
+    }
+}
+
+// Blocks of a right operand, read a few steps ahead of their use. `order(s)` gives the (block, k) of step s.
+template <int kSteps, class B, class Order>
+struct Prefetch {
+    static constexpr int kAhead = 3;
+    const B& from;
+    const Order& order;
+    uint32_t ring[kAhead + 1][4];
+
+    __device__ __forceinline__ Prefetch(const B& from, const Order& order) : from(from), order(order) {
+#pragma unroll
+        for (int s = 0; s < kAhead; ++s) read(s);
+    }
+    __device__ __forceinline__ const uint32_t (&operator[](int s))[4] {
+        read(s + kAhead);
+        return ring[s % (kAhead + 1)];
+    }
+
+  private:
+    __device__ __forceinline__ void read(int s) {
+        if (s >= kSteps) return;
+        const int2 at = order(s);
+        from.load(ring[s % (kAhead + 1)], at.x, at.y);
     }
 };
 
-// An accumulator converted to T: the left operand of the next product.
 template <class T, int kM, int kN>
-__device__ __forceinline__ Registers<kM, kN / 2> as_operand(const Accumulator<kM, kN>& acc) {
-    Registers<kM, kN / 2> out;
+__device__ __forceinline__ void mma_column_pair(Accumulator<kM, kN>& acc, int pair, const uint32_t (&left)[kM][4],
+                                                const uint32_t (&right)[4]) {
 #pragma unroll
-    for (int k = 0; k < kN / 2; ++k) {
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float(&from)[4] = acc.x[m][2 * k + i / 2];
-                out.x[k][m][i] = pack<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
-            }
-        }
+    for (int m = 0; m < kM; ++m) {
+        mma<T>(acc.x[m][2 * pair], left[m], right[0], right[1]);
+        mma<T>(acc.x[m][2 * pair + 1], left[m], right[2], right[3]);
     }
-    return out;
 }
 
-// acc += A B^T over kSteps steps of k = 16. Blocks of B are read one block ahead of their use, blocks of A one step.
-template <class T, int kSteps, int kM, int kN, class A, class B>
-__device__ __forceinline__ void matmul(Accumulator<kM, kN>& acc, const A& a, const B& b) {
+struct Nothing {
+    __device__ __forceinline__ void operator()(int) const {}
+};
+
+// acc += A B^T over kSteps steps of k = 16, A and B in shared memory. meanwhile(s) is called after step s of
+// kSteps * kN / 2, so that other work overlaps with the products.
+template <class T, int kSteps, int kM, int kN, class A, class B, class Meanwhile = Nothing>
+__device__ __forceinline__ void matmul(Accumulator<kM, kN>& acc, const A& a, const B& b, const Meanwhile& meanwhile = {}) {
     constexpr int kPairs = kN / 2;
-    uint32_t left[2][kM][4], right[2][4];
+    const auto order = [](int s) { return make_int2(s % kPairs, s / kPairs); };
+    Prefetch<kSteps * kPairs, B, decltype(order)> right(b, order);
+    uint32_t left[2][kM][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) a.load(left[0][m], m, 0);
-    b.load(right[0], 0, 0);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
+        if (k + 1 < kSteps) {
+#pragma unroll
+            for (int m = 0; m < kM; ++m) a.load(left[(k + 1) % 2][m], m, k + 1);
+        }
 #pragma unroll
         for (int pair = 0; pair < kPairs; ++pair) {
-            const int next = k * kPairs + pair + 1;
-            if (next < kSteps * kPairs) b.load(right[next & 1], next % kPairs, next / kPairs);
-            if (pair == 0 && k + 1 < kSteps)
-#pragma unroll
-                for (int m = 0; m < kM; ++m) a.load(left[k + 1 & 1][m], m, k + 1);
-            const uint32_t(&block)[4] = right[next - 1 & 1];
-#pragma unroll
-            for (int m = 0; m < kM; ++m) {
-                mma<T>(acc.x[m][2 * pair], left[k & 1][m], block[0], block[1]);
-                mma<T>(acc.x[m][2 * pair + 1], left[k & 1][m], block[2], block[3]);
-            }
+            mma_column_pair<T>(acc, pair, left[k % 2], right[k * kPairs + pair]);
+            meanwhile(k * kPairs + pair);
         }
+    }
+}
+
+// The same with A in registers: the other work may be computing the next k-steps of A.
+template <class T, int kSteps, int kM, int kN, class B, class Meanwhile = Nothing>
+__device__ __forceinline__ void matmul_by_rows(Accumulator<kM, kN>& acc, const Registers<kM, kSteps>& a, const B& b,
+                                               const Meanwhile& meanwhile = {}) {
+    constexpr int kPairs = kN / 2;
+    const auto order = [](int s) { return make_int2(s % kPairs, s / kPairs); };
+    Prefetch<kSteps * kPairs, B, decltype(order)> right(b, order);
+#pragma unroll
+    for (int s = 0; s < kSteps * kPairs; ++s) {
+        mma_column_pair<T>(acc, s % kPairs, a.x[s / kPairs], right[s]);
+        meanwhile(s);
+    }
+}
+
+// The same with the columns of acc outermost: 16 columns of the result are complete every kSteps steps.
+template <class T, int kSteps, int kM, int kN, class B, class Meanwhile = Nothing>
+__device__ __forceinline__ void matmul_by_columns(Accumulator<kM, kN>& acc, const Registers<kM, kSteps>& a, const B& b,
+                                                  const Meanwhile& meanwhile = {}) {
+    constexpr int kPairs = kN / 2;
+    const auto order = [](int s) { return make_int2(s / kSteps, s % kSteps); };
+    Prefetch<kSteps * kPairs, B, decltype(order)> right(b, order);
+#pragma unroll
+    for (int s = 0; s < kSteps * kPairs; ++s) {
+        mma_column_pair<T>(acc, s / kSteps, a.x[s % kSteps], right[s]);
+        meanwhile(s);
     }
 }
 
