@@ -35,7 +35,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 class GuardedAllocations:
-    """Stands in for Tensor.new_empty and new_zeros, with which the ops allocate outputs, gradients and scratch.
+    """Stands in for Tensor.new_empty, new_zeros and torch.empty_like, with which the ops allocate outputs, gradients and scratch.
 
     A buffer lies between two guards of NaN. An empty one is filled with NaN too, so that an element that is never
     written, or is read before it is written, shows up in the results.
@@ -82,6 +82,7 @@ def guarded_allocations(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
         return
     allocations = GuardedAllocations()
     monkeypatch.setattr(Tensor, "new_empty", lambda self, *size, **kw: allocations.new_empty(self, *size, **kw))
+    monkeypatch.setattr(torch, "empty_like", lambda like, **kw: allocations.new_empty(like, like.shape))
     monkeypatch.setattr(Tensor, "new_zeros", lambda self, *size, **kw: allocations.new_zeros(self, *size, **kw))
     yield
     monkeypatch.undo()

@@ -5,15 +5,14 @@
 
 #include <array>
 #include <atomic>
-
-#include "common/check.h"
+#include <stdexcept>
+#include <string>
 
 namespace hstu {
 
 inline void check_cuda(cudaError_t status, const char* what) {
     if (status != cudaSuccess)
-        fail<std::runtime_error>("hstu_ext: ", what, " failed: ", cudaGetErrorString(status), " (",
-                                 cudaGetErrorName(status), ")");
+        throw std::runtime_error(std::string("hstu_ext: ") + what + " failed: " + cudaGetErrorString(status));
 }
 
 // Makes `device` current until the end of the scope.

@@ -1,4 +1,4 @@
-// Launching a kernel: raised shared-memory limits, error checks, the caller's stream.
+// Launching a kernel: raised shared-memory limits, the error check, the caller's stream.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,12 +8,9 @@
 #include <stdexcept>
 #include <string>
 
-namespace hstu {
+#include "common/cuda.h"
 
-inline void check_cuda(cudaError_t status, const char* what) {
-    if (status != cudaSuccess)
-        throw std::runtime_error(std::string("hstu_ext: ") + what + " failed: " + cudaGetErrorString(status));
-}
+namespace hstu {
 
 // Runs kernel<<<blocks, threads, shared_bytes, stream>>>(args...). The limit on dynamic shared memory is raised once a
 // kernel and device, so that launches are cheap and can be captured in a CUDA graph.
