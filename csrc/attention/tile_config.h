@@ -29,8 +29,8 @@ struct ForwardTile<256> {
     static constexpr bool q_in_registers = false;
 };
 
-// The same for max_seqlen_q <= up_to, where more and smaller blocks fill the GPU better, and for GPUs with 99 KB of
-// shared memory a block (8.6, 8.9, 12.0), on which ForwardTile<256> does not fit.
+// The same for batches whose mean length is at most up_to, where more and smaller blocks fill the GPU better, and for
+// GPUs with 99 KB of shared memory a block (8.6, 8.9, 12.0), on which ForwardTile<256> does not fit.
 template <int kHeadDim>
 struct ShortForwardTile : ForwardTile<kHeadDim> {
     static constexpr int up_to = 0;
@@ -39,13 +39,13 @@ template <>
 struct ShortForwardTile<64> {
     static constexpr int rows = 64, cols = 64, warps = 4, warps_n = 1, blocks = 4;
     static constexpr bool q_in_registers = true;
-    static constexpr int up_to = 1024;
+    static constexpr int up_to = 512;
 };
 template <>
 struct ShortForwardTile<256> {
     static constexpr int rows = 64, cols = 32, warps = 4, warps_n = 1, blocks = 2;
     static constexpr bool q_in_registers = false;
-    static constexpr int up_to = 1024;
+    static constexpr int up_to = 512;
 };
 
 // The backward has two kinds of blocks with the same number of threads.

@@ -269,7 +269,8 @@ void run_forward(const Params& p, void* stream) {
     using Long = ForwardTile<kHeadDim>;
     using Short = ShortForwardTile<kHeadDim>;
     if constexpr (Short::up_to > 0) {
-        if (p.max_seqlen_q <= Short::up_to || ForwardShared<kHeadDim, Long>::kBytes > max_shared_bytes(p.device))
+        const bool is_short = p.total_q <= int64_t{Short::up_to} * p.batch;
+        if (is_short || ForwardShared<kHeadDim, Long>::kBytes > max_shared_bytes(p.device))
             return launch_forward<T, kHeadDim, Mask, Bias, Short>(p, stream);
     }
     launch_forward<T, kHeadDim, Mask, Bias, Long>(p, stream);
