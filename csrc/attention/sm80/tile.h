@@ -97,6 +97,7 @@ __device__ __forceinline__ int warp() { return threadIdx.x >> 5; }
 
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
+    static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
     if constexpr (std::is_same_v<T, bf16>) {
         const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
         return reinterpret_cast<const uint32_t&>(pair);
