@@ -28,6 +28,12 @@ struct Spans {
     Span first, second;
 };
 
+// Does any of [begin, begin + size) lie in the spans?
+HSTU_HOST_DEVICE bool overlaps(const Spans& spans, int begin, int size) {
+    return (begin < spans.first.end && begin + size > spans.first.begin) ||
+           (begin < spans.second.end && begin + size > spans.second.begin);
+}
+
 enum class MaskKind : int { kWindow, kTarget, kInterval };
 
 // p - left <= j <= p + right. Full, causal and local attention.

@@ -4,64 +4,100 @@
 
 namespace hstu::attention::sm80 {
 
-// Query-stationary: a block owns `rows` queries and walks over the keys in steps of `cols`. Used by the forward.
+// Query-stationary: a block owns `rows` queries and walks over the keys in steps of `cols`.
+// warps_n: how many warps share the same rows, each with its part of the columns; P then passes through shared memory.
 template <int kHeadDim>
 struct ForwardTile;
 template <>
 struct ForwardTile<32> {
-    static constexpr int rows = 128, cols = 64, warps = 4, blocks = 4;
+    static constexpr int rows = 64, cols = 64, warps = 4, warps_n = 1, blocks = 4;
     static constexpr bool q_in_registers = true;
 };
 template <>
 struct ForwardTile<64> {
-    static constexpr int rows = 128, cols = 64, warps = 4, blocks = 3;
+    static constexpr int rows = 128, cols = 64, warps = 4, warps_n = 1, blocks = 2;
     static constexpr bool q_in_registers = true;
 };
 template <>
 struct ForwardTile<128> {
-    static constexpr int rows = 128, cols = 64, warps = 4, blocks = 2;
+    static constexpr int rows = 128, cols = 64, warps = 4, warps_n = 1, blocks = 2;
     static constexpr bool q_in_registers = false;
 };
 template <>
 struct ForwardTile<256> {
-    static constexpr int rows = 128, cols = 64, warps = 8, blocks = 1;
+    static constexpr int rows = 128, cols = 64, warps = 8, warps_n = 2, blocks = 1;
     static constexpr bool q_in_registers = false;
+};
+
+// The same for batches whose mean length is at most up_to, where more and smaller blocks fill the GPU better, and for
+// GPUs with 99 KB of shared memory a block (8.6, 8.9, 12.0), on which ForwardTile<256> does not fit.
+template <int kHeadDim>
+struct ShortForwardTile : ForwardTile<kHeadDim> {
+    static constexpr int up_to = 0;
+};
+template <>
+struct ShortForwardTile<64> {
+    static constexpr int rows = 64, cols = 64, warps = 4, warps_n = 1, blocks = 4;
+    static constexpr bool q_in_registers = true;
+    static constexpr int up_to = 512;
+};
+template <>
+struct ShortForwardTile<256> {
+    static constexpr int rows = 64, cols = 32, warps = 4, warps_n = 1, blocks = 2;
+    static constexpr bool q_in_registers = false;
+    static constexpr int up_to = 512;
 };
 
 // The backward has two kinds of blocks with the same number of threads.
 // Key-stationary: a block owns `cols` keys and walks over the queries in steps of `rows`: dK, dV and, tile by tile, dQ.
 // Query-stationary: a block owns `q_rows` queries and walks over the keys in steps of `q_cols`: dQ alone.
 // warps_m_*: how the warps split the rows of S and dP, the keys of dK and dV, and the rows of dQ.
-// separate_up_to: the longest max_seqlen_k for which recomputing S for dQ beats adding dQ up in scratch.
+// stages: Q and dO tiles in flight. separate_up_to: the longest max_seqlen_k for which recomputing S for dQ beats adding
+// dQ up in scratch.
 template <int kHeadDim>
 struct BackwardTile;
 template <>
 struct BackwardTile<32> {
-    static constexpr int rows = 64, cols = 64, warps = 4, blocks = 4;
+    static constexpr int rows = 64, cols = 64, warps = 4, blocks = 4, stages = 2;
     static constexpr int warps_m_s = 2, warps_m_kv = 2, warps_m_q = 4;
     static constexpr int q_rows = 128, q_cols = 32;
-    static constexpr int separate_up_to = 0;
+    static constexpr int separate_up_to = 128;
 };
 template <>
 struct BackwardTile<64> {
-    static constexpr int rows = 64, cols = 64, warps = 4, blocks = 3;
-    static constexpr int warps_m_s = 2, warps_m_kv = 2, warps_m_q = 2;
-    static constexpr int q_rows = 128, q_cols = 32;
-    static constexpr int separate_up_to = 256;
-};
-template <>
-struct BackwardTile<128> {
-    static constexpr int rows = 64, cols = 64, warps = 4, blocks = 2;
+    static constexpr int rows = 64, cols = 64, warps = 4, blocks = 3, stages = 2;
     static constexpr int warps_m_s = 2, warps_m_kv = 2, warps_m_q = 2;
     static constexpr int q_rows = 64, q_cols = 64;
     static constexpr int separate_up_to = 512;
 };
 template <>
+struct BackwardTile<128> {
+    static constexpr int rows = 64, cols = 64, warps = 4, blocks = 2, stages = 2;
+    static constexpr int warps_m_s = 2, warps_m_kv = 2, warps_m_q = 2;
+    static constexpr int q_rows = 64, q_cols = 64;
+    static constexpr int separate_up_to = 1024;
+};
+template <>
 struct BackwardTile<256> {
-    static constexpr int rows = 64, cols = 64, warps = 8, blocks = 1;
+    static constexpr int rows = 64, cols = 64, warps = 8, blocks = 1, stages = 2;
     static constexpr int warps_m_s = 4, warps_m_kv = 2, warps_m_q = 2;
     static constexpr int q_rows = 128, q_cols = 32;
-    static constexpr int separate_up_to = 256;
+    static constexpr int separate_up_to = 512;
+};
+
+// The same within 99 KB of shared memory.
+template <int kHeadDim>
+struct CompactBackwardTile : BackwardTile<kHeadDim> {};
+template <>
+struct CompactBackwardTile<128> : BackwardTile<128> {
+    static constexpr int blocks = 1, stages = 1;
+};
+template <>
+struct CompactBackwardTile<256> {
+    static constexpr int rows = 32, cols = 32, warps = 4, blocks = 1, stages = 1;
+    static constexpr int warps_m_s = 2, warps_m_kv = 2, warps_m_q = 2;
+    static constexpr int q_rows = 64, q_cols = 16;
+    static constexpr int separate_up_to = 512;
 };
 
 }  // namespace hstu::attention::sm80

@@ -11,8 +11,9 @@
 namespace hstu {
 
 inline void check_cuda(cudaError_t status, const char* what) {
-    if (status != cudaSuccess)
-        throw std::runtime_error(std::string("hstu_ext: ") + what + " failed: " + cudaGetErrorString(status));
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // else the next launch would be blamed for it
+    throw std::runtime_error(std::string("hstu_ext: ") + what + " failed: " + cudaGetErrorString(status));
 }
 
 // Makes `device` current until the end of the scope.

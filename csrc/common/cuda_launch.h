@@ -3,14 +3,31 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 #include "common/cuda.h"
 
 namespace hstu {
+
+// Shared memory that a block may ask for on this device: 99 to 227 KB. HSTU_EXT_MAX_SHARED_KB lowers it, so that the
+// kernels of small GPUs can be tested on large ones.
+inline int max_shared_bytes(int device) {
+    static std::atomic<int> known[64];
+    std::atomic<int>& bytes = known[device & 63];
+    if (bytes.load(std::memory_order_relaxed) == 0) {
+        int value = 0;
+        check_cuda(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                   "reading the shared memory of the device");
+        if (const char* limit = std::getenv("HSTU_EXT_MAX_SHARED_KB")) value = std::min(value, std::atoi(limit) * 1024);
+        bytes.store(value, std::memory_order_relaxed);
+    }
+    return bytes.load(std::memory_order_relaxed);
+}
 
 // Runs kernel<<<blocks, threads, shared_bytes, stream>>>(args...). The limit on dynamic shared memory is raised once a
 // kernel and device, so that launches are cheap and can be captured in a CUDA graph.

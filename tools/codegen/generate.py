@@ -33,7 +33,7 @@ LEGAL: dict[str, tuple[str | int, ...]] = {
     "mask": ("window", "target", "interval"),
     "bias": ("none", "rab"),
 }
-ELEMENTS = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t"}
+ELEMENTS = {"bf16": "sm80::bf16", "fp16": "sm80::fp16"}
 DTYPES = {"bf16": "DType::kBFloat16", "fp16": "DType::kFloat16"}
 
 

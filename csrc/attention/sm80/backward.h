@@ -7,33 +7,58 @@
 
 namespace hstu::attention::sm80 {
 
+struct BackwardBlocks {
+    FastDivisor by_heads, by_col_blocks, by_row_blocks;
+    int kv;  // key-stationary blocks come first
+};
+
 template <class T, int kHeadDim, class Mask, class Bias, class Config>
 __global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
-    backward_kernel(const __grid_constant__ BackwardParams p, DqPlan plan, int kv_blocks) {
+    backward_kernel(const __grid_constant__ BackwardParams p, DqPlan plan, const __grid_constant__ BackwardBlocks blocks) {
     extern __shared__ __align__(128) unsigned char shared_memory[];
     const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
     const int block = static_cast<int>(blockIdx.x);
-    if (block < kv_blocks) backward_kv_block<T, kHeadDim, Mask, Bias, Config>(p, plan, block, shared);
-    else backward_q_block<T, kHeadDim, Mask, Bias, Config>(p, block - kv_blocks, shared);
+    if (block < blocks.kv)
+        backward_kv_block<T, kHeadDim, Mask, Bias, Config>(p, plan, block, shared, blocks.by_col_blocks, blocks.by_heads);
+    else
+        backward_q_block<T, kHeadDim, Mask, Bias, Config>(p, block - blocks.kv, shared, blocks.by_row_blocks,
+                                                          blocks.by_heads);
 }
 
-template <class T, int kHeadDim, class Mask, class Bias, class Config = BackwardTile<kHeadDim>>
-void run_backward(const BackwardParams& p, void* stream_handle) {
+template <int kHeadDim, class Config>
+constexpr int kBackwardSharedBytes =
+    max_of(BackwardShared<kHeadDim, Config>::kBytes, BackwardQueryShared<kHeadDim, Config>::kBytes);
+
+template <class T, int kHeadDim, class Mask, class Bias, class Config>
+void launch_backward(const BackwardParams& p, void* stream_handle) {
     const auto stream = static_cast<cudaStream_t>(stream_handle);
-    const int64_t sequences = int64_t{p.heads} * p.batch;
     const DqPlan plan = plan_of<Config>(p);
-    const int64_t kv_blocks = block_count(p.max_seqlen_k, Config::cols) * sequences;
-    const int64_t q_blocks = plan == DqPlan::kSeparate ? block_count(p.max_seqlen_q, Config::q_rows) * sequences : 0;
-    constexpr int kShared = max_of(BackwardShared<kHeadDim, Config>::kBytes, BackwardQueryShared<kHeadDim, Config>::kBytes);
+    const FastDivisor by_heads(p.heads), by_col_blocks(block_count(p.max_seqlen_k, Config::cols)),
+        by_row_blocks(block_count(p.max_seqlen_q, Config::q_rows)), by_dq_tiles(block_count(p.max_seqlen_q, Config::rows));
+    const int64_t sequences = int64_t{p.heads} * p.batch;
+    const int64_t kv_blocks = by_col_blocks.divisor * sequences;
+    const int64_t q_blocks = plan == DqPlan::kSeparate ? by_row_blocks.divisor * sequences : 0;
 
     if (plan == DqPlan::kReduce)
         check_cuda(cudaMemsetAsync(p.dq_accum, 0, sizeof(float) * dq_accum_elements<Config>(p, kHeadDim), stream),
                    "clearing the dQ scratch");
-    launch<backward_kernel<T, kHeadDim, Mask, Bias, Config>>(kv_blocks + q_blocks, Config::warps * 32, kShared, p.device,
-                                                             stream, p, plan, static_cast<int>(kv_blocks));
+    launch<backward_kernel<T, kHeadDim, Mask, Bias, Config>>(
+        kv_blocks + q_blocks, Config::warps * 32, kBackwardSharedBytes<kHeadDim, Config>, p.device, stream, p, plan,
+        BackwardBlocks{by_heads, by_col_blocks, by_row_blocks, static_cast<int>(kv_blocks)});
     if (plan == DqPlan::kReduce)
-        launch<backward_dq_convert_kernel<T, kHeadDim, Config>>(block_count(p.max_seqlen_q, Config::rows) * sequences,
-                                                                Config::warps * 32, 0, p.device, stream, p);
+        launch<backward_dq_convert_kernel<T, kHeadDim, Config>>(by_dq_tiles.divisor * sequences, Config::warps * 32, 0,
+                                                                p.device, stream, p, by_dq_tiles, by_heads);
+}
+
+template <class T, int kHeadDim, class Mask, class Bias>
+void run_backward(const BackwardParams& p, void* stream) {
+    using Wide = BackwardTile<kHeadDim>;
+    using Compact = CompactBackwardTile<kHeadDim>;
+    if constexpr (kBackwardSharedBytes<kHeadDim, Wide> > kBackwardSharedBytes<kHeadDim, Compact>) {
+        if (kBackwardSharedBytes<kHeadDim, Wide> > max_shared_bytes(p.device))
+            return launch_backward<T, kHeadDim, Mask, Bias, Compact>(p, stream);
+    }
+    launch_backward<T, kHeadDim, Mask, Bias, Wide>(p, stream);
 }
 
 }  // namespace hstu::attention::sm80

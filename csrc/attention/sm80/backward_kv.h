@@ -18,6 +18,7 @@
 #include "attention/sm80/tile.h"
 #include "attention/tile_config.h"
 #include "common/cuda_launch.h"
+#include "common/fast_divisor.h"
 
 namespace hstu::attention::sm80 {
 
@@ -26,14 +27,14 @@ struct BackwardShared {
     using QTile = Tile<Config::rows, kHeadDim>;
     using KTile = Tile<Config::cols, kHeadDim>;
     using STile = Tile<Config::rows, Config::cols>;
-    static constexpr int kRing = 2 * KTile::kBytes, kScores = kRing + 4 * QTile::kBytes;
+    static constexpr int kRing = 2 * KTile::kBytes, kScores = kRing + 2 * Config::stages * QTile::kBytes;
     static constexpr int kBytes = kScores + 2 * STile::kBytes;
 
     uint32_t base;
     __device__ KTile k() const { return {base}; }                  // dK at the end
     __device__ KTile v() const { return {base + KTile::kBytes}; }  // dV at the end
     __device__ QTile q(int stage) const { return {base + kRing + stage * QTile::kBytes}; }
-    __device__ QTile dout(int stage) const { return {base + kRing + (2 + stage) * QTile::kBytes}; }
+    __device__ QTile dout(int stage) const { return {base + kRing + (Config::stages + stage) * QTile::kBytes}; }
     __device__ STile p() const { return {base + kScores}; }
     __device__ STile ds() const { return {base + kScores + STile::kBytes}; }
 };
@@ -97,8 +98,10 @@ __device__ __forceinline__ void add_to_global(float4* to, float a, float b, floa
 
 // The work of key-stationary block `block` of block_count(max_seqlen_k, cols) * heads * batch.
 template <class T, int kHeadDim, class Mask, class Bias, class Config>
-__device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPlan plan, int block, uint32_t shared_base) {
-    constexpr int kRows = Config::rows, kCols = Config::cols, kThreads = Config::warps * 32;
+__device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPlan plan, int block, uint32_t shared_base,
+                                                  FastDivisor by_col_blocks, FastDivisor by_heads) {
+    constexpr int kRows = Config::rows, kCols = Config::cols, kThreads = Config::warps * 32,
+                  kStages = Config::stages;
     using Shared = BackwardShared<kHeadDim, Config>;
     using QTile = typename Shared::QTile;
     using KTile = typename Shared::KTile;
@@ -109,11 +112,11 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
     const Shared shared{shared_base};
 
     // Earlier keys first: under a causal mask they have the most work.
-    const int col_blocks = block_count(p.max_seqlen_k, kCols);
-    const int col_block = block % col_blocks, col0 = col_block * kCols;
-    const int head = block / col_blocks % p.heads, b = block / col_blocks / p.heads;
+    const auto [sequence_head, col_block] = by_col_blocks.divide(block);
+    const auto [b, head] = by_heads.divide(sequence_head);
+    const int col0 = col_block * kCols;
     const Sequence seq(p, b);
-    const bool last = col_block == col_blocks - 1;
+    const bool last = col_block == by_col_blocks.divisor - 1;
     zero_unused_rows<T>(p.dk, head, p.dim_qk, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0, kCols, last);
     zero_unused_rows<T>(p.dv, head, p.dim_v, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0, kCols, last);
     if (plan == DqPlan::kDirect)
@@ -130,8 +133,8 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
     const T* dout = p.dout.at<T>(seq.q_begin, head);
     const auto load_q = [&](int t) {
         const int row0 = walk[t];
-        load_tile<kThreads>(shared.q(t & 1), q + row0 * p.q.row_stride, p.q.row_stride, seq.len_q - row0, p.dim_qk);
-        load_tile<kThreads>(shared.dout(t & 1), dout + row0 * p.dout.row_stride, p.dout.row_stride, seq.len_q - row0,
+        load_tile<kThreads>(shared.q(t % kStages), q + row0 * p.q.row_stride, p.q.row_stride, seq.len_q - row0, p.dim_qk);
+        load_tile<kThreads>(shared.dout(t % kStages), dout + row0 * p.dout.row_stride, p.dout.row_stride, seq.len_q - row0,
                             p.dim_v);
     };
     load_tile<kThreads>(shared.k(), p.k.at<T>(seq.k_begin + col0, head), p.k.row_stride, seq.len_k - col0, p.dim_qk);
@@ -146,15 +149,15 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
         const int row0 = walk[t];
         cute::cp_async_wait<0>();
         __syncthreads();
-        if (t + 1 < walk.tiles) load_q(t + 1);
+        if (kStages == 2 && t + 1 < walk.tiles) load_q(t + 1);
         cute::cp_async_fence();
         {
             typename ScoreGrid::Acc s, dp;
             s.clear();
             dp.clear();
-            matmul<T, kHeadDim / 16>(s, LeftRows<QTile>(shared.q(t & 1), ScoreGrid::row()),
+            matmul<T, kHeadDim / 16>(s, LeftRows<QTile>(shared.q(t % kStages), ScoreGrid::row()),
                                      RightRows<KTile>(shared.k(), ScoreGrid::col()));
-            matmul<T, kHeadDim / 16>(dp, LeftRows<QTile>(shared.dout(t & 1), ScoreGrid::row()),
+            matmul<T, kHeadDim / 16>(dp, LeftRows<QTile>(shared.dout(t % kStages), ScoreGrid::row()),
                                      RightRows<KTile>(shared.v(), ScoreGrid::col()));
             differentiate<T, ScoreGrid>(s, dp, mask, bias, p, p.drab, b, head, row0, kRows, col0, kCols);
             ScoreGrid::template store<T>(s, shared.p());
@@ -162,9 +165,14 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
         }
         __syncthreads();
         matmul<T, kRows / 16>(dv, LeftColumns<STile>(shared.p(), KeyGrid::row()),
-                              RightColumns<QTile>(shared.dout(t & 1), KeyGrid::col()));
+                              RightColumns<QTile>(shared.dout(t % kStages), KeyGrid::col()));
         matmul<T, kRows / 16>(dk, LeftColumns<STile>(shared.ds(), KeyGrid::row()),
-                              RightColumns<QTile>(shared.q(t & 1), KeyGrid::col()));
+                              RightColumns<QTile>(shared.q(t % kStages), KeyGrid::col()));
+        if (kStages == 1) {
+            __syncthreads();
+            if (t + 1 < walk.tiles) load_q(t + 1);
+            cute::cp_async_fence();
+        }
         if (plan == DqPlan::kSeparate) continue;
         typename QueryGrid::Acc dq;
         dq.clear();
@@ -196,14 +204,14 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
 
 // The sums of kReduce, scaled and converted: one block a dQ tile, each thread reading back its own fragment.
 template <class T, int kHeadDim, class Config>
-__global__ void __launch_bounds__(Config::warps * 32) backward_dq_convert_kernel(const __grid_constant__ BackwardParams p) {
+__global__ void __launch_bounds__(Config::warps * 32) backward_dq_convert_kernel(const __grid_constant__ BackwardParams p, FastDivisor by_row_blocks, FastDivisor by_heads) {
     constexpr int kRows = Config::rows, kThreads = Config::warps * 32;
-    const int row_blocks = block_count(p.max_seqlen_q, kRows);
-    const int row_block = blockIdx.x % row_blocks, row0 = row_block * kRows;
-    const int head = blockIdx.x / row_blocks % p.heads, b = blockIdx.x / row_blocks / p.heads;
+    const auto [sequence_head, row_block] = by_row_blocks.divide(static_cast<int>(blockIdx.x));
+    const auto [b, head] = by_heads.divide(sequence_head);
+    const int row0 = row_block * kRows;
     const Sequence seq(p, b);
     zero_unused_rows<T>(p.dq, head, p.dim_qk, b, p.batch, p.total_q, seq.q_begin, seq.alloc_q, seq.len_q, row0, kRows,
-                        row_block == row_blocks - 1);
+                        row_block == by_row_blocks.divisor - 1);
     if (row0 >= seq.len_q) return;
 
     using QueryGrid = WarpGrid<kRows, kHeadDim, Config::warps_m_q, Config::warps / Config::warps_m_q>;

@@ -27,7 +27,8 @@ struct BackwardQueryShared {
 
 // The work of query-stationary block `block` of block_count(max_seqlen_q, q_rows) * heads * batch.
 template <class T, int kHeadDim, class Mask, class Bias, class Config>
-__device__ __forceinline__ void backward_q_block(const BackwardParams& p, int block, uint32_t shared_base) {
+__device__ __forceinline__ void backward_q_block(const BackwardParams& p, int block, uint32_t shared_base,
+                                                 FastDivisor by_row_blocks, FastDivisor by_heads) {
     constexpr int kRows = Config::q_rows, kCols = Config::q_cols, kThreads = Config::warps * 32;
     using Shared = BackwardQueryShared<kHeadDim, Config>;
     using QTile = typename Shared::QTile;
@@ -36,9 +37,9 @@ __device__ __forceinline__ void backward_q_block(const BackwardParams& p, int bl
     using QueryGrid = WarpGrid<kRows, kHeadDim, Config::warps, 1>;
     const Shared shared{shared_base};
 
-    const int row_blocks = block_count(p.max_seqlen_q, kRows);
-    const int head = block / row_blocks % p.heads, b = block / row_blocks / p.heads;
-    const int row_block = row_blocks - 1 - block % row_blocks, row0 = row_block * kRows;
+    const auto [sequence_head, reversed] = by_row_blocks.divide(block);
+    const auto [b, head] = by_heads.divide(sequence_head);
+    const int row_blocks = by_row_blocks.divisor, row_block = row_blocks - 1 - reversed, row0 = row_block * kRows;
     const Sequence seq(p, b);
     zero_unused_rows<T>(p.dq, head, p.dim_qk, b, p.batch, p.total_q, seq.q_begin, seq.alloc_q, seq.len_q, row0, kRows,
                         row_block == row_blocks - 1);

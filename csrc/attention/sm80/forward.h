@@ -6,7 +6,8 @@
 // keys come through a two-stage ring, the next pair being fetched while this one is used; a single barrier a step both
 // publishes the pair that has landed and frees the stage to be refilled. The walk covers only the mask's key spans.
 // S is a register accumulator; masked elements are set to 0, and silu(0) = 0 removes them; full tiles test nothing.
-// Rows past the sequence are loaded as 0, which does the same. P stays in registers as the left operand of P V.
+// Rows past the sequence are loaded as 0, which does the same. P stays in registers as the left operand of P V, or, where
+// several warps share the rows (warps_n), passes through shared memory, which costs a barrier and saves reads of K and V.
 #pragma once
 
 #include "attention/activation.h"
@@ -14,6 +15,7 @@
 #include "attention/sm80/tile.h"
 #include "attention/tile_config.h"
 #include "common/cuda_launch.h"
+#include "common/fast_divisor.h"
 
 namespace hstu::attention::sm80 {
 
@@ -21,18 +23,29 @@ template <int kHeadDim, class Config>
 struct ForwardShared {
     using QTile = Tile<Config::rows, kHeadDim>;
     using KTile = Tile<Config::cols, kHeadDim>;
-    static constexpr int kBytes = QTile::kBytes + 4 * KTile::kBytes;
+    using PTile = Tile<Config::rows, Config::cols>;
+    static constexpr int kP = QTile::kBytes + 4 * KTile::kBytes;
+    static constexpr int kBytes = kP + (Config::warps_n > 1 ? 2 * PTile::kBytes : 0);
 
     uint32_t base;
     __device__ QTile q() const { return {base}; }  // O at the end
     __device__ KTile k(int stage) const { return {base + QTile::kBytes + stage * KTile::kBytes}; }
     __device__ KTile v(int stage) const { return {base + QTile::kBytes + (2 + stage) * KTile::kBytes}; }
+    __device__ PTile p(int stage) const { return {base + kP + stage * PTile::kBytes}; }  // with warps_n > 1
 };
 
-// S -> P N = silu(alpha (S + rab)), 0 where masked, in pieces of 16 keys that can be interleaved with products.
+template <int kHeadDim, class Config>
+struct ForwardGrids {
+    static constexpr int kWarpsM = Config::warps / Config::warps_n;
+    using Score = WarpGrid<Config::rows, Config::cols, kWarpsM, Config::warps_n>;
+    using Out = WarpGrid<Config::rows, kHeadDim, kWarpsM, Config::warps_n>;
+};
+
+// S -> P N = silu(alpha (S + rab)), 0 where masked, in ranges of elements that can be interleaved with products.
 template <class Grid, class Mask, class Bias, bool kMasked>
 struct Activation {
-    static constexpr int kPiece = Grid::kM * 8;  // elements of this thread in 16 columns
+    static constexpr int kPiece = Grid::kM * 8;  // this thread's elements in 16 columns, numbered one after another
+    static constexpr int kSize = Grid::Acc::kSize;
 
     typename Grid::Acc& s;
     const Mask& mask;
@@ -40,11 +53,10 @@ struct Activation {
     int row0, col0;
     float half_alpha;
 
-    // Elements [from, to) of 16-column piece `piece`.
-    __device__ __forceinline__ void operator()(int piece, int from, int to) const {
+    __device__ __forceinline__ void operator()(int from, int to) const {
 #pragma unroll
         for (int i = from; i < to; ++i) {
-            const int m = i / 8, n = 2 * piece + i / 4 % 2, half = i / 2 % 2, c = i % 2;
+            const int m = i % kPiece / 8, n = 2 * (i / kPiece) + i / 4 % 2, half = i / 2 % 2, c = i % 2;
             float& x = s.x[m][n][half * 2 + c];
             if constexpr (kMasked || Bias::kKind == BiasKind::kRab) {
                 const int row = row0 + Grid::row() + m * 16 + half * 8 + lane() / 4;
@@ -55,55 +67,157 @@ struct Activation {
             x = silu_of_twice(half_alpha * x);
         }
     }
+    // Part `step` of `steps` of elements [from, to).
+    __device__ __forceinline__ void part(int from, int to, int step, int steps) const {
+        (*this)(from + (to - from) * step / steps, from + (to - from) * (step + 1) / steps);
+    }
 };
 
-// out += P V for one tile of keys. The activation of 16 keys runs among the products of the 16 keys before (or, where
-// Q is in registers, already among the products that compute the following scores), so that the tensor cores and the
-// special-function units work at the same time.
-template <class T, int kHeadDim, class Config, bool kMasked, class Q, class KTile, class Out, class Mask, class Bias>
+// out += P V for one tile of keys, P staying in registers; values_ready() is called before V is read. The activation of
+// 16 keys runs among the products of the 16 keys before (or, where Q is in registers, already among the products that
+// compute the following scores), so that the tensor cores and the special-function units work at the same time.
+template <class T, int kHeadDim, class Config, bool kMasked, class KTile, class Q, class Out, class Mask, class Bias,
+          class Ready>
 __device__ __forceinline__ void attend(Out& out, const Q& q, KTile k, KTile v, const Mask& mask, const Bias& bias,
-                                       int row0, int col0, float alpha) {
-    using Grid = WarpGrid<Config::rows, Config::cols, Config::warps, 1>;
+                                       int row0, int col0, float alpha, const Ready& values_ready) {
+    using Grid = typename ForwardGrids<kHeadDim, Config>::Score;
     using Act = Activation<Grid, Mask, Bias, kMasked>;
-    constexpr int kPieces = Config::cols / 16, kOutPairs = kHeadDim / 16, kPiece = Act::kPiece;
+    constexpr int kPieces = Grid::kN / 2, kPiece = Act::kPiece, kSteps = kHeadDim / 16;
     typename Grid::Acc s;
     s.clear();
-    Registers<Grid::kM, kPieces> weights;
     const Act activate{s, mask, bias, row0, col0, 0.5f * alpha};
-    const auto among = [&](int piece, int step, int steps) {
-        activate(piece, step * kPiece / steps, (step + 1) * kPiece / steps);
+    Registers<Grid::kM, kPieces> weights;
+    const auto activate_piece = [&](int piece, int step, int steps) {
+        activate.part(piece * kPiece, (piece + 1) * kPiece, step, steps);
         if (step + 1 == steps) convert_step<T>(weights, s, piece);
     };
     const RightRows<KTile> keys(k, 0);
+    const RightColumns<KTile> values(v, 0);
     if constexpr (Config::q_in_registers) {
-        constexpr int kSteps = kHeadDim / 16;
         matmul_by_columns<T>(s, q, keys, [&](int step) {
-            if (step >= kSteps) among(step / kSteps - 1, step % kSteps, kSteps);
+            if (step >= kSteps) activate_piece(step / kSteps - 1, step % kSteps, kSteps);
         });
-        among(kPieces - 1, 0, 1);
-        matmul_by_rows<T>(out, weights, RightColumns<KTile>(v, 0));
+        activate_piece(kPieces - 1, 0, 1);
+        values_ready();
+        matmul_by_rows<T>(out, weights, values);
     } else {
-        matmul<T, kHeadDim / 16>(s, q, keys);
-        among(0, 0, 1);
-        matmul_by_rows<T>(out, weights, RightColumns<KTile>(v, 0), [&](int step) {
-            if (step / kOutPairs + 1 < kPieces) among(step / kOutPairs + 1, step % kOutPairs, kOutPairs);
+        matmul<T, kSteps>(s, q, keys);
+        activate_piece(0, 0, 1);
+        values_ready();
+        constexpr int kPairs = Out::kN / 2;
+        matmul_by_rows<T>(out, weights, values, [&](int step) {
+            if (step / kPairs + 1 < kPieces) activate_piece(step / kPairs + 1, step % kPairs, kPairs);
         });
     }
 }
 
+// The walk with P in registers. K(t), V(t) are in flight when it starts, K first.
+template <class T, int kHeadDim, class Config, class Shared, class Out, class Mask, class Bias, class LoadK, class LoadV>
+__device__ __forceinline__ void walk_keys(Out& out, const Shared& shared, const TileWalk& walk, const LoadK& load_k,
+                                          const LoadV& load_v, const Mask& mask, const Bias& bias, int row0,
+                                          float alpha) {
+    const LeftRows<typename Shared::QTile> q_shared(shared.q(), ForwardGrids<kHeadDim, Config>::Score::row());
+    Registers<Out::kM, kHeadDim / 16> q_registers;
+    // A warp's own rows may keep none of a tile that the block needs: half of the last tiles under a causal mask.
+    const int warp_row0 = row0 + ForwardGrids<kHeadDim, Config>::Score::row();
+    const Spans warp_keys = warp_row0 < mask.len_q ? mask.kv_range(warp_row0, Out::kM * 16) : Spans{};
+    for (int t = 0; t < walk.tiles; ++t) {
+        // The first scores need not wait for the first values.
+        if (t == 0) cute::cp_async_wait<1>();
+        else cute::cp_async_wait<0>();
+        __syncthreads();
+        if constexpr (Config::q_in_registers) {
+            if (t == 0) q_registers.read(q_shared);
+        }
+        if (t + 1 < walk.tiles) load_k(t + 1), load_v(t + 1);
+        cute::cp_async_fence();
+        const auto values_ready = [&] {
+            if (t > 0) return;
+            cute::cp_async_wait<1>();
+            __syncthreads();
+        };
+        if (t > 0 && !overlaps(warp_keys, walk[t], Config::cols)) continue;
+        const auto step = [&](auto masked) {
+            const auto run = [&](const auto& q) {
+                attend<T, kHeadDim, Config, decltype(masked)::value>(out, q, shared.k(t & 1), shared.v(t & 1), mask, bias,
+                                                                     row0, walk[t], alpha, values_ready);
+            };
+            if constexpr (Config::q_in_registers) run(q_registers);
+            else run(q_shared);
+        };
+        if (mask.is_full(row0, Config::rows, walk[t], Config::cols)) step(std::false_type{});
+        else step(std::true_type{});
+    }
+}
+
+// The walk with P in shared memory, the scores one tile ahead of the values: while the tensor cores add P(t) V(t), the
+// other units turn S(t + 1) into P(t + 1). One barrier a step publishes K(t + 1), V(t) and P(t) and frees the stages
+// that the step refills.
+template <class T, int kHeadDim, class Config, class Shared, class Out, class Mask, class Bias, class LoadK, class LoadV>
+__device__ __forceinline__ void walk_keys_ahead(Out& out, const Shared& shared, const TileWalk& walk, const LoadK& load_k,
+                                                const LoadV& load_v, const Mask& mask, const Bias& bias, int row0,
+                                                float alpha) {
+    using Grid = typename ForwardGrids<kHeadDim, Config>::Score;
+    using OutGrid = typename ForwardGrids<kHeadDim, Config>::Out;
+    if (walk.tiles == 0) return;
+    const LeftRows<typename Shared::QTile> q(shared.q(), Grid::row());
+    const auto score = [&](typename Grid::Acc& s, int t) {
+        s.clear();
+        matmul<T, kHeadDim / 16>(s, q, RightRows<typename Shared::KTile>(shared.k(t & 1), Grid::col()));
+    };
+    const auto add_values = [&](int t, const auto& meanwhile) {
+        matmul<T, Config::cols / 16>(out, LeftRows<typename Shared::PTile>(shared.p(t & 1), OutGrid::row()),
+                                     RightColumns<typename Shared::KTile>(shared.v(t & 1), OutGrid::col()), meanwhile);
+    };
+    // Calls `run` with the activation of tile t, masked or not.
+    const auto with_activation = [&](typename Grid::Acc& s, int t, const auto& run) {
+        if (mask.is_full(row0, Config::rows, walk[t], Config::cols))
+            run(Activation<Grid, Mask, Bias, false>{s, mask, bias, row0, walk[t], 0.5f * alpha});
+        else
+            run(Activation<Grid, Mask, Bias, true>{s, mask, bias, row0, walk[t], 0.5f * alpha});
+    };
+
+    if (walk.tiles > 1) load_k(1);
+    cute::cp_async_fence();
+    cute::cp_async_wait<2>();
+    __syncthreads();
+    typename Grid::Acc s;
+    score(s, 0);
+    with_activation(s, 0, [](const auto& activate) { activate(0, Grid::Acc::kSize); });
+    Grid::template store<T>(s, shared.p(0));
+
+    for (int t = 0; t < walk.tiles; ++t) {
+        cute::cp_async_wait<0>();
+        __syncthreads();
+        if (t + 2 < walk.tiles) load_k(t + 2);
+        if (t + 1 < walk.tiles) load_v(t + 1);
+        cute::cp_async_fence();
+        if (t + 1 == walk.tiles) {
+            add_values(t, Nothing{});
+            break;
+        }
+        score(s, t + 1);
+        constexpr int kSteps = Config::cols / 16 * OutGrid::kN / 2;
+        with_activation(s, t + 1, [&](const auto& activate) {
+            add_values(t, [&](int step) { activate.part(0, Grid::Acc::kSize, step, kSteps); });
+        });
+        Grid::template store<T>(s, shared.p((t + 1) & 1));
+    }
+}
+
 template <class T, int kHeadDim, class Mask, class Bias, class Config>
-__global__ void __launch_bounds__(Config::warps * 32, Config::blocks) forward_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(Config::warps * 32, Config::blocks) forward_kernel(const __grid_constant__ Params p, FastDivisor by_row_blocks, FastDivisor by_heads) {
     constexpr int kRows = Config::rows, kCols = Config::cols, kThreads = Config::warps * 32;
     using Shared = ForwardShared<kHeadDim, Config>;
-    using ScoreGrid = WarpGrid<kRows, kCols, Config::warps, 1>;
-    using OutGrid = WarpGrid<kRows, kHeadDim, Config::warps, 1>;
+    using OutGrid = typename ForwardGrids<kHeadDim, Config>::Out;
     extern __shared__ __align__(128) unsigned char shared_memory[];
     const Shared shared{static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory))};
 
     // Later queries first: under a causal mask they have the most work.
-    const int row_blocks = block_count(p.max_seqlen_q, kRows);
-    const int head = blockIdx.x / row_blocks % p.heads, b = blockIdx.x / row_blocks / p.heads;
-    const int row_block = row_blocks - 1 - static_cast<int>(blockIdx.x % row_blocks), row0 = row_block * kRows;
+    const int row_blocks = by_row_blocks.divisor;
+    const auto [sequence_head, reversed] = by_row_blocks.divide(static_cast<int>(blockIdx.x));
+    const auto [b, head] = by_heads.divide(sequence_head);
+    const int row_block = row_blocks - 1 - reversed, row0 = row_block * kRows;
     const Sequence seq(p, b);
     zero_unused_rows<T>(p.out, head, p.dim_v, b, p.batch, p.total_q, seq.q_begin, seq.alloc_q, seq.len_q, row0, kRows,
                         row_block == row_blocks - 1);
@@ -114,39 +228,24 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks) forward_ke
     const TileWalk walk(mask.kv_range(row0, kRows), kCols);
     const T* k = p.k.at<T>(seq.k_begin, head);
     const T* v = p.v.at<T>(seq.k_begin, head);
-    const auto load_kv = [&](int t) {
-        const int col0 = walk[t];
-        load_tile<kThreads>(shared.k(t & 1), k + col0 * p.k.row_stride, p.k.row_stride, seq.len_k - col0, p.dim_qk);
-        load_tile<kThreads>(shared.v(t & 1), v + col0 * p.v.row_stride, p.v.row_stride, seq.len_k - col0, p.dim_v);
+    const auto load_k = [&](int t) {
+        load_tile<kThreads>(shared.k(t & 1), k + walk[t] * p.k.row_stride, p.k.row_stride, seq.len_k - walk[t], p.dim_qk);
+    };
+    const auto load_v = [&](int t) {
+        load_tile<kThreads>(shared.v(t & 1), v + walk[t] * p.v.row_stride, p.v.row_stride, seq.len_k - walk[t], p.dim_v);
     };
     load_tile<kThreads>(shared.q(), p.q.at<T>(seq.q_begin + row0, head), p.q.row_stride, seq.len_q - row0, p.dim_qk);
-    if (walk.tiles > 0) load_kv(0);
+    if (walk.tiles > 0) load_k(0);
+    cute::cp_async_fence();
+    if (walk.tiles > 0) load_v(0);
     cute::cp_async_fence();
 
-    const LeftRows<typename Shared::QTile> q_shared(shared.q(), ScoreGrid::row());
-    Registers<ScoreGrid::kM, kHeadDim / 16> q_registers;
     typename OutGrid::Acc out;
     out.clear();
-
-    for (int t = 0; t < walk.tiles; ++t) {
-        cute::cp_async_wait<0>();
-        __syncthreads();
-        if constexpr (Config::q_in_registers) {
-            if (t == 0) q_registers.read(q_shared);
-        }
-        if (t + 1 < walk.tiles) load_kv(t + 1);
-        cute::cp_async_fence();
-        const auto step = [&](auto masked) {
-            const auto run = [&](const auto& q) {
-                attend<T, kHeadDim, Config, decltype(masked)::value>(out, q, shared.k(t & 1), shared.v(t & 1), mask,
-                                                                     bias, row0, walk[t], p.alpha);
-            };
-            if constexpr (Config::q_in_registers) run(q_registers);
-            else run(q_shared);
-        };
-        if (mask.is_full(row0, kRows, walk[t], kCols)) step(std::false_type{});
-        else step(std::true_type{});
-    }
+    if constexpr (Config::warps_n > 1)
+        walk_keys_ahead<T, kHeadDim, Config>(out, shared, walk, load_k, load_v, mask, bias, row0, p.alpha);
+    else
+        walk_keys<T, kHeadDim, Config>(out, shared, walk, load_k, load_v, mask, bias, row0, p.alpha);
 
     cute::cp_async_wait<0>();
     __syncthreads();
@@ -156,12 +255,25 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks) forward_ke
     store_tile<kThreads>(shared.q(), p.out.at<T>(seq.q_begin + row0, head), p.out.row_stride, seq.len_q - row0, p.dim_v);
 }
 
-template <class T, int kHeadDim, class Mask, class Bias, class Config = ForwardTile<kHeadDim>>
-void run_forward(const Params& p, void* stream) {
-    const int64_t blocks = int64_t{block_count(p.max_seqlen_q, Config::rows)} * p.heads * p.batch;
-    launch<forward_kernel<T, kHeadDim, Mask, Bias, Config>>(blocks, Config::warps * 32,
+template <class T, int kHeadDim, class Mask, class Bias, class Config>
+void launch_forward(const Params& p, void* stream) {
+    const int row_blocks = block_count(p.max_seqlen_q, Config::rows);
+    launch<forward_kernel<T, kHeadDim, Mask, Bias, Config>>(int64_t{row_blocks} * p.heads * p.batch, Config::warps * 32,
                                                             ForwardShared<kHeadDim, Config>::kBytes, p.device,
-                                                            static_cast<cudaStream_t>(stream), p);
+                                                            static_cast<cudaStream_t>(stream), p,
+                                                            FastDivisor(row_blocks), FastDivisor(p.heads));
+}
+
+template <class T, int kHeadDim, class Mask, class Bias>
+void run_forward(const Params& p, void* stream) {
+    using Long = ForwardTile<kHeadDim>;
+    using Short = ShortForwardTile<kHeadDim>;
+    if constexpr (Short::up_to > 0) {
+        const bool is_short = p.total_q <= int64_t{Short::up_to} * p.batch;
+        if (is_short || ForwardShared<kHeadDim, Long>::kBytes > max_shared_bytes(p.device))
+            return launch_forward<T, kHeadDim, Mask, Bias, Short>(p, stream);
+    }
+    launch_forward<T, kHeadDim, Mask, Bias, Long>(p, stream);
 }
 
 }  // namespace hstu::attention::sm80

@@ -97,6 +97,7 @@ __device__ __forceinline__ int warp() { return threadIdx.x >> 5; }
 
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
+    static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
     if constexpr (std::is_same_v<T, bf16>) {
         const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
         return reinterpret_cast<const uint32_t&>(pair);
@@ -312,9 +313,10 @@ struct Nothing {
     __device__ __forceinline__ void operator()(int) const {}
 };
 
-// acc += A B^T over kSteps steps of k = 16, A and B in shared memory.
-template <class T, int kSteps, int kM, int kN, class A, class B>
-__device__ __forceinline__ void matmul(Accumulator<kM, kN>& acc, const A& a, const B& b) {
+// acc += A B^T over kSteps steps of k = 16, A and B in shared memory. meanwhile(s) is called after step s of
+// kSteps * kN / 2, so that other work overlaps with the products.
+template <class T, int kSteps, int kM, int kN, class A, class B, class Meanwhile = Nothing>
+__device__ __forceinline__ void matmul(Accumulator<kM, kN>& acc, const A& a, const B& b, const Meanwhile& meanwhile = {}) {
     constexpr int kPairs = kN / 2;
     const auto order = [](int s) { return make_int2(s % kPairs, s / kPairs); };
     Prefetch<kSteps * kPairs, B, decltype(order)> right(b, order);
@@ -328,13 +330,14 @@ __device__ __forceinline__ void matmul(Accumulator<kM, kN>& acc, const A& a, con
             for (int m = 0; m < kM; ++m) a.load(left[(k + 1) % 2][m], m, k + 1);
         }
 #pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair)
+        for (int pair = 0; pair < kPairs; ++pair) {
             mma_column_pair<T>(acc, pair, left[k % 2], right[k * kPairs + pair]);
+            meanwhile(k * kPairs + pair);
+        }
     }
 }
 
-// acc += A B^T with A in registers, k outermost; meanwhile(s) is called after step s of kSteps * kN / 2, so that other
-// work, such as computing the next k-steps of A, overlaps with the products.
+// The same with A in registers: the other work may be computing the next k-steps of A.
 template <class T, int kSteps, int kM, int kN, class B, class Meanwhile = Nothing>
 __device__ __forceinline__ void matmul_by_rows(Accumulator<kM, kN>& acc, const Registers<kM, kSteps>& a, const B& b,
                                                const Meanwhile& meanwhile = {}) {
