@@ -62,9 +62,9 @@ class Case:
     def problem(self, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:
         return Problem(self, device, dtype, seed)
 
-    def shrunk(self) -> Case:
+    def shrunk(self, sequences: int = 5) -> Case:
         """The same kind of case, small enough for scalar arithmetic."""
-        count = min(len(self.lengths), 5)
+        count = min(len(self.lengths), sequences)
 
         def cut(values: tuple[int, ...] | None, limit: tuple[int, ...]) -> tuple[int, ...] | None:
             return None if values is None else tuple(min(x, y) for x, y in zip(values, limit))
@@ -135,16 +135,25 @@ class Problem:
             "seqused_q": self.index(case.used_q), "seqused_k": self.index(case.used_k),
         }  # fmt: skip
 
-    def run(self, function: Callable[..., Tensor], backward: bool = True, **more: Any) -> dict[str, Tensor]:
+    def run(
+        self, function: Callable[..., Tensor], backward: bool = True, threads: int = 2, **more: Any
+    ) -> dict[str, Tensor]:
         """{"out": result, "q": its gradient, ...}."""
         inputs = {name: x.detach().requires_grad_(backward) for name, x in self.inputs().items()}
-        with torch.set_grad_enabled(backward):
-            out = function(**inputs, **self.arguments(), **more)
-        if backward and not self.case.lengths and function is reference.attention:  # it touched no input
-            grads = tuple(torch.zeros_like(x) for x in inputs.values())
-        else:
-            grads = torch.autograd.grad(out, list(inputs.values()), self.dout) if backward else ()
-        return {"out": out.detach(), **dict(zip(inputs, grads))}
+        threads_before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with torch.set_grad_enabled(backward):
+                out = function(**inputs, **self.arguments(), **more)
+            if not backward:
+                return {"out": out}
+            if not self.case.lengths and function is reference.attention:  # it touched no input
+                grads = tuple(torch.zeros_like(x) for x in inputs.values())
+            else:
+                grads = torch.autograd.grad(out, list(inputs.values()), self.dout)
+            return {"out": out.detach(), **dict(zip(inputs, grads))}
+        finally:
+            torch.set_num_threads(threads_before)
 
     def run_reference(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """The reference on the same values in another precision."""
@@ -153,7 +162,7 @@ class Problem:
         for name in ("q", "k", "v", "dout", "rab"):
             x = getattr(self, name)
             setattr(other, name, None if x is None else x.to(dtype))
-        return other.run(reference.attention)
+        return other.run(reference.attention, threads=1)
 
     def index(self, values: tuple[int, ...] | list[int] | None) -> Tensor | None:
         return None if values is None else torch.tensor(values, dtype=self.case.offsets, device=self.device)

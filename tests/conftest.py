@@ -18,6 +18,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "plain_allocations: the op's buffers are torch's own, without NaN and guards")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """PyTorch's threads cost more than they bring on tensors this small. Tests of the op ask for more themselves."""
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
@@ -45,6 +51,9 @@ class GuardedAllocations:
         self.guards: list[Tensor] = []
         self._new_empty = Tensor.new_empty
 
+    def empty_like(self, like: Tensor, **options: object) -> Tensor:
+        return self._allocate(like, None, tuple(like.shape), options)
+
     def new_empty(self, like: Tensor, *size: object, **options: object) -> Tensor:
         return self._allocate(like, None, size, options)
 
@@ -52,6 +61,7 @@ class GuardedAllocations:
         return self._allocate(like, 0, size, options)
 
     def _allocate(self, like: Tensor, value: float | None, size: tuple, options: dict) -> Tensor:
+        options.pop("memory_format", None)  # the ops ask for contiguous buffers only
         dtype = options.get("dtype") or like.dtype
         shape = torch.Size(size[0] if size and not isinstance(size[0], int) else size)
         count = math.prod(shape)
@@ -69,6 +79,7 @@ class GuardedAllocations:
             return result if value is None else result.fill_(value)
 
     def check(self) -> None:
+        """Fails where something was written outside a buffer."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         broken = [guard for guard in self.guards if not guard.isnan().all()]
@@ -76,14 +87,17 @@ class GuardedAllocations:
 
 
 @pytest.fixture(autouse=True)
-def guarded_allocations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def guarded_allocations(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[GuardedAllocations | None]:
     if request.node.get_closest_marker("plain_allocations"):
-        yield
+        yield None
         return
     allocations = GuardedAllocations()
+    monkeypatch.setattr(torch, "empty_like", lambda x, **kw: allocations.empty_like(x, **kw))
     monkeypatch.setattr(Tensor, "new_empty", lambda self, *size, **kw: allocations.new_empty(self, *size, **kw))
     monkeypatch.setattr(torch, "empty_like", lambda like, **kw: allocations.new_empty(like, like.shape))
     monkeypatch.setattr(Tensor, "new_zeros", lambda self, *size, **kw: allocations.new_zeros(self, *size, **kw))
-    yield
+    yield allocations
     monkeypatch.undo()
     allocations.check()

@@ -149,10 +149,8 @@ GRADCHECK_CASES = [
 
 @pytest.mark.parametrize("name", GRADCHECK_CASES)
 def test_gradcheck(name: str) -> None:
-    case = replace(NAMED_BY_NAME[name].shrunk(), heads=2)
-    case = replace(case, lengths=case.lengths[:3], lengths_q=case.lengths_q and case.lengths_q[:3])
-    problem = case.problem("cpu", torch.float64)
-    inputs = {key: x.nan_to_num().detach().requires_grad_() for key, x in problem.inputs().items()}
+    problem = NAMED_BY_NAME[name].shrunk(sequences=3).problem("cpu", torch.float64)
+    inputs = {key: x.detach().requires_grad_() for key, x in problem.inputs().items()}
 
     def function(*values: Tensor) -> Tensor:
         return attention(**dict(zip(inputs, values)), **problem.arguments())
@@ -181,14 +179,7 @@ def test_deterministic(device: str, name: str, by_argument: bool) -> None:
 
 def test_number_of_threads_does_not_matter() -> None:
     problem = NAMED_BY_NAME["heavy_tailed"].problem("cpu", torch.float32)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 5, 64):
-            torch.set_num_threads(count)
-            results.append(problem.run(attention, deterministic=True))
-    finally:
-        torch.set_num_threads(threads)
+    results = [problem.run(attention, threads=threads, deterministic=True) for threads in (1, 2, 5, 64)]
     for result in results[1:]:
         for key, value in results[0].items():
             assert_close(result[key], value)
@@ -311,11 +302,27 @@ def test_saved_tensors_are_guarded() -> None:
 
 def test_no_second_derivative() -> None:
     problem = NAMED_BY_NAME["regular"].problem("cpu", torch.float64)
+    problem.dout.requires_grad_()
     q = problem.q.detach().requires_grad_()
     out = attention(q=q, k=problem.k, v=problem.v, **problem.arguments())
     (dq,) = torch.autograd.grad(out, q, problem.dout, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.sum().backward()
+
+
+def test_buffers_are_guarded(device: str, guarded_allocations: Any) -> None:
+    """The fixture that every test leans on does see the op's buffers: out, dq, dk, dv and drab at the least."""
+    case = NAMED_BY_NAME["rab"]
+    dtype = default_dtype(device)
+    require_cells(case, device, dtype, "fwd", "bwd")
+    case.problem(device, dtype).run(attention)
+    guards = guarded_allocations.guards
+    assert len(guards) >= 10
+    guarded_allocations.check()
+    guards[-1][0] = 0
+    with pytest.raises(AssertionError, match="1 guards"):
+        guarded_allocations.check()
+    guards.clear()
 
 
 # Properties

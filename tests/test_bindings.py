@@ -82,7 +82,7 @@ def test_devices_must_agree() -> None:
 def test_things_that_are_no_tensors_or_numbers() -> None:
     with pytest.raises(TypeError, match="k must be a tensor, got list"):
         forward(k=[1.0])
-    with pytest.raises(TypeError, match="stream must be an int, got float"):
+    with pytest.raises(TypeError, match="stream must be a 64-bit int, got float"):
         forward(stream=0.5)
     with pytest.raises(TypeError, match="too few arguments"):
         _C.attention_forward(ROWS)  # type: ignore[call-arg]

@@ -45,20 +45,23 @@ static void pack_rows(const T* from, int64_t from_stride, int rows, int dim, C* 
     }
 }
 
-// to[row, 0..dim) = scale * from[row, 0..dim)
+// to[0..8) = scale * from[0..8)
+template <class T, class C>
+HSTU_CPU_INLINE void store8_scaled(const C* from, C scale, T* to) {
+    C scaled[8];
+    for (int i = 0; i < 8; ++i) scaled[i] = from[i] * scale;
+    store8(scaled, to);
+}
+
+// to[row, 0..dim) = scale * from[row, 0..dim); from is readable up to padded(dim).
 template <class T, class C>
 static void write_rows(const C* from, int from_stride, int rows, int dim, C scale, T* to, int64_t to_stride) {
     const int whole = dim / 8 * 8;
-    C scaled[8] = {};
     for (int row = 0; row < rows; ++row, from += from_stride, to += to_stride) {
-        for (int d = 0; d < whole; d += 8) {
-            for (int i = 0; i < 8; ++i) scaled[i] = from[d + i] * scale;
-            store8(scaled, to + d);
-        }
+        for (int d = 0; d < whole; d += 8) store8_scaled(from + d, scale, to + d);
         if (whole == dim) continue;
-        for (int i = 0; whole + i < dim; ++i) scaled[i] = from[whole + i] * scale;
         T rest[8];
-        store8(scaled, rest);
+        store8_scaled(from + whole, scale, rest);
         std::memcpy(to + whole, rest, (dim - whole) * sizeof(T));
     }
 }

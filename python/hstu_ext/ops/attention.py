@@ -159,6 +159,8 @@ def hstu_attn_qkvpacked_func(
         left, right, alpha, func, scaling_seqlen, seqused, seqused,
     )  # fmt: skip
     _check_rab(rab, has_drab)
+    if not isinstance(qkv, Tensor):
+        raise TypeError(f"hstu_ext.attention: qkv must be a tensor, got {type(qkv).__name__}")
     plain = _is_plain(qkv, qkv, qkv, rab, problem)
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"hstu_ext.attention: qkv must be [total, 3, heads, dim], got {list(qkv.shape)}")
