@@ -1,4 +1,4 @@
-"""The named cases of the attention op: what is asked (Case), with which tensors (Problem), and how good is good enough."""
+"""The named cases of the attention op: what is asked (Case), with which tensors (Problem), how good is good enough."""
 
 from __future__ import annotations
 
@@ -174,21 +174,21 @@ class Problem:
     def _qkv(self, total_q: int, total_k: int) -> list[Tensor]:
         heads, dim, dim_v = self.case.heads, self.case.dim, self.case.dim_v or self.case.dim
         wanted = [(total_q, dim), (total_k, dim), (total_k, dim_v)]
-        match self.case.layout:
-            case "plain":
-                return [self._normal(rows, heads, d) for rows, d in wanted]
-            case "padded":
-                return [self._normal(rows, heads + 1, d + 8)[:, 1:, 8:] for rows, d in wanted]
-            case "transposed":
-                return [self._normal(heads, rows, d).transpose(0, 1) for rows, d in wanted]
-            case "packed":
-                return list(self._normal(total_q, 3, heads, dim).unbind(1))
-            case "fused":
-                widths = [heads * dim_v, heads * dim_v, heads * dim, heads * dim]
-                u_v_q_k = self._normal(total_q, sum(widths)).split(widths, dim=1)
-                v, q, k = (x.unflatten(1, (heads, -1)) for x in u_v_q_k[1:])
-                return [q, k, v]
-        raise ValueError(self.case.layout)
+        layout = self.case.layout
+        if layout == "plain":
+            return [self._normal(rows, heads, d) for rows, d in wanted]
+        if layout == "padded":
+            return [self._normal(rows, heads + 1, d + 8)[:, 1:, 8:] for rows, d in wanted]
+        if layout == "transposed":
+            return [self._normal(heads, rows, d).transpose(0, 1) for rows, d in wanted]
+        if layout == "packed":
+            return list(self._normal(total_q, 3, heads, dim).unbind(1))
+        if layout == "fused":
+            widths = [heads * dim_v, heads * dim_v, heads * dim, heads * dim]
+            u_v_q_k = self._normal(total_q, sum(widths)).split(widths, dim=1)
+            v, q, k = (x.unflatten(1, (heads, -1)) for x in u_v_q_k[1:])
+            return [q, k, v]
+        raise ValueError(layout)
 
     def _rab(self) -> Tensor:
         case, size = self.case, self.max_k + self.case.rab_margin
@@ -382,7 +382,9 @@ def long_cases() -> list[Case]:
             Case("long_full", lengths, heads=heads, dim=dim, window=(-1, -1)),
             Case("long_window", lengths, heads=heads, dim=dim, window=(300, 50)),
             Case("long_delta_q", lengths, (5, 1, 512, 1499), heads=heads, dim=dim),
-            Case("long_target", lengths, heads=heads, dim=dim, contexts=(9, 0, 300, 7), targets=(1000, 1, 10, 300), group=5),
+            Case(
+                "long_target", lengths, heads=heads, dim=dim, contexts=(9, 0, 300, 7), targets=(1000, 1, 10, 300), group=5
+            ),
             Case("long_interval", lengths, heads=heads, dim=dim, bounds=5),
             Case("long_rab", (600, 1, 513), heads=heads, dim=dim, rab="one"),
         )

@@ -41,7 +41,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 class GuardedAllocations:
-    """Stands in for Tensor.new_empty, new_zeros and torch.empty_like, with which the ops allocate outputs, gradients and scratch.
+    """Stands in for Tensor.new_empty, new_zeros and torch.empty_like, with which the ops allocate all they allocate.
 
     A buffer lies between two guards of NaN. An empty one is filled with NaN too, so that an element that is never
     written, or is read before it is written, shows up in the results.

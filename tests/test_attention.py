@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+import hstu_ext
 from attention_cases import (
     CONTEXTS,
     DTYPE_NAMES,
@@ -25,9 +28,6 @@ from attention_cases import (
     kernel_grid,
     long_cases,
 )
-from torch import Tensor
-
-import hstu_ext
 from hstu_ext import hstu_attn_qkvpacked_func, hstu_attn_varlen_func
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -202,7 +202,11 @@ def test_packed(device: str, name: str) -> None:
     for grad_mode in (False, True):
         with torch.set_grad_enabled(grad_mode):
             out = hstu_attn_qkvpacked_func(
-                qkv, rab=inputs[1] if len(inputs) > 1 else None, has_drab=len(inputs) > 1, deterministic=True, **arguments
+                qkv,
+                rab=inputs[1] if len(inputs) > 1 else None,
+                has_drab=len(inputs) > 1,
+                deterministic=True,
+                **arguments,
             )
         assert torch.equal(out, expected["out"])
     dqkv, *drab = torch.autograd.grad(out, inputs, problem.dout)

@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import reference
 import torch
 
+import reference
 from hstu_ext.masks import IntervalMask, Mask, TargetMask, WindowMask
 
 ROOT = Path(__file__).parents[1]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import reference
 import torch
+
+import reference
 from attention_cases import NAMED, Case
 
 SMALL = [case.shrunk() for case in NAMED]
