@@ -18,7 +18,16 @@ from torch import Tensor
 import hstu_ext  # noqa: F401  (registers the ops)
 from hstu_ext import hstu_attn_qkvpacked_func, hstu_attn_varlen_func
 
-COMPILED = ["causal", "window_both", "target_groups", "interval_5", "rab_one", "seqused", "dim_v_larger", "layout_fused"]
+COMPILED = [
+    "causal",
+    "window_both",
+    "target_groups",
+    "interval_5",
+    "rab_one",
+    "seqused",
+    "dim_v_larger",
+    "layout_fused",
+]
 
 
 @pytest.fixture(autouse=True)
