@@ -238,7 +238,9 @@ def garbage_cases() -> list[Any]:
         "interval": lambda **kw: Case("garbage", SHORT, bounds=3, **kw),
     }
     return [
-        pytest.param(kind(rab=rab, offsets=offsets), id=f"{name}{'_rab' if rab else ''}-{offsets}".replace("torch.", ""))
+        pytest.param(
+            kind(rab=rab, offsets=offsets), id=f"{name}{'_rab' if rab else ''}-{offsets}".replace("torch.", "")
+        )
         for name, kind in kinds.items()
         for rab in ("", "heads")
         for offsets in (torch.int32, torch.int64)
