@@ -82,7 +82,7 @@ def test_devices_must_agree() -> None:
 def test_things_that_are_no_tensors_or_numbers() -> None:
     with pytest.raises(TypeError, match="k must be a tensor, got list"):
         forward(k=[1.0])
-    with pytest.raises(TypeError, match="stream must be an int, got float"):
+    with pytest.raises(TypeError, match="stream must be a 64-bit int, got float"):
         forward(stream=0.5)
     with pytest.raises(TypeError, match="too few arguments"):
         _C.attention_forward(ROWS)  # type: ignore[call-arg]
@@ -95,11 +95,10 @@ def test_dtypes_that_are_not_supported() -> None:
 
 def test_scratch_is_for_gpus() -> None:
     q, offsets = torch.zeros(4096, 2, 64), torch.tensor([0, 4096])
-    assert _C.attention_backward_scratch(q, q, offsets, 4096, False) == 0
+    assert _C.attention_backward_scratch(q, q, offsets, 4096) == 0
 
 
 @pytest.mark.skipif(not build_info()["cuda"], reason="this build has no GPU kernels")
-def test_scratch_of_long_sequences_unless_deterministic() -> None:
+def test_scratch_of_long_sequences() -> None:
     rows = GpuTensor((16384, 2, 64), (128, 64, 1))
-    assert _C.attention_backward_scratch(rows, rows, OFFSETS, 16384, False) >= 16384 * 2 * 64
-    assert _C.attention_backward_scratch(rows, rows, OFFSETS, 16384, True) == 0
+    assert _C.attention_backward_scratch(rows, rows, OFFSETS, 16384) >= 16384 * 2 * 64

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -21,9 +22,16 @@ from hstu_ext import _C
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(code: str, **environment: str) -> str:
+HAS_BACKEND = importlib.util.find_spec("scikit_build_core") is not None  # else pip fetches it for each build
+
+
+def run(code: str, python: str | Path = sys.executable, **environment: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        [python, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -84,36 +92,56 @@ def source_files() -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str]]:
-    """Names in the sdist, and in the wheel made from it (CPU part)."""
+def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The sdist, and the wheel made from it (CPU part)."""
     out = tmp_path_factory.mktemp("dist")
     before = source_files()
-    isolation = ["--no-isolation", "--skip-dependency-check"] if importlib.util.find_spec("scikit_build_core") else []
+    isolation = ["--no-isolation", "--skip-dependency-check"] if HAS_BACKEND else []
     subprocess.run(
         [sys.executable, "-m", "build", *isolation, "-C", "cmake.define.HSTU_EXT_CUDA=off", "--outdir", out, ROOT],
         check=True,
     )
     assert source_files() == before
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
-    with tarfile.open(sdist) as tar, zipfile.ZipFile(wheel) as zipped:
-        return [name.partition("/")[2] for name in tar.getnames()], zipped.namelist()
+    return sdist, wheel
 
 
 @pytest.mark.slow
-def test_sdist_has_what_a_build_needs_and_no_more(archives: tuple[list[str], list[str]]) -> None:
-    sdist, _ = archives
-    assert {"CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "tools/codegen/manifest.toml"} <= set(sdist)
-    folders = {name.partition("/")[0] for name in sdist if "/" in name}
-    assert folders == {"cmake", "csrc", "python", "third_party", "tools"}
-    assert not [name for name in sdist if name.endswith((".so", ".pyc", ".o"))]
+def test_sdist_has_what_a_build_needs_and_no_more(archives: tuple[Path, Path]) -> None:
+    with tarfile.open(archives[0]) as sdist:
+        names = [name.partition("/")[2] for name in sdist.getnames()]
+    assert {"CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "tools/codegen/manifest.toml"} <= set(names)
+    assert {name.partition("/")[0] for name in names if "/" in name} == {
+        *("cmake", "csrc", "python", "third_party", "tools")
+    }
+    assert not [name for name in names if name.endswith((".so", ".pyc", ".o"))]
 
 
 @pytest.mark.slow
-def test_wheel_has_the_package_and_the_module_only(archives: tuple[list[str], list[str]]) -> None:
-    _, wheel = archives
-    folders = {name.partition("/")[0] for name in wheel}
-    assert folders == {"hstu_ext", f"hstu_ext-{hstu_ext.__version__}.dist-info"}
-    package = [name for name in wheel if name.startswith("hstu_ext/")]
+def test_wheel_has_the_package_and_the_module_only(archives: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(archives[1]) as wheel:
+        names = wheel.namelist()
+    assert {name.partition("/")[0] for name in names} == {
+        "hstu_ext",
+        f"hstu_ext-{hstu_ext.__version__}.dist-info",
+    }
+    package = [name for name in names if name.startswith("hstu_ext/")]
     assert len([name for name in package if name.endswith(".so")]) == 1
     assert {Path(name).suffix for name in package} == {".py", ".pyi", ".so", ".typed"}
     assert {"hstu_ext/py.typed", "hstu_ext/_C.pyi", "hstu_ext/ops/attention.py"} <= set(package)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_install(kind: str, archives: tuple[Path, Path], tmp_path: Path) -> None:
+    """Into an environment of its own, which sees the packages of this one but not its hstu_ext."""
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    (site / "shared.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    what = ["-e", ROOT, "-C", "cmake.define.HSTU_EXT_CUDA=off"] if kind == "editable" else [archives[1]]
+    isolation = ["--no-build-isolation"] if HAS_BACKEND else []
+    subprocess.run([python, "-m", "pip", "install", "--no-deps", "--ignore-installed", *isolation, *what], check=True)
+    place, module = run("import hstu_ext; print(hstu_ext.__file__); print(hstu_ext._C.__file__)", python).split()
+    assert Path(module).is_relative_to(site)
+    assert Path(place).is_relative_to(ROOT if kind == "editable" else site)

@@ -64,14 +64,14 @@ def test_forward_instance() -> None:
     cell = generate.Cell("attn", "fwd", "sm80", "bf16", 64, "window", "none")
     assert '#include "attention/sm80/forward.h"' in cell.source
     assert "void attn_fwd_sm80_bf16_d64_window(const Params& p, void* stream)" in cell.source
-    assert "sm80::run_forward<cutlass::bfloat16_t, 64, WindowMask, NoBias>(p, stream);" in cell.source
+    assert "sm80::run_forward<sm80::bf16, 64, WindowMask, NoBias>(p, stream);" in cell.source
 
 
 def test_backward_instance_with_rab() -> None:
     cell = generate.Cell("attn", "bwd", "sm80", "fp16", 128, "interval", "rab")
     assert '#include "attention/sm80/backward.h"' in cell.source
     assert "void attn_bwd_sm80_fp16_d128_interval_rab(const BackwardParams& p, void* stream)" in cell.source
-    call = "sm80::run_backward<cutlass::half_t, 128, IntervalMask, RabBias<cutlass::half_t>>(p, stream);"
+    call = "sm80::run_backward<sm80::fp16, 128, IntervalMask, RabBias<sm80::fp16>>(p, stream);"
     assert call in cell.source
 
 

@@ -42,6 +42,12 @@ struct ShortForwardTile<64> {
     static constexpr int up_to = 512;
 };
 template <>
+struct ShortForwardTile<128> {
+    static constexpr int rows = 64, cols = 32, warps = 4, warps_n = 1, blocks = 3;
+    static constexpr bool q_in_registers = false;
+    static constexpr int up_to = 224;
+};
+template <>
 struct ShortForwardTile<256> {
     static constexpr int rows = 64, cols = 32, warps = 4, warps_n = 1, blocks = 2;
     static constexpr bool q_in_registers = false;

@@ -114,9 +114,10 @@ int64_t Arguments::integer(const char* name) {
     PyObject* const source = next();
     const long long value = PyLong_AsLongLong(source);
     if (value == -1 && PyErr_Occurred()) {
-        if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
+        if (!PyErr_ExceptionMatches(PyExc_TypeError) && !PyErr_ExceptionMatches(PyExc_OverflowError))
+            throw py::error_already_set();
         PyErr_Clear();
-        fail_type(name, "an int", source);
+        fail_type(name, "a 64-bit int", source);
     }
     return value;
 }

@@ -159,6 +159,8 @@ def hstu_attn_qkvpacked_func(
         left, right, alpha, func, scaling_seqlen, seqused, seqused,
     )  # fmt: skip
     _check_rab(rab, has_drab)
+    if not isinstance(qkv, Tensor):
+        raise TypeError(f"hstu_ext.attention: qkv must be a tensor, got {type(qkv).__name__}")
     plain = _is_plain(qkv, qkv, qkv, rab, problem)
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"hstu_ext.attention: qkv must be [total, 3, heads, dim], got {list(qkv.shape)}")
@@ -194,10 +196,14 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None, problem: _Pro
 def _autocast(q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As torch's scaled_dot_product_attention: under autocast everything is in its dtype, except float64."""
     device_type = "cuda" if q.is_cuda else "cpu"
-    if not torch.is_autocast_enabled(device_type) or q.dtype == torch.float64:
+    if not torch.is_autocast_enabled(device_type):
         return q, k, v, rab
     dtype = torch.get_autocast_dtype(device_type)
-    return q.to(dtype), k.to(dtype), v.to(dtype), None if rab is None else rab.to(dtype)
+    return _cast(q, dtype), _cast(k, dtype), _cast(v, dtype), None if rab is None else _cast(rab, dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 def _execution(q: Tensor) -> tuple[int, int]:
@@ -270,7 +276,7 @@ def _run_backward(
     dq, dk, dv = grads
     dq_accum = None
     if q.is_cuda and not deterministic:
-        size = _C.attention_backward_scratch(q, v, problem.cu_seqlens_q, problem.max_seqlen_k, deterministic)
+        size = _C.attention_backward_scratch(q, v, problem.cu_seqlens_q, problem.max_seqlen_k)
         dq_accum = q.new_empty(size, dtype=torch.float32) if size else None
     _C.attention_backward(dout, q, k, v, rab, dq, dk, dv, drab, dq_accum, *problem, deterministic, *_execution(q))
 

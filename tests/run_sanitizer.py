@@ -1,0 +1,194 @@
+"""Runs every GPU cell of the installed hstu_ext under NVIDIA's compute-sanitizer and prints a table of cells and tools.
+
+    python tests/run_sanitizer.py [--tools memcheck,racecheck] [--match bf16_d64] [--limit 600] [--jobs 4]
+
+A tool runs all cells in one process. Where an error ends the process, the cells after it go on in a new one. Exits 0 if
+every cell is clean under every tool, 1 if one is not, 2 if something could not be run (no GPU, no compute-sanitizer, or
+the time limit came first).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# torch's own kernels are left out, except from initcheck, which has to see who wrote what.
+OURS = ("--kernel-name", "kernel_substring=hstu")
+OPTIONS = {
+    "memcheck": (*OURS, "--padding", "256", "--report-api-errors", "no"),
+    "racecheck": OURS,
+    "initcheck": (),
+    "synccheck": OURS,
+}
+EXIT_CODE = 77
+BEGIN, END = "@@ begin ", "@@ end "
+# The first line of a finding: the tool's prefix and a line that is neither indented nor a frame of the report.
+FINDING = re.compile(r"^========= (?!COMPUTE-SANITIZER|ERROR SUMMARY|RACECHECK SUMMARY|Target application)(\S.*)")
+
+
+@dataclass
+class Run:
+    """What one tool found, cell by cell: a list of findings, empty where it is clean. No entry: not run."""
+
+    tool: str
+    findings: dict[str, list[str]] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def problems_of(cell: str) -> list[Any]:
+    """Two small problems: a plain one of whole vectors, and a ragged strided one of a smaller head dimension."""
+    import torch
+    from attention_cases import Case
+
+    match = re.fullmatch(r"attn_(?:fwd|bwd)_sm\d+_(bf16|fp16)_d(\d+)_(window|target|interval)(_rab)?", cell)
+    assert match, cell
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[match[1]]
+    dim, mask, rab = int(match[2]), match[3], "heads" if match[4] else ""
+    lengths = (130, 1, 0, 65)
+    more: dict[str, Any] = {
+        "window": {"window": (70, 0)},
+        "target": {"contexts": (3, 0, 0, 9), "targets": (40, 1, 0, 7), "group": 3},
+        "interval": {"bounds": 3},
+    }[mask]
+    plain = Case(cell, lengths, dim=dim, rab=rab, **more)
+    ragged = replace(
+        plain, dim=dim - 8, dim_v=dim, layout="padded", lengths_q=(70, 1, 0, 64), used_q=(67, 1, 0, 10),
+        used_k=(129, 1, 0, 64), outside=(3, 7), offsets=torch.int64, rab="one" if rab else "",
+    )  # fmt: skip
+    return [case.problem("cuda", dtype) for case in (plain, ragged)]
+
+
+def run_cells(cells: list[str]) -> None:
+    """In the process that the sanitizer watches."""
+    import torch
+
+    from hstu_ext import hstu_attn_varlen_func
+
+    for cell in cells:
+        print(BEGIN + cell, flush=True)
+        for problem in problems_of(cell):
+            for deterministic in (False, True) if "_bwd_" in cell else (False,):
+                results = problem.run(
+                    hstu_attn_varlen_func,
+                    backward="_bwd_" in cell,
+                    deterministic=deterministic,
+                    has_drab=problem.rab is not None and "_bwd_" in cell,
+                )
+                torch.cuda.synchronize()
+                for value in results.values():
+                    value.cpu()  # initcheck reports elements that were never written
+        print(END + cell, flush=True)
+
+
+def watch(tool: str, cells: list[str], sanitizer: str, deadline: float) -> Run:
+    run = Run(tool)
+    started = time.monotonic()
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    while remaining := [cell for cell in cells if cell not in run.findings]:
+        if time.monotonic() > deadline:
+            break
+        command = [
+            sanitizer, "--tool", tool, "--error-exitcode", str(EXIT_CODE), *OPTIONS[tool],
+            sys.executable, __file__, "--cells", ",".join(remaining),
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        assert process.stdout is not None
+        current, finished, killed = "", [], False
+        while not killed and (line := process.stdout.readline()):
+            run.log.append(line)
+            if line.startswith(BEGIN):
+                current = line[len(BEGIN) :].strip()
+                run.findings[current] = []
+            elif line.startswith(END):
+                finished.append(current)
+                killed = time.monotonic() > deadline
+            elif (match := FINDING.match(line)) and current:
+                run.findings[current].append(match[1])
+        if killed:
+            process.kill()
+        code = process.wait()
+        if killed:
+            break
+        if not current:
+            run.findings[remaining[0]] = [f"the process ended before this cell with code {code}"]
+        elif current not in finished:
+            run.findings[current].append(f"the process ended in this cell with code {code}")
+        elif code and not any(run.findings[cell] for cell in finished):
+            run.findings[current].append(f"code {code} without a finding")
+    run.seconds = time.monotonic() - started
+    return run
+
+
+def report(runs: list[Run], cells: list[str], verbose: bool) -> int:
+    width = max(len(cell) for cell in cells)
+    print(f"\n{'cell':<{width}}  " + "  ".join(f"{run.tool:>10}" for run in runs))
+    for cell in cells:
+        marks = []
+        for run in runs:
+            found = run.findings.get(cell)
+            marks.append("not run" if found is None else f"{len(found)} errors" if found else "ok")
+        print(f"{cell:<{width}}  " + "  ".join(f"{mark:>10}" for mark in marks))
+    print(f"{'seconds':<{width}}  " + "  ".join(f"{run.seconds:>10.0f}" for run in runs))
+    for run in runs:
+        for cell, found in run.findings.items():
+            for text in sorted(set(found)):
+                print(f"{run.tool} {cell}: {found.count(text)} x {text}")
+        if verbose or any(run.findings.values()) or not run.findings:
+            print(f"\n--- {run.tool}, last lines ---\n" + "".join(run.log[-60:]))
+    if any(found for run in runs for found in run.findings.values()):
+        return 1
+    return 0 if all(cell in run.findings for run in runs for cell in cells) else 2
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", default=",".join(TOOLS), help="comma separated, default all four")
+    parser.add_argument("--match", default="", help="only cells whose name this regular expression finds")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds for all of it; begun cells are finished")
+    parser.add_argument("--jobs", type=int, default=1, help="tools at a time")
+    parser.add_argument("--sanitizer", default="", help="path of compute-sanitizer")
+    parser.add_argument("--verbose", action="store_true", help="print the end of every tool's output")
+    parser.add_argument("--cells", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).parent))
+    if options.cells:
+        run_cells(options.cells.split(","))
+        return 0
+
+    import torch
+
+    import hstu_ext
+
+    if not torch.cuda.is_available():
+        print("no CUDA GPU")
+        return 2
+    sanitizer = options.sanitizer or shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        print(f"{sanitizer} not found: install the CUDA toolkit or give --sanitizer")
+        return 2
+    cells = [cell for cell in hstu_ext.cells() if re.search(options.match, cell)]
+    tools = options.tools.split(",")
+    if not cells or not set(tools) <= set(TOOLS):
+        print(f"no cell matches {options.match!r}" if not cells else f"tools are {', '.join(TOOLS)}")
+        return 2
+    deadline = time.monotonic() + options.limit
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = list(pool.map(lambda tool: watch(tool, cells, sanitizer, deadline), tools))
+    return report(runs, cells, options.verbose)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""Bad input to the attention op: one clear error each, and on the GPU never an access out of bounds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import NAMED_BY_NAME, SHORT, Case
+from test_attention import attention, require_cells
+from torch import Tensor
+
+from hstu_ext import hstu_attn_qkvpacked_func, hstu_attn_varlen_func
+
+LENGTHS = (5, 3)
+TOTAL = sum(LENGTHS)
+
+
+def good(**changes: Any) -> dict[str, Any]:
+    """Arguments of a legal call: 2 sequences, 2 heads, dimension 16."""
+    arguments: dict[str, Any] = {
+        "q": torch.randn(TOTAL, 2, 16), "k": torch.randn(TOTAL, 2, 16), "v": torch.randn(TOTAL, 2, 16),
+        "cu_seqlens_q": index(0, 5, 8), "cu_seqlens_k": index(0, 5, 8), "max_seqlen_q": 5, "max_seqlen_k": 5,
+        "window_size": (-1, 0),
+    }  # fmt: skip
+    return arguments | changes
+
+
+def index(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+def qkv(*shape: int, **options: Any) -> dict[str, Tensor]:
+    return {name: torch.randn(*shape, **options) for name in "qkv"}
+
+
+# (changed arguments, type of the error, its text after "hstu_ext.attention: ")
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    # q, k, v
+    "q_none": ({"q": None}, TypeError, "q must be a tensor, got NoneType"),
+    "q_list": ({"q": [[[1.0]]]}, TypeError, "q must be a tensor, got list"),
+    "q_rank_2": ({"q": torch.randn(3, 4)}, ValueError, "q must be [total, heads, dim], got [3, 4]"),
+    "k_rank_4": ({"k": torch.randn(8, 1, 2, 16)}, ValueError, "k must be [total, heads, dim], got [8, 1, 2, 16]"),
+    "v_rank_1": ({"v": torch.randn(8)}, ValueError, "v must be [total, heads, dim], got [8]"),
+    "q_int": ({"q": torch.zeros(8, 2, 16, dtype=torch.int32)}, ValueError, "q must be a floating point tensor, got torch.int32"),
+    "k_dtype": ({"k": torch.randn(8, 2, 16).half()}, ValueError, "k must be torch.float32 like q, got torch.float16"),
+    "v_dtype": ({"v": torch.randn(8, 2, 16).double()}, ValueError, "v must be torch.float32 like q, got torch.float64"),
+    "k_heads": ({"k": torch.randn(8, 3, 16)}, ValueError, "k must be [8, 2, 16], got [8, 3, 16]"),
+    "k_dim": ({"k": torch.randn(8, 2, 24)}, ValueError, "k must be [8, 2, 16], got [8, 2, 24]"),
+    "v_heads": ({"v": torch.randn(8, 1, 16)}, ValueError, "v must be [8, 2, 16], got [8, 1, 16]"),
+    "v_rows": ({"v": torch.randn(7, 2, 16)}, ValueError, "v must be [8, 2, 16], got [7, 2, 16]"),
+    "dim_12": (qkv(8, 2, 12), ValueError, "q must have a head dimension that is a multiple of 8 from 8 to 256, got [8, 2, 12]"),
+    "dim_264": (qkv(8, 2, 264), ValueError, "q must have a head dimension that is a multiple of 8 from 8 to 256, got [8, 2, 264]"),
+    "dim_0": (qkv(8, 2, 0), ValueError, "q must have a head dimension that is a multiple of 8 from 8 to 256, got [8, 2, 0]"),
+    "dim_v_20": ({"v": torch.randn(8, 2, 20)}, ValueError, "v must have a head dimension that is a multiple of 8 from 8 to 256, got [8, 2, 20]"),
+    "q_last_stride": ({"q": torch.randn(8, 16, 2).transpose(1, 2)}, ValueError, "q must be contiguous in its last dimension, got a stride of 2"),
+    # offsets
+    "offsets_none": ({"cu_seqlens_q": None}, (TypeError, ValueError), "cu_seqlens_q must be "),
+    "offsets_float": ({"cu_seqlens_q": torch.tensor([0.0, 5, 8])}, ValueError, "cu_seqlens_q must be torch.int32 or torch.int64, got torch.float32"),
+    "offsets_int16": ({"cu_seqlens_k": index(0, 5, 8, dtype=torch.int16)}, (TypeError, ValueError), "cu_seqlens_k must be "),
+    "offsets_rank": ({"cu_seqlens_q": index(0, 5, 8)[None]}, ValueError, "cu_seqlens_q must be [batch + 1], got [1, 3]"),
+    "offsets_empty": ({"cu_seqlens_q": index()}, ValueError, "cu_seqlens_q must be [batch + 1], got [0]"),
+    "offsets_count": ({"cu_seqlens_k": index(0, 8)}, ValueError, "cu_seqlens_k must be [3], got [2]"),
+    "offsets_stride": ({"cu_seqlens_q": index(0, 9, 5, 9, 8, 9)[::2]}, ValueError, "cu_seqlens_q must be contiguous, got a stride of 2"),
+    "offsets_decrease": ({"cu_seqlens_q": index(0, 5, 4)}, ValueError, "cu_seqlens_q must start at 0 or more and never decrease, got 5 and 4 for sequence 1"),
+    "offsets_negative": ({"cu_seqlens_k": index(-1, 3, 8)}, ValueError, "cu_seqlens_k must start at 0 or more and never decrease, got -1 and 3 for sequence 0"),
+    "offsets_beyond": ({"cu_seqlens_k": index(0, 5, 9)}, ValueError, "cu_seqlens_k must end within the 8 rows, got 9 for sequence 1"),
+    "offsets_huge": ({"cu_seqlens_q": index(0, 5, 2**62, dtype=torch.int64)}, ValueError, "cu_seqlens_q must end within the 8 rows, got 4611686018427387904 for sequence 1"),
+    "offsets_minimum": ({"cu_seqlens_q": index(-(2**63), 2**63 - 1, 8, dtype=torch.int64)}, ValueError, "cu_seqlens_q must start at 0 or more"),
+    # lengths
+    "max_seqlen_q_small": ({"max_seqlen_q": 4}, ValueError, "max_seqlen_q must be at least every sequence's length, got 4 and a length of 5 for sequence 0"),
+    "max_seqlen_k_small": ({"max_seqlen_k": 0}, ValueError, "max_seqlen_k must be at least every sequence's length, got 0 and a length of 5 for sequence 0"),
+    "max_seqlen_negative": ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q must be 0 to "),
+    "max_seqlen_2^29": ({"max_seqlen_k": 2**29}, ValueError, "max_seqlen_k must be 0 to 536870911, got 536870912"),
+    "max_seqlen_2^70": ({"max_seqlen_k": 2**70}, (ValueError, TypeError, OverflowError), "max_seqlen_k must be "),
+    "max_seqlen_float": ({"max_seqlen_q": 5.5}, TypeError, "max_seqlen_q must be "),
+    "max_seqlen_text": ({"max_seqlen_q": "5"}, TypeError, "max_seqlen_q must be "),
+    "seqused_count": ({"seqused_q": index(5)}, ValueError, "seqused_q must be [2], got [1]"),
+    "seqused_long": ({"seqused_k": index(5, 4)}, ValueError, "seqused_k must be 0 to the sequence's length, got 4 and a length of 3 for sequence 1"),
+    "seqused_negative": ({"seqused_q": index(-1, 3)}, ValueError, "seqused_q must be 0 to the sequence's length, got -1 and a length of 5 for sequence 0"),
+    "seqused_float": ({"seqused_q": torch.ones(2)}, ValueError, "seqused_q must be torch.int32 or torch.int64, got torch.float32"),
+    "scaling_0": ({"scaling_seqlen": 0}, ValueError, "scaling_seqlen must be -1 or positive, got 0"),
+    "scaling_-2": ({"scaling_seqlen": -2}, ValueError, "scaling_seqlen must be -1 or positive, got -2"),
+    "alpha_text": ({"alpha": "1"}, TypeError, "alpha must be "),
+    # masks
+    "window_-2": ({"window_size": (-2, 0)}, ValueError, "window_size must be two lengths, or -1 for no limit, got (-2, 0)"),
+    "window_2^29": ({"window_size": (0, 2**29)}, ValueError, "window_size must be two lengths, or -1 for no limit, got (0, 536870912)"),
+    "contexts_full": ({"num_contexts": index(1, 1), "window_size": (-1, -1)}, ValueError, "window_size must be (-1, 0) where num_contexts or num_targets is given, got (-1, -1)"),
+    "targets_window": ({"num_targets": index(1, 1), "window_size": (3, 0)}, ValueError, "window_size must be (-1, 0) where num_contexts or num_targets is given, got (3, 0)"),
+    "contexts_count": ({"num_contexts": index(1)}, ValueError, "num_contexts must be [2], got [1]"),
+    "targets_rank": ({"num_targets": index(1, 1)[None]}, ValueError, "num_targets must be [2], got [1, 2]"),
+    "targets_float": ({"num_targets": torch.ones(2)}, ValueError, "num_targets must be torch.int32 or torch.int64, got torch.float32"),
+    "too_many_contexts": ({"num_contexts": index(5, 4)}, ValueError, "num_contexts + num_targets must be within the sequence's 3 keys, got 4 + 0 for sequence 1"),
+    "too_many_together": ({"num_contexts": index(3, 0), "num_targets": index(3, 0)}, ValueError, "num_contexts + num_targets must be within the sequence's 5 keys, got 3 + 3 for sequence 0"),
+    "targets_beyond_seqused": ({"num_targets": index(3, 0), "seqused_k": index(2, 3)}, ValueError, "num_contexts + num_targets must be within the sequence's 2 keys, got 0 + 3 for sequence 0"),
+    "targets_negative": ({"num_targets": index(-1, 0)}, ValueError, "num_contexts + num_targets must be within the sequence's 5 keys, got 0 + -1 for sequence 0"),
+    "contexts_overflow": ({"num_contexts": index(2**62, 0, dtype=torch.int64), "num_targets": index(2**62, 0, dtype=torch.int64)}, ValueError, "num_contexts + num_targets must be within the sequence's 5 keys"),
+    "group_0": ({"num_targets": index(1, 1), "target_group_size": 0}, ValueError, "target_group_size must be 1 to 536870911, got 0"),
+    "group_negative": ({"target_group_size": -3}, ValueError, "target_group_size must be 1 to 536870911, got -3"),
+    # func
+    "func_even": ({"func": torch.zeros(2, 2, 8).int(), "window_size": (-1, -1)}, ValueError, "func must be [1 or 2, an odd number, >= 8], got [2, 2, 8]"),
+    "func_none": ({"func": torch.zeros(2, 0, 8).int(), "window_size": (-1, -1)}, ValueError, "func must be [1 or 2, an odd number, >= 8], got [2, 0, 8]"),
+    "func_heads": ({"func": torch.zeros(3, 1, 8).int(), "window_size": (-1, -1)}, ValueError, "func must be [1 or 2, an odd number, >= 8], got [3, 1, 8]"),
+    "func_short": ({"func": torch.zeros(1, 1, 7).int(), "window_size": (-1, -1)}, ValueError, "func must be [1 or 2, an odd number, >= 8], got [1, 1, 7]"),
+    "func_rank": ({"func": torch.zeros(1, 8).int(), "window_size": (-1, -1)}, ValueError, "func must be [1 or 2, an odd number, >= 8], got [1, 8]"),
+    "func_int64": ({"func": torch.zeros(1, 1, 8).long(), "window_size": (-1, -1)}, ValueError, "func must be torch.int32, got torch.int64"),
+    "func_stride": ({"func": torch.zeros(1, 1, 16).int()[..., ::2], "window_size": (-1, -1)}, ValueError, "func must be contiguous in its last dimension, got a stride of 2"),
+    "func_window": ({"func": torch.zeros(1, 1, 8).int()}, ValueError, "window_size must be (-1, -1) where func is given, got (-1, 0)"),
+    "func_targets": ({"func": torch.zeros(1, 1, 8).int(), "num_targets": index(1, 1), "window_size": (-1, -1)}, ValueError, "func must be None where num_contexts or num_targets is given, got both"),
+    # rab
+    "drab_without_rab": ({"has_drab": True}, ValueError, "rab must be given where has_drab is set, got None"),
+    "rab_rank": ({"rab": torch.zeros(2, 5, 5)}, ValueError, "rab must be [2, 1 or 2, M, M] with M >= 5, got [2, 5, 5]"),
+    "rab_batch": ({"rab": torch.zeros(1, 2, 5, 5)}, ValueError, "rab must be [2, 1 or 2, M, M] with M >= 5, got [1, 2, 5, 5]"),
+    "rab_heads": ({"rab": torch.zeros(2, 3, 5, 5)}, ValueError, "rab must be [2, 1 or 2, M, M] with M >= 5, got [2, 3, 5, 5]"),
+    "rab_small": ({"rab": torch.zeros(2, 1, 4, 4)}, ValueError, "rab must be [2, 1 or 2, M, M] with M >= 5, got [2, 1, 4, 4]"),
+    "rab_oblong": ({"rab": torch.zeros(2, 1, 5, 6)}, ValueError, "rab must be [2, 1 or 2, M, M] with M >= 5, got [2, 1, 5, 6]"),
+    "rab_dtype": ({"rab": torch.zeros(2, 1, 5, 5).half()}, ValueError, "rab must be torch.float32 like q, got torch.float16"),
+    "rab_stride": ({"rab": torch.zeros(2, 1, 5, 10)[..., ::2]}, ValueError, "rab must be contiguous in its last dimension, got a stride of 2"),
+    "rab_more_queries": ({"rab": torch.zeros(2, 1, 5, 5), "cu_seqlens_k": index(0, 4, 8)}, ValueError, "rab must come with no more queries than keys, got 5 and 4 for sequence 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str) -> None:
+    changes, error, text = BAD[name]
+    with pytest.raises(error, match="^hstu_ext.attention: " + re.escape(text)):
+        hstu_attn_varlen_func(**good(**changes))
+
+
+def test_good_input() -> None:
+    """What the bad calls are changed from is legal."""
+    assert hstu_attn_varlen_func(**good()).isfinite().all()
+
+
+def test_positional_order_of_the_signature() -> None:
+    """As in NVIDIA's recsys-examples, for existing calls."""
+    arguments = good(num_contexts=index(1, 0), num_targets=index(2, 1), target_group_size=2)
+    order = (
+        "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k num_contexts num_targets target_group_size "
+        "window_size"
+    ).split()
+    positional = [arguments[name] for name in order]
+    expected = hstu_attn_varlen_func(**arguments, alpha=0.5)
+    assert torch.equal(hstu_attn_varlen_func(*positional, 0.5, None, False), expected)
+
+
+def test_bad_packed_input() -> None:
+    offsets = index(0, 8)
+    for shape in ((8, 2, 16), (8, 2, 2, 16), (8, 3, 2, 16, 1)):
+        with pytest.raises(ValueError, match=re.escape(f"qkv must be [total, 3, heads, dim], got {list(shape)}")):
+            hstu_attn_qkvpacked_func(torch.randn(shape), offsets, 8)
+    with pytest.raises(TypeError, match="hstu_ext.attention: qkv must be a tensor, got list"):
+        hstu_attn_qkvpacked_func([1.0], offsets, 8)  # type: ignore[arg-type]
+
+
+def test_errors_are_the_same_when_gradients_are_wanted() -> None:
+    arguments = good(cu_seqlens_q=index(0, 5, 4))
+    arguments["q"].requires_grad_()
+    with pytest.raises(ValueError, match="cu_seqlens_q must start at 0 or more and never decrease"):
+        hstu_attn_varlen_func(**arguments)
+
+
+def test_an_error_leaves_nothing_behind() -> None:
+    """A failed call does not change what the next one gives."""
+    arguments = good()
+    expected = hstu_attn_varlen_func(**arguments)
+    for changes, error, _ in BAD.values():
+        with pytest.raises(error):
+            hstu_attn_varlen_func(**good(**changes))
+    assert torch.equal(hstu_attn_varlen_func(**arguments), expected)
+
+
+# GPU
+
+
+def on_gpu(arguments: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    def move(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.to("cuda", dtype if x.is_floating_point() else x.dtype)
+
+    return {name: move(x) for name, x in arguments.items()}
+
+
+ON_THE_HOST_ONLY = re.compile("for sequence|contexts \\+ num_targets must be within|must start at 0 or more")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_on_gpu(name: str) -> None:
+    """The same errors, except for what index tensors hold and for dtypes."""
+    changes, error, text = BAD[name]
+    if ON_THE_HOST_ONLY.search(text) or "torch.float" in text or "floating point" in text:
+        pytest.skip("not checked on a GPU, or of another dtype there")
+    with pytest.raises(error, match="^hstu_ext.attention: " + re.escape(text)):
+        hstu_attn_varlen_func(**on_gpu(good(**changes)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["k", "v", "cu_seqlens_q", "cu_seqlens_k", "num_targets", "seqused_q", "rab"])
+def test_device_mix(name: str) -> None:
+    extra = {"num_targets": index(1, 1), "seqused_q": index(5, 3), "rab": torch.zeros(2, 1, 5, 5)}
+    arguments = on_gpu(good(**({name: extra[name]} if name in extra else {})))
+    arguments[name] = arguments[name].cpu()
+    text = f"hstu_ext.attention: {name} must be on cuda:{torch.cuda.current_device()} like q, got cpu"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        hstu_attn_varlen_func(**arguments)
+    everything_else = {key: x.cpu() if isinstance(x, Tensor) else x for key, x in arguments.items()}
+    everything_else[name] = everything_else[name].cuda()
+    if name not in "kv":
+        with pytest.raises(ValueError, match=re.escape(f"{name} must be on cpu like q, got cuda:")):
+            hstu_attn_varlen_func(**everything_else)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_without_gpu_kernels(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"q must be torch.float16 or torch.bfloat16 on a GPU, got {dtype}")):
+        hstu_attn_varlen_func(**on_gpu(good(), dtype))
+
+
+INT64_LIMITS = (-(2**63), 2**63 - 1)
+GARBAGE: dict[str, tuple[int, ...]] = {
+    "negative": (-100, -50, -1, -7, -2000000, -3, -1, -1),
+    "decreasing": (494, 400, 300, 200, 100, 50, 10, 0),
+    "beyond": (0, 100, 1000, 2000, 100000, 2**31 - 1, 2**31 - 1, 2**31 - 1),
+    "jumping": (0, 2**31 - 1, -(2**31), 494, -5, 600, 3, 495),
+    "all_of_it": (0, 10**6, 0, 10**6, 0, 10**6, 0, 10**6),
+}
+
+
+def garbage_cases() -> list[Any]:
+    kinds: dict[str, Callable[..., Case]] = {
+        "window": lambda **kw: Case("garbage", SHORT, window=(40, 0), **kw),
+        "target": lambda **kw: Case("garbage", SHORT, contexts=(1,) * 7, targets=(1,) * 7, group=2, **kw),
+        "interval": lambda **kw: Case("garbage", SHORT, bounds=3, **kw),
+    }
+    return [
+        pytest.param(
+            kind(rab=rab, offsets=offsets), id=f"{name}{'_rab' if rab else ''}-{offsets}".replace("torch.", "")
+        )
+        for name, kind in kinds.items()
+        for rab in ("", "heads")
+        for offsets in (torch.int32, torch.int64)
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("case", garbage_cases())
+def test_garbage_in_index_tensors(case: Case, deterministic: bool) -> None:
+    """Whatever index tensors hold, nothing faults and nothing outside the buffers changes (the guards see to that)."""
+    require_cells(case, "cuda", torch.bfloat16, "fwd", "bwd")
+    good_problem = NAMED_BY_NAME["causal"].problem("cuda", torch.bfloat16)
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "both", "num_contexts", "num_targets", "seqused_q", "seqused_k"):
+        for values in GARBAGE.values():
+            problem = case.problem("cuda", torch.bfloat16)
+            if problem.rab is not None:
+                problem.rab.nan_to_num_()
+            arguments = problem.arguments()
+            limits = INT64_LIMITS if case.offsets == torch.int64 else (-(2**31), 2**31 - 1)
+            wild = torch.tensor([min(max(x, limits[0]), limits[1]) for x in values], device="cuda").to(case.offsets)
+            if case.offsets == torch.int64:
+                wild[1], wild[4] = INT64_LIMITS
+            if name == "both":
+                arguments["cu_seqlens_q"] = arguments["cu_seqlens_k"] = wild
+            elif name.startswith("cu"):
+                arguments[name] = wild
+            elif not (name.startswith("num") and case.mask != "target"):
+                arguments[name] = wild[:-1].contiguous()
+            inputs = {key: x.detach().requires_grad_() for key, x in problem.inputs().items()}
+            copies = {key: x.detach().clone() for key, x in inputs.items()}
+            out = attention(**inputs, **arguments, deterministic=deterministic)
+            torch.autograd.grad(out, list(inputs.values()), torch.ones_like(out))
+            torch.cuda.synchronize()
+            for key, x in inputs.items():
+                assert torch.equal(x.detach(), copies[key]), f"{key} was written to"
+    # The GPU still works.
+    assert good_problem.run(attention)["out"].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_garbage_in_func() -> None:
+    case = Case("garbage", SHORT, bounds=5)
+    require_cells(case, "cuda", torch.bfloat16, "fwd", "bwd")
+    problem = case.problem("cuda", torch.bfloat16)
+    generator = torch.Generator("cuda").manual_seed(0)
+    for _ in range(5):
+        problem.func.random_(-(2**31), 2**31 - 1, generator=generator)
+        for value in problem.run(attention).values():
+            assert value.isfinite().all()
