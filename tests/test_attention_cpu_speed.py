@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import hstu_ext
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from attention_providers import PROVIDERS, Problem
 
 HEADS, DIM = 4, 64
 LEAST_RATIO = 2.0  # far below what is measured (docs/performance.md), so that a busy machine does not fail it
-ROUNDS = 5
+ROUNDS = 3
 
 
 def ragged(batch: int, longest: int) -> tuple[int, ...]:
@@ -38,6 +40,7 @@ def training_step(provider: str, problem: Problem) -> Callable[[], tuple[torch.T
 
 
 @pytest.mark.plain_allocations
+@pytest.mark.skipif(hstu_ext.build_info()["cpu_variant"] == "baseline", reason="the ratio is promised from AVX2 on")
 @pytest.mark.parametrize(("batch", "longest"), [(32, 200), (8, 1024)])
 def test_faster_than_padded_eager(batch: int, longest: int) -> None:
     problem = Problem(ragged(batch, longest), HEADS, DIM, torch.float32, "cpu")

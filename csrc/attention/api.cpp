@@ -318,8 +318,7 @@ void backward(const Inputs& inputs, const Gradients& gradients, bool determinist
 #endif
 }
 
-int64_t backward_scratch(const Tensor& q, const Tensor& v, const Tensor& cu_seqlens_q, int64_t max_seqlen_k,
-                         bool deterministic) {
+int64_t backward_scratch(const Tensor& q, const Tensor& v, const Tensor& cu_seqlens_q, int64_t max_seqlen_k) {
 #if HSTU_EXT_CUDA
     check_packed("q", q, q);
     check_packed("v", v, q);
@@ -330,7 +329,6 @@ int64_t backward_scratch(const Tensor& q, const Tensor& v, const Tensor& cu_seql
     p.heads = static_cast<int>(q.shape[1]);
     p.total_q = q.shape[0];
     p.max_seqlen_k = static_cast<int>(max_seqlen_k);
-    p.deterministic = deterministic;
     if (q.is_cuda()) return sm80::dq_accum_elements(p, head_dim_bucket(max_of(q.shape[2], v.shape[2])));
 #endif
     return 0;

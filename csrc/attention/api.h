@@ -49,8 +49,7 @@ struct MissingKernelError : std::runtime_error {
 void forward(const Inputs& inputs, const Tensor& out, Execution execution);
 void backward(const Inputs& inputs, const Gradients& gradients, bool deterministic, Execution execution);
 
-// fp32 elements that backward wants in dq_accum; 0 for none.
-int64_t backward_scratch(const Tensor& q, const Tensor& v, const Tensor& cu_seqlens_q, int64_t max_seqlen_k,
-                         bool deterministic);
+// fp32 elements that backward wants in dq_accum unless it is deterministic; 0 for none.
+int64_t backward_scratch(const Tensor& q, const Tensor& v, const Tensor& cu_seqlens_q, int64_t max_seqlen_k);
 
 }  // namespace hstu::attention

@@ -10,10 +10,21 @@
 
 namespace hstu {
 
+// What to do about an error whose own text does not say it.
+inline const char* advice(cudaError_t status) {
+    switch (status) {
+        case cudaErrorNoKernelImageForDevice:
+        case cudaErrorInvalidDeviceFunction:
+        case cudaErrorUnsupportedPtxVersion: return "; build with this GPU's architecture in HSTU_EXT_ARCHS";
+        default: return "";
+    }
+}
+
 inline void check_cuda(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
     cudaGetLastError();  // else the next launch would be blamed for it
-    throw std::runtime_error(std::string("hstu_ext: ") + what + " failed: " + cudaGetErrorString(status));
+    throw std::runtime_error(std::string("hstu_ext: ") + what + " failed: " + cudaGetErrorString(status) +
+                             advice(status));
 }
 
 // Makes `device` current until the end of the scope.

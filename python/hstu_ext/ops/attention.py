@@ -196,10 +196,14 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None, problem: _Pro
 def _autocast(q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As torch's scaled_dot_product_attention: under autocast everything is in its dtype, except float64."""
     device_type = "cuda" if q.is_cuda else "cpu"
-    if not torch.is_autocast_enabled(device_type) or q.dtype == torch.float64:
+    if not torch.is_autocast_enabled(device_type):
         return q, k, v, rab
     dtype = torch.get_autocast_dtype(device_type)
-    return q.to(dtype), k.to(dtype), v.to(dtype), None if rab is None else rab.to(dtype)
+    return _cast(q, dtype), _cast(k, dtype), _cast(v, dtype), None if rab is None else _cast(rab, dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 def _execution(q: Tensor) -> tuple[int, int]:
@@ -272,7 +276,7 @@ def _run_backward(
     dq, dk, dv = grads
     dq_accum = None
     if q.is_cuda and not deterministic:
-        size = _C.attention_backward_scratch(q, v, problem.cu_seqlens_q, problem.max_seqlen_k, deterministic)
+        size = _C.attention_backward_scratch(q, v, problem.cu_seqlens_q, problem.max_seqlen_k)
         dq_accum = q.new_empty(size, dtype=torch.float32) if size else None
     _C.attention_backward(dout, q, k, v, rab, dq, dk, dv, drab, dq_accum, *problem, deterministic, *_execution(q))
 
