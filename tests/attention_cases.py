@@ -383,7 +383,8 @@ def long_cases() -> list[Case]:
             Case("long_window", lengths, heads=heads, dim=dim, window=(300, 50)),
             Case("long_delta_q", lengths, (5, 1, 512, 1499), heads=heads, dim=dim),
             Case(
-                "long_target", lengths, heads=heads, dim=dim, contexts=(9, 0, 300, 7), targets=(1000, 1, 10, 300), group=5
+                "long_target", lengths, heads=heads, dim=dim,
+                contexts=(9, 0, 300, 7), targets=(1000, 1, 10, 300), group=5,
             ),
             Case("long_interval", lengths, heads=heads, dim=dim, bounds=5),
             Case("long_rab", (600, 1, 513), heads=heads, dim=dim, rab="one"),

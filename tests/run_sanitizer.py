@@ -49,6 +49,7 @@ class Run:
 def problems_of(cell: str) -> list[Any]:
     """Two small problems: a plain one of whole vectors, and a ragged strided one of a smaller head dimension."""
     import torch
+
     from attention_cases import Case
 
     match = re.fullmatch(r"attn_(?:fwd|bwd)_sm\d+_(bf16|fp16)_d(\d+)_(window|target|interval)(_rab)?", cell)

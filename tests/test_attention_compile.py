@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import CONTEXTS, NAMED_BY_NAME, SHORT, TARGETS, Case, Problem
-from test_attention import assert_close, attention, default_dtype, require_cells
 from torch import Tensor
 
 import hstu_ext  # noqa: F401  (registers the ops)
+from attention_cases import CONTEXTS, NAMED_BY_NAME, SHORT, TARGETS, Case, Problem
 from hstu_ext import hstu_attn_qkvpacked_func, hstu_attn_varlen_func
+from test_attention import assert_close, attention, default_dtype, require_cells
 
 COMPILED = [
     "causal",
@@ -126,11 +126,9 @@ def test_opcheck(device: str, name: str) -> None:
         setattr(problem, key, x.nan_to_num())
     given = problem.arguments()
     left, right = given.pop("window_size")
-    order = (
-        "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k num_contexts num_targets target_group_size window_left "
-        "window_right alpha func scaling_seqlen seqused_q seqused_k"
-    ).split()
-    rest = [{**given, "window_left": left, "window_right": right}[key] for key in order]
+    schema = torch.ops.hstu_ext.attention_forward.default._schema
+    named = {**given, "window_left": left, "window_right": right}
+    rest = [named[argument.name] for argument in schema.arguments[4:-2]]  # after q, k, v, rab
     has_rab = problem.rab is not None
     inputs = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
     rab = problem.rab.detach().requires_grad_() if has_rab else None

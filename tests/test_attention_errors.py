@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from attention_cases import NAMED_BY_NAME, SHORT, Case
-from test_attention import attention, require_cells
 from torch import Tensor
 
+from attention_cases import NAMED_BY_NAME, SHORT, Case
 from hstu_ext import hstu_attn_qkvpacked_func, hstu_attn_varlen_func
+from test_attention import attention, require_cells
 
 LENGTHS = (5, 3)
 TOTAL = sum(LENGTHS)
@@ -36,96 +37,166 @@ def qkv(*shape: int, **options: Any) -> dict[str, Tensor]:
     return {name: torch.randn(*shape, **options) for name in "qkv"}
 
 
-# (changed arguments, type of the error, its text after "hstu_ext.attention: ")
-BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+class Bad(NamedTuple):
+    text: str  # of the error, after "hstu_ext.attention: "
+    error: type[Exception] | tuple[type[Exception], ...]
+    changes: dict[str, Any]  # to the arguments of a good call
+
+
+def bad(text: str, error: type[Exception] | tuple[type[Exception], ...] = ValueError, **changes: Any) -> Bad:
+    return Bad(text, error, changes)
+
+
+HEAD_DIM = "must have a head dimension that is a multiple of 8 from 8 to 256"
+INDEX_TYPE = "must be torch.int32 or torch.int64"
+TARGET_WINDOW = "window_size must be (-1, 0) where num_contexts or num_targets is given"
+TARGETS = "num_contexts + num_targets must be within the sequence's"
+FUNC_SHAPE = "func must be [1 or 2, an odd number, >= 8]"
+RAB_SHAPE = "rab must be [2, 1 or 2, M, M] with M >= 5"
+
+BAD: dict[str, Bad] = {
     # q, k, v
-    "q_none": ({"q": None}, TypeError, "q must be a tensor, got NoneType"),
-    "q_list": ({"q": [[[1.0]]]}, TypeError, "q must be a tensor, got list"),
-    "q_rank_2": ({"q": torch.randn(3, 4)}, ValueError, "q must be [total, heads, dim], got [3, 4]"),
-    "k_rank_4": ({"k": torch.randn(8, 1, 2, 16)}, ValueError, "k must be [total, heads, dim], got [8, 1, 2, 16]"),
-    "v_rank_1": ({"v": torch.randn(8)}, ValueError, "v must be [total, heads, dim], got [8]"),
-    "q_int": ({"q": torch.zeros(8, 2, 16, dtype=torch.int32)}, ValueError, "q must be a floating point tensor, got torch.int32"),
-    "k_dtype": ({"k": torch.randn(8, 2, 16).half()}, ValueError, "k must be torch.float32 like q, got torch.float16"),
-    "v_dtype": ({"v": torch.randn(8, 2, 16).double()}, ValueError, "v must be torch.float32 like q, got torch.float64"),
-    "k_heads": ({"k": torch.randn(8, 3, 16)}, ValueError, "k must be [8, 2, 16], got [8, 3, 16]"),
-    "k_dim": ({"k": torch.randn(8, 2, 24)}, ValueError, "k must be [8, 2, 16], got [8, 2, 24]"),
-    "v_heads": ({"v": torch.randn(8, 1, 16)}, ValueError, "v must be [8, 2, 16], got [8, 1, 16]"),
-    "v_rows": ({"v": torch.randn(7, 2, 16)}, ValueError, "v must be [8, 2, 16], got [7, 2, 16]"),
-    "dim_12": (qkv(8, 2, 12), ValueError, "q must have a head dimension that is a multiple of 8 from 8 to 256, got [8, 2, 12]"),
-    "dim_264": (qkv(8, 2, 264), ValueError, "q must have a head dimension that is a multiple of 8 from 8 to 256, got [8, 2, 264]"),
-    "dim_0": (qkv(8, 2, 0), ValueError, "q must have a head dimension that is a multiple of 8 from 8 to 256, got [8, 2, 0]"),
-    "dim_v_20": ({"v": torch.randn(8, 2, 20)}, ValueError, "v must have a head dimension that is a multiple of 8 from 8 to 256, got [8, 2, 20]"),
-    "q_last_stride": ({"q": torch.randn(8, 16, 2).transpose(1, 2)}, ValueError, "q must be contiguous in its last dimension, got a stride of 2"),
+    "q_none": bad("q must be a tensor, got NoneType", TypeError, q=None),
+    "q_list": bad("q must be a tensor, got list", TypeError, q=[[[1.0]]]),
+    "q_rank_2": bad("q must be [total, heads, dim], got [3, 4]", q=torch.randn(3, 4)),
+    "k_rank_4": bad("k must be [total, heads, dim], got [8, 1, 2, 16]", k=torch.randn(8, 1, 2, 16)),
+    "v_rank_1": bad("v must be [total, heads, dim], got [8]", v=torch.randn(8)),
+    "q_int": bad("q must be a floating point tensor, got torch.int32", q=torch.zeros(8, 2, 16, dtype=torch.int32)),
+    "k_dtype": bad("k must be torch.float32 like q, got torch.float16", k=torch.randn(8, 2, 16).half()),
+    "v_dtype": bad("v must be torch.float32 like q, got torch.float64", v=torch.randn(8, 2, 16).double()),
+    "k_heads": bad("k must be [8, 2, 16], got [8, 3, 16]", k=torch.randn(8, 3, 16)),
+    "k_dim": bad("k must be [8, 2, 16], got [8, 2, 24]", k=torch.randn(8, 2, 24)),
+    "v_heads": bad("v must be [8, 2, 16], got [8, 1, 16]", v=torch.randn(8, 1, 16)),
+    "v_rows": bad("v must be [8, 2, 16], got [7, 2, 16]", v=torch.randn(7, 2, 16)),
+    "dim_12": bad(f"q {HEAD_DIM}, got [8, 2, 12]", **qkv(8, 2, 12)),
+    "dim_264": bad(f"q {HEAD_DIM}, got [8, 2, 264]", **qkv(8, 2, 264)),
+    "dim_0": bad(f"q {HEAD_DIM}, got [8, 2, 0]", **qkv(8, 2, 0)),
+    "dim_v_20": bad(f"v {HEAD_DIM}, got [8, 2, 20]", v=torch.randn(8, 2, 20)),
+    "q_last_stride": bad(
+        "q must be contiguous in its last dimension, got a stride of 2", q=torch.randn(8, 16, 2).transpose(1, 2)
+    ),
     # offsets
-    "offsets_none": ({"cu_seqlens_q": None}, (TypeError, ValueError), "cu_seqlens_q must be "),
-    "offsets_float": ({"cu_seqlens_q": torch.tensor([0.0, 5, 8])}, ValueError, "cu_seqlens_q must be torch.int32 or torch.int64, got torch.float32"),
-    "offsets_int16": ({"cu_seqlens_k": index(0, 5, 8, dtype=torch.int16)}, (TypeError, ValueError), "cu_seqlens_k must be "),
-    "offsets_rank": ({"cu_seqlens_q": index(0, 5, 8)[None]}, ValueError, "cu_seqlens_q must be [batch + 1], got [1, 3]"),
-    "offsets_empty": ({"cu_seqlens_q": index()}, ValueError, "cu_seqlens_q must be [batch + 1], got [0]"),
-    "offsets_count": ({"cu_seqlens_k": index(0, 8)}, ValueError, "cu_seqlens_k must be [3], got [2]"),
-    "offsets_stride": ({"cu_seqlens_q": index(0, 9, 5, 9, 8, 9)[::2]}, ValueError, "cu_seqlens_q must be contiguous, got a stride of 2"),
-    "offsets_decrease": ({"cu_seqlens_q": index(0, 5, 4)}, ValueError, "cu_seqlens_q must start at 0 or more and never decrease, got 5 and 4 for sequence 1"),
-    "offsets_negative": ({"cu_seqlens_k": index(-1, 3, 8)}, ValueError, "cu_seqlens_k must start at 0 or more and never decrease, got -1 and 3 for sequence 0"),
-    "offsets_beyond": ({"cu_seqlens_k": index(0, 5, 9)}, ValueError, "cu_seqlens_k must end within the 8 rows, got 9 for sequence 1"),
-    "offsets_huge": ({"cu_seqlens_q": index(0, 5, 2**62, dtype=torch.int64)}, ValueError, "cu_seqlens_q must end within the 8 rows, got 4611686018427387904 for sequence 1"),
-    "offsets_minimum": ({"cu_seqlens_q": index(-(2**63), 2**63 - 1, 8, dtype=torch.int64)}, ValueError, "cu_seqlens_q must start at 0 or more"),
+    "offsets_none": bad("cu_seqlens_q must be ", (TypeError, ValueError), cu_seqlens_q=None),
+    "offsets_float": bad(f"cu_seqlens_q {INDEX_TYPE}, got torch.float32", cu_seqlens_q=torch.tensor([0.0, 5, 8])),
+    "offsets_int16": bad(
+        "cu_seqlens_k must be ", (TypeError, ValueError), cu_seqlens_k=index(0, 5, 8, dtype=torch.int16)
+    ),
+    "offsets_rank": bad("cu_seqlens_q must be [batch + 1], got [1, 3]", cu_seqlens_q=index(0, 5, 8)[None]),
+    "offsets_empty": bad("cu_seqlens_q must be [batch + 1], got [0]", cu_seqlens_q=index()),
+    "offsets_count": bad("cu_seqlens_k must be [3], got [2]", cu_seqlens_k=index(0, 8)),
+    "offsets_stride": bad(
+        "cu_seqlens_q must be contiguous, got a stride of 2", cu_seqlens_q=index(0, 9, 5, 9, 8, 9)[::2]
+    ),
+    "offsets_decrease": bad(
+        "cu_seqlens_q must start at 0 or more and never decrease, got 5 and 4 for sequence 1",
+        cu_seqlens_q=index(0, 5, 4),
+    ),
+    "offsets_negative": bad(
+        "cu_seqlens_k must start at 0 or more and never decrease, got -1 and 3 for sequence 0",
+        cu_seqlens_k=index(-1, 3, 8),
+    ),
+    "offsets_beyond": bad("cu_seqlens_k must end within the 8 rows, got 9 for sequence 1", cu_seqlens_k=index(0, 5, 9)),
+    "offsets_huge": bad(
+        "cu_seqlens_q must end within the 8 rows, got 4611686018427387904 for sequence 1",
+        cu_seqlens_q=index(0, 5, 2**62, dtype=torch.int64),
+    ),
+    "offsets_minimum": bad(
+        "cu_seqlens_q must start at 0 or more", cu_seqlens_q=index(-(2**63), 2**63 - 1, 8, dtype=torch.int64)
+    ),
     # lengths
-    "max_seqlen_q_small": ({"max_seqlen_q": 4}, ValueError, "max_seqlen_q must be at least every sequence's length, got 4 and a length of 5 for sequence 0"),
-    "max_seqlen_k_small": ({"max_seqlen_k": 0}, ValueError, "max_seqlen_k must be at least every sequence's length, got 0 and a length of 5 for sequence 0"),
-    "max_seqlen_negative": ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q must be 0 to "),
-    "max_seqlen_2^29": ({"max_seqlen_k": 2**29}, ValueError, "max_seqlen_k must be 0 to 536870911, got 536870912"),
-    "max_seqlen_2^70": ({"max_seqlen_k": 2**70}, (ValueError, TypeError, OverflowError), "max_seqlen_k must be "),
-    "max_seqlen_float": ({"max_seqlen_q": 5.5}, TypeError, "max_seqlen_q must be "),
-    "max_seqlen_text": ({"max_seqlen_q": "5"}, TypeError, "max_seqlen_q must be "),
-    "seqused_count": ({"seqused_q": index(5)}, ValueError, "seqused_q must be [2], got [1]"),
-    "seqused_long": ({"seqused_k": index(5, 4)}, ValueError, "seqused_k must be 0 to the sequence's length, got 4 and a length of 3 for sequence 1"),
-    "seqused_negative": ({"seqused_q": index(-1, 3)}, ValueError, "seqused_q must be 0 to the sequence's length, got -1 and a length of 5 for sequence 0"),
-    "seqused_float": ({"seqused_q": torch.ones(2)}, ValueError, "seqused_q must be torch.int32 or torch.int64, got torch.float32"),
-    "scaling_0": ({"scaling_seqlen": 0}, ValueError, "scaling_seqlen must be -1 or positive, got 0"),
-    "scaling_-2": ({"scaling_seqlen": -2}, ValueError, "scaling_seqlen must be -1 or positive, got -2"),
-    "alpha_text": ({"alpha": "1"}, TypeError, "alpha must be "),
+    "max_seqlen_q_small": bad(
+        "max_seqlen_q must be at least every sequence's length, got 4 and a length of 5 for sequence 0", max_seqlen_q=4
+    ),
+    "max_seqlen_k_small": bad(
+        "max_seqlen_k must be at least every sequence's length, got 0 and a length of 5 for sequence 0", max_seqlen_k=0
+    ),
+    "max_seqlen_negative": bad("max_seqlen_q must be 0 to ", max_seqlen_q=-1),
+    "max_seqlen_2^29": bad("max_seqlen_k must be 0 to 536870911, got 536870912", max_seqlen_k=2**29),
+    "max_seqlen_2^70": bad("max_seqlen_k must be ", (ValueError, TypeError, OverflowError), max_seqlen_k=2**70),
+    "max_seqlen_float": bad("max_seqlen_q must be ", TypeError, max_seqlen_q=5.5),
+    "max_seqlen_text": bad("max_seqlen_q must be ", TypeError, max_seqlen_q="5"),
+    "seqused_count": bad("seqused_q must be [2], got [1]", seqused_q=index(5)),
+    "seqused_long": bad(
+        "seqused_k must be 0 to the sequence's length, got 4 and a length of 3 for sequence 1", seqused_k=index(5, 4)
+    ),
+    "seqused_negative": bad(
+        "seqused_q must be 0 to the sequence's length, got -1 and a length of 5 for sequence 0", seqused_q=index(-1, 3)
+    ),
+    "seqused_float": bad(f"seqused_q {INDEX_TYPE}, got torch.float32", seqused_q=torch.ones(2)),
+    "scaling_0": bad("scaling_seqlen must be -1 or positive, got 0", scaling_seqlen=0),
+    "scaling_-2": bad("scaling_seqlen must be -1 or positive, got -2", scaling_seqlen=-2),
+    "alpha_text": bad("alpha must be ", TypeError, alpha="1"),
     # masks
-    "window_-2": ({"window_size": (-2, 0)}, ValueError, "window_size must be two lengths, or -1 for no limit, got (-2, 0)"),
-    "window_2^29": ({"window_size": (0, 2**29)}, ValueError, "window_size must be two lengths, or -1 for no limit, got (0, 536870912)"),
-    "contexts_full": ({"num_contexts": index(1, 1), "window_size": (-1, -1)}, ValueError, "window_size must be (-1, 0) where num_contexts or num_targets is given, got (-1, -1)"),
-    "targets_window": ({"num_targets": index(1, 1), "window_size": (3, 0)}, ValueError, "window_size must be (-1, 0) where num_contexts or num_targets is given, got (3, 0)"),
-    "contexts_count": ({"num_contexts": index(1)}, ValueError, "num_contexts must be [2], got [1]"),
-    "targets_rank": ({"num_targets": index(1, 1)[None]}, ValueError, "num_targets must be [2], got [1, 2]"),
-    "targets_float": ({"num_targets": torch.ones(2)}, ValueError, "num_targets must be torch.int32 or torch.int64, got torch.float32"),
-    "too_many_contexts": ({"num_contexts": index(5, 4)}, ValueError, "num_contexts + num_targets must be within the sequence's 3 keys, got 4 + 0 for sequence 1"),
-    "too_many_together": ({"num_contexts": index(3, 0), "num_targets": index(3, 0)}, ValueError, "num_contexts + num_targets must be within the sequence's 5 keys, got 3 + 3 for sequence 0"),
-    "targets_beyond_seqused": ({"num_targets": index(3, 0), "seqused_k": index(2, 3)}, ValueError, "num_contexts + num_targets must be within the sequence's 2 keys, got 0 + 3 for sequence 0"),
-    "targets_negative": ({"num_targets": index(-1, 0)}, ValueError, "num_contexts + num_targets must be within the sequence's 5 keys, got 0 + -1 for sequence 0"),
-    "contexts_overflow": ({"num_contexts": index(2**62, 0, dtype=torch.int64), "num_targets": index(2**62, 0, dtype=torch.int64)}, ValueError, "num_contexts + num_targets must be within the sequence's 5 keys"),
-    "group_0": ({"num_targets": index(1, 1), "target_group_size": 0}, ValueError, "target_group_size must be 1 to 536870911, got 0"),
-    "group_negative": ({"target_group_size": -3}, ValueError, "target_group_size must be 1 to 536870911, got -3"),
+    "window_-2": bad("window_size must be two lengths, or -1 for no limit, got (-2, 0)", window_size=(-2, 0)),
+    "window_2^29": bad(
+        "window_size must be two lengths, or -1 for no limit, got (0, 536870912)", window_size=(0, 2**29)
+    ),
+    "contexts_full": bad(f"{TARGET_WINDOW}, got (-1, -1)", num_contexts=index(1, 1), window_size=(-1, -1)),
+    "targets_window": bad(f"{TARGET_WINDOW}, got (3, 0)", num_targets=index(1, 1), window_size=(3, 0)),
+    "contexts_count": bad("num_contexts must be [2], got [1]", num_contexts=index(1)),
+    "targets_rank": bad("num_targets must be [2], got [1, 2]", num_targets=index(1, 1)[None]),
+    "targets_float": bad(f"num_targets {INDEX_TYPE}, got torch.float32", num_targets=torch.ones(2)),
+    "too_many_contexts": bad(f"{TARGETS} 3 keys, got 4 + 0 for sequence 1", num_contexts=index(5, 4)),
+    "too_many_together": bad(
+        f"{TARGETS} 5 keys, got 3 + 3 for sequence 0", num_contexts=index(3, 0), num_targets=index(3, 0)
+    ),
+    "targets_beyond_seqused": bad(
+        f"{TARGETS} 2 keys, got 0 + 3 for sequence 0", num_targets=index(3, 0), seqused_k=index(2, 3)
+    ),
+    "targets_negative": bad(f"{TARGETS} 5 keys, got 0 + -1 for sequence 0", num_targets=index(-1, 0)),
+    "contexts_overflow": bad(
+        f"{TARGETS} 5 keys",
+        num_contexts=index(2**62, 0, dtype=torch.int64),
+        num_targets=index(2**62, 0, dtype=torch.int64),
+    ),
+    "group_0": bad("target_group_size must be 1 to 536870911, got 0", num_targets=index(1, 1), target_group_size=0),
+    "group_negative": bad("target_group_size must be 1 to 536870911, got -3", target_group_size=-3),
     # func
-    "func_even": ({"func": torch.zeros(2, 2, 8).int(), "window_size": (-1, -1)}, ValueError, "func must be [1 or 2, an odd number, >= 8], got [2, 2, 8]"),
-    "func_none": ({"func": torch.zeros(2, 0, 8).int(), "window_size": (-1, -1)}, ValueError, "func must be [1 or 2, an odd number, >= 8], got [2, 0, 8]"),
-    "func_heads": ({"func": torch.zeros(3, 1, 8).int(), "window_size": (-1, -1)}, ValueError, "func must be [1 or 2, an odd number, >= 8], got [3, 1, 8]"),
-    "func_short": ({"func": torch.zeros(1, 1, 7).int(), "window_size": (-1, -1)}, ValueError, "func must be [1 or 2, an odd number, >= 8], got [1, 1, 7]"),
-    "func_rank": ({"func": torch.zeros(1, 8).int(), "window_size": (-1, -1)}, ValueError, "func must be [1 or 2, an odd number, >= 8], got [1, 8]"),
-    "func_int64": ({"func": torch.zeros(1, 1, 8).long(), "window_size": (-1, -1)}, ValueError, "func must be torch.int32, got torch.int64"),
-    "func_stride": ({"func": torch.zeros(1, 1, 16).int()[..., ::2], "window_size": (-1, -1)}, ValueError, "func must be contiguous in its last dimension, got a stride of 2"),
-    "func_window": ({"func": torch.zeros(1, 1, 8).int()}, ValueError, "window_size must be (-1, -1) where func is given, got (-1, 0)"),
-    "func_targets": ({"func": torch.zeros(1, 1, 8).int(), "num_targets": index(1, 1), "window_size": (-1, -1)}, ValueError, "func must be None where num_contexts or num_targets is given, got both"),
+    "func_even": bad(f"{FUNC_SHAPE}, got [2, 2, 8]", func=torch.zeros(2, 2, 8).int(), window_size=(-1, -1)),
+    "func_none": bad(f"{FUNC_SHAPE}, got [2, 0, 8]", func=torch.zeros(2, 0, 8).int(), window_size=(-1, -1)),
+    "func_heads": bad(f"{FUNC_SHAPE}, got [3, 1, 8]", func=torch.zeros(3, 1, 8).int(), window_size=(-1, -1)),
+    "func_short": bad(f"{FUNC_SHAPE}, got [1, 1, 7]", func=torch.zeros(1, 1, 7).int(), window_size=(-1, -1)),
+    "func_rank": bad(f"{FUNC_SHAPE}, got [1, 8]", func=torch.zeros(1, 8).int(), window_size=(-1, -1)),
+    "func_int64": bad(
+        "func must be torch.int32, got torch.int64", func=torch.zeros(1, 1, 8).long(), window_size=(-1, -1)
+    ),
+    "func_stride": bad(
+        "func must be contiguous in its last dimension, got a stride of 2",
+        func=torch.zeros(1, 1, 16).int()[..., ::2],
+        window_size=(-1, -1),
+    ),
+    "func_window": bad(
+        "window_size must be (-1, -1) where func is given, got (-1, 0)", func=torch.zeros(1, 1, 8).int()
+    ),
+    "func_targets": bad(
+        "func must be None where num_contexts or num_targets is given, got both",
+        func=torch.zeros(1, 1, 8).int(),
+        num_targets=index(1, 1),
+        window_size=(-1, -1),
+    ),
     # rab
-    "drab_without_rab": ({"has_drab": True}, ValueError, "rab must be given where has_drab is set, got None"),
-    "rab_rank": ({"rab": torch.zeros(2, 5, 5)}, ValueError, "rab must be [2, 1 or 2, M, M] with M >= 5, got [2, 5, 5]"),
-    "rab_batch": ({"rab": torch.zeros(1, 2, 5, 5)}, ValueError, "rab must be [2, 1 or 2, M, M] with M >= 5, got [1, 2, 5, 5]"),
-    "rab_heads": ({"rab": torch.zeros(2, 3, 5, 5)}, ValueError, "rab must be [2, 1 or 2, M, M] with M >= 5, got [2, 3, 5, 5]"),
-    "rab_small": ({"rab": torch.zeros(2, 1, 4, 4)}, ValueError, "rab must be [2, 1 or 2, M, M] with M >= 5, got [2, 1, 4, 4]"),
-    "rab_oblong": ({"rab": torch.zeros(2, 1, 5, 6)}, ValueError, "rab must be [2, 1 or 2, M, M] with M >= 5, got [2, 1, 5, 6]"),
-    "rab_dtype": ({"rab": torch.zeros(2, 1, 5, 5).half()}, ValueError, "rab must be torch.float32 like q, got torch.float16"),
-    "rab_stride": ({"rab": torch.zeros(2, 1, 5, 10)[..., ::2]}, ValueError, "rab must be contiguous in its last dimension, got a stride of 2"),
-    "rab_more_queries": ({"rab": torch.zeros(2, 1, 5, 5), "cu_seqlens_k": index(0, 4, 8)}, ValueError, "rab must come with no more queries than keys, got 5 and 4 for sequence 0"),
-}  # fmt: skip
+    "drab_without_rab": bad("rab must be given where has_drab is set, got None", has_drab=True),
+    "rab_rank": bad(f"{RAB_SHAPE}, got [2, 5, 5]", rab=torch.zeros(2, 5, 5)),
+    "rab_batch": bad(f"{RAB_SHAPE}, got [1, 2, 5, 5]", rab=torch.zeros(1, 2, 5, 5)),
+    "rab_heads": bad(f"{RAB_SHAPE}, got [2, 3, 5, 5]", rab=torch.zeros(2, 3, 5, 5)),
+    "rab_small": bad(f"{RAB_SHAPE}, got [2, 1, 4, 4]", rab=torch.zeros(2, 1, 4, 4)),
+    "rab_oblong": bad(f"{RAB_SHAPE}, got [2, 1, 5, 6]", rab=torch.zeros(2, 1, 5, 6)),
+    "rab_dtype": bad("rab must be torch.float32 like q, got torch.float16", rab=torch.zeros(2, 1, 5, 5).half()),
+    "rab_stride": bad(
+        "rab must be contiguous in its last dimension, got a stride of 2", rab=torch.zeros(2, 1, 5, 10)[..., ::2]
+    ),
+    "rab_more_queries": bad(
+        "rab must come with no more queries than keys, got 5 and 4 for sequence 0",
+        rab=torch.zeros(2, 1, 5, 5),
+        cu_seqlens_k=index(0, 4, 8),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name: str) -> None:
-    changes, error, text = BAD[name]
-    with pytest.raises(error, match="^hstu_ext.attention: " + re.escape(text)):
+    text, error, changes = BAD[name]
+    with pytest.raises(error, match=r"^hstu_ext.attention: " + re.escape(text)):
         hstu_attn_varlen_func(**good(**changes))
 
 
@@ -137,10 +208,9 @@ def test_good_input() -> None:
 def test_positional_order_of_the_signature() -> None:
     """As in NVIDIA's recsys-examples, for existing calls."""
     arguments = good(num_contexts=index(1, 0), num_targets=index(2, 1), target_group_size=2)
-    order = (
-        "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k num_contexts num_targets target_group_size "
-        "window_size"
-    ).split()
+    order = list(inspect.signature(hstu_attn_varlen_func).parameters)[:11]
+    assert order[:7] == ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
+    assert order[7:] == ["num_contexts", "num_targets", "target_group_size", "window_size"]
     positional = [arguments[name] for name in order]
     expected = hstu_attn_varlen_func(**arguments, alpha=0.5)
     assert torch.equal(hstu_attn_varlen_func(*positional, 0.5, None, False), expected)
@@ -151,7 +221,7 @@ def test_bad_packed_input() -> None:
     for shape in ((8, 2, 16), (8, 2, 2, 16), (8, 3, 2, 16, 1)):
         with pytest.raises(ValueError, match=re.escape(f"qkv must be [total, 3, heads, dim], got {list(shape)}")):
             hstu_attn_qkvpacked_func(torch.randn(shape), offsets, 8)
-    with pytest.raises(TypeError, match="hstu_ext.attention: qkv must be a tensor, got list"):
+    with pytest.raises(TypeError, match=r"hstu_ext.attention: qkv must be a tensor, got list"):
         hstu_attn_qkvpacked_func([1.0], offsets, 8)  # type: ignore[arg-type]
 
 
@@ -166,7 +236,7 @@ def test_an_error_leaves_nothing_behind() -> None:
     """A failed call does not change what the next one gives."""
     arguments = good()
     expected = hstu_attn_varlen_func(**arguments)
-    for changes, error, _ in BAD.values():
+    for _, error, changes in BAD.values():
         with pytest.raises(error):
             hstu_attn_varlen_func(**good(**changes))
     assert torch.equal(hstu_attn_varlen_func(**arguments), expected)
@@ -191,10 +261,10 @@ ON_THE_HOST_ONLY = re.compile("for sequence|contexts \\+ num_targets must be wit
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_on_gpu(name: str) -> None:
     """The same errors, except for what index tensors hold and for dtypes."""
-    changes, error, text = BAD[name]
+    text, error, changes = BAD[name]
     if ON_THE_HOST_ONLY.search(text) or "torch.float" in text or "floating point" in text:
         pytest.skip("not checked on a GPU, or of another dtype there")
-    with pytest.raises(error, match="^hstu_ext.attention: " + re.escape(text)):
+    with pytest.raises(error, match=r"^hstu_ext.attention: " + re.escape(text)):
         hstu_attn_varlen_func(**on_gpu(good(**changes)))
 
 

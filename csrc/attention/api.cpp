@@ -183,10 +183,11 @@ MaskKind fill_mask(const Inputs& in, Params& p) {
 void check_offset_values(const char* name, const char* used_name, const char* max_name, const IndexArray& offsets,
                          const IndexArray& used, int batch, int64_t total, int64_t max_length) {
     for (int b = 0; b < batch; ++b) {
-        const int64_t begin = offsets[b], end = offsets[b + 1], length = end - begin;
+        const int64_t begin = offsets[b], end = offsets[b + 1];
         CHECK(begin >= 0 && begin <= end, name, " must start at 0 or more and never decrease, got ", begin, " and ",
               end, " for sequence ", b);
         CHECK(end <= total, name, " must end within the ", total, " rows, got ", end, " for sequence ", b);
+        const int64_t length = end - begin;
         CHECK(length <= max_length, max_name, " must be at least every sequence's length, got ", max_length,
               " and a length of ", length, " for sequence ", b);
         if (used)
