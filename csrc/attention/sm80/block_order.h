@@ -1,8 +1,9 @@
 // In which order thread blocks take up the work of a launch.
 #pragma once
 
-#include "common/cuda_launch.h"
+#include "attention/params.h"
 #include "common/fast_divisor.h"
+#include "common/host_device.h"
 
 namespace hstu::attention::sm80 {
 
@@ -20,9 +21,10 @@ struct BlockOrder {
     int group, pairs;               // (sequence, head) pairs of a group and in all
     FastDivisor by_group, by_heads;  // by the blocks of a group
 
-    // ranks: blocks along a sequence; resident: blocks that run at the same time on one multiprocessor.
+    // ranks: blocks along a sequence; resident: blocks that the GPU runs at the same time.
     BlockOrder(const Params& p, int ranks, int resident)
-        : group(group_size(p, ranks, resident)), pairs(p.heads * p.batch), by_group(group * ranks), by_heads(p.heads) {}
+        : group(group_size(p.heads * p.batch, ranks, resident)), pairs(p.heads * p.batch), by_group(group * ranks),
+          by_heads(p.heads) {}
 
     HSTU_HOST_DEVICE Place operator[](int block) const {
         const auto [number, index] = by_group.divide(block);
@@ -32,10 +34,9 @@ struct BlockOrder {
     }
 
   private:
-    static int group_size(const Params& p, int ranks, int resident) {
-        const int wanted = ceil_div(kRounds * resident * multiprocessors(p.device), ranks);
-        const int groups = max_of(1, p.heads * p.batch / wanted);
-        return ceil_div(p.heads * p.batch, groups);
+    static int group_size(int pairs, int ranks, int resident) {
+        const int wanted = ceil_div(kRounds * resident, ranks);
+        return max_of(1, ceil_div(pairs, max_of(1, pairs / wanted)));
     }
 };
 
