@@ -64,7 +64,7 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13)
 else()
   set(compress -Xfatbin=-compress-all)
 endif()
-target_compile_options(hstu_gpu PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${compress};--expt-relaxed-constexpr>")
+target_compile_options(hstu_gpu PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${compress}>)
 
 set(HSTU_EXT_CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})
 string(REPLACE ";" " " HSTU_EXT_BUILT_ARCHS "${HSTU_EXT_ARCHS}")

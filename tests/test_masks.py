@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+import cpp_program
 import reference
 from hstu_ext.masks import IntervalMask, Mask, TargetMask, WindowMask
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_kernel_masks(tmp_path: Path) -> None:
     """Every kept pair is covered by the ranges, and no full tile hides a masked pair. Exhaustive on small problems."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    program = tmp_path / "test_mask"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover"]
-    source = ROOT / "tests/cpp/test_mask.cpp"
-    subprocess.run([compiler, *flags, "-I", ROOT / "csrc", source, "-o", program], check=True)
-    result = subprocess.run([program], capture_output=True, text=True)
-    print(result.stdout, result.stderr)
-    assert result.returncode == 0, result.stdout + result.stderr
+    cpp_program.run("test_mask.cpp", tmp_path)
 
 
 def assert_equal(mask: Mask, keep: reference.Keep, len_q: int, len_k: int) -> None:

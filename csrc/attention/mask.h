@@ -4,6 +4,7 @@
 //   row(i).keeps(j)                       does query row i keep key j?   keep(i, j) is the same in one call
 //   kv_range(row0, rows)                  the keys that any of these query rows keeps (a superset, as at most two spans)
 //   q_range(col0, cols)                   the query rows that keep any of these keys (likewise)
+//   kCheapRanges                          a range costs a few instructions, not a read per row
 //   is_full(row0, rows, col0, cols)       every pair of the tile that lies inside the sequence is kept
 // Rows and columns count from the start of the sequence; query row i sits at position p = i + (len_k - len_q).
 // Tiles outside the ranges are skipped, full tiles test nothing. Rows and columns past the end of the sequence may be
@@ -39,6 +40,7 @@ enum class MaskKind : int { kWindow, kTarget, kInterval };
 // p - left <= j <= p + right. Full, causal and local attention.
 struct WindowMask {
     static constexpr MaskKind kKind = MaskKind::kWindow;
+    static constexpr bool kCheapRanges = true;
     static constexpr int kUnbounded = 1 << 29;
 
     int len_q, len_k, offset, left, right;
@@ -79,6 +81,7 @@ struct WindowMask {
 // contexts, history and the earlier members of its own group.
 struct TargetMask {
     static constexpr MaskKind kKind = MaskKind::kTarget;
+    static constexpr bool kCheapRanges = true;
 
     int len_q, len_k, offset;
     int contexts;     // positions before it are contexts
@@ -137,6 +140,7 @@ struct TargetMask {
 // j in [0, f0) u [f1, f2) u [f3, f4) ..., with f read per head and query row.
 struct IntervalMask {
     static constexpr MaskKind kKind = MaskKind::kInterval;
+    static constexpr bool kCheapRanges = false;
 
     int len_q, len_k;
     const int32_t* func;  // [count, >= len_q], column 0 = query row 0 of this sequence

@@ -14,19 +14,27 @@
 
 namespace hstu {
 
+// An attribute of a device, asked for once.
+template <cudaDeviceAttr kAttribute>
+int device_attribute(int device) {
+    static std::atomic<int> known[64];
+    std::atomic<int>& value = known[device & 63];
+    if (value.load(std::memory_order_relaxed) == 0) {
+        int answer = 0;
+        check_cuda(cudaDeviceGetAttribute(&answer, kAttribute, device), "reading an attribute of the device");
+        value.store(answer, std::memory_order_relaxed);
+    }
+    return value.load(std::memory_order_relaxed);
+}
+
+inline int multiprocessors(int device) { return device_attribute<cudaDevAttrMultiProcessorCount>(device); }
+
 // Shared memory that a block may ask for on this device: 99 to 227 KB. HSTU_EXT_MAX_SHARED_KB lowers it, so that the
 // kernels of small GPUs can be tested on large ones.
 inline int max_shared_bytes(int device) {
-    static std::atomic<int> known[64];
-    std::atomic<int>& bytes = known[device & 63];
-    if (bytes.load(std::memory_order_relaxed) == 0) {
-        int value = 0;
-        check_cuda(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-                   "reading the shared memory of the device");
-        if (const char* limit = std::getenv("HSTU_EXT_MAX_SHARED_KB")) value = std::min(value, std::atoi(limit) * 1024);
-        bytes.store(value, std::memory_order_relaxed);
-    }
-    return bytes.load(std::memory_order_relaxed);
+    static const char* const limit = std::getenv("HSTU_EXT_MAX_SHARED_KB");
+    const int bytes = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device);
+    return limit ? std::min(bytes, std::atoi(limit) * 1024) : bytes;
 }
 
 // Runs kernel<<<blocks, threads, shared_bytes, stream>>>(args...). The limit on dynamic shared memory is raised once a

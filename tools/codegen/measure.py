@@ -62,13 +62,19 @@ def main() -> None:
     args = parser.parse_args()
 
     commands = compile_commands(args.build)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        costs = list(pool.map(partial(measure, args.build), commands.keys(), commands.values()))
     print("| cell | CPU seconds | peak MB | object bytes |\n|---|---|---|---|")
-    for cost in costs:
-        print(f"| {cost.cell} | {cost.seconds:.1f} | {cost.megabytes:.0f} | {cost.object_bytes:,} |")
-    seconds, size = sum(cost.seconds for cost in costs), sum(cost.object_bytes for cost in costs)
-    print(f"| all {len(costs)} | {seconds:.0f} | {max(cost.megabytes for cost in costs):.0f} | {size:,} |")
+    costs = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for cost in pool.map(partial(measure, args.build), commands.keys(), commands.values()):
+            print(f"| {cost.cell} | {cost.seconds:.1f} | {cost.megabytes:.0f} | {cost.object_bytes:,} |", flush=True)
+            costs.append(cost)
+    total = Cost(
+        f"all {len(costs)}",
+        sum(cost.seconds for cost in costs),
+        max(cost.megabytes for cost in costs),
+        sum(cost.object_bytes for cost in costs),
+    )
+    print(f"| {total.cell} | {total.seconds:.0f} | {total.megabytes:.0f} | {total.object_bytes:,} |")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@
 namespace hstu::attention::sm80 {
 
 struct BackwardBlocks {
-    FastDivisor by_heads, by_col_blocks, by_row_blocks;
-    int kv;  // key-stationary blocks come first
+    BlockOrder kv_order, q_order;
+    int col_blocks, row_blocks;  // along a sequence
+    int kv;                      // key-stationary blocks come first
 };
 
 template <class T, int kHeadDim, class Mask, class Bias, class Config>
@@ -19,10 +20,10 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
     const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
     const int block = static_cast<int>(blockIdx.x);
     if (block < blocks.kv)
-        backward_kv_block<T, kHeadDim, Mask, Bias, Config>(p, plan, block, shared, blocks.by_col_blocks, blocks.by_heads);
+        backward_kv_block<T, kHeadDim, Mask, Bias, Config>(p, plan, blocks.kv_order[block], blocks.col_blocks, shared);
     else
-        backward_q_block<T, kHeadDim, Mask, Bias, Config>(p, block - blocks.kv, shared, blocks.by_row_blocks,
-                                                          blocks.by_heads);
+        backward_q_block<T, kHeadDim, Mask, Bias, Config>(p, blocks.q_order[block - blocks.kv], blocks.row_blocks,
+                                                          shared);
 }
 
 template <int kHeadDim, class Config>
@@ -33,21 +34,23 @@ template <class T, int kHeadDim, class Mask, class Bias, class Config>
 void launch_backward(const BackwardParams& p, void* stream_handle) {
     const auto stream = static_cast<cudaStream_t>(stream_handle);
     const DqPlan plan = plan_of<Config>(p);
-    const FastDivisor by_heads(p.heads), by_col_blocks(block_count(p.max_seqlen_k, Config::cols)),
-        by_row_blocks(block_count(p.max_seqlen_q, Config::q_rows)), by_dq_tiles(block_count(p.max_seqlen_q, Config::rows));
-    const int64_t sequences = int64_t{p.heads} * p.batch;
-    const int64_t kv_blocks = by_col_blocks.divisor * sequences;
-    const int64_t q_blocks = plan == DqPlan::kSeparate ? by_row_blocks.divisor * sequences : 0;
+    const int col_blocks = block_count(p.max_seqlen_k, Config::cols);
+    const int row_blocks = block_count(p.max_seqlen_q, Config::q_rows);
+    const int dq_tiles = block_count(p.max_seqlen_q, Config::rows);
+    const int64_t pairs = int64_t{p.heads} * p.batch, kv_blocks = col_blocks * pairs;
+    const int resident = Config::blocks * multiprocessors(p.device);
+    const int64_t q_blocks = plan == DqPlan::kSeparate ? row_blocks * pairs : 0;
 
     if (plan == DqPlan::kReduce)
         check_cuda(cudaMemsetAsync(p.dq_accum, 0, sizeof(float) * dq_accum_elements<Config>(p, kHeadDim), stream),
                    "clearing the dQ scratch");
     launch<backward_kernel<T, kHeadDim, Mask, Bias, Config>>(
         kv_blocks + q_blocks, Config::warps * 32, kBackwardSharedBytes<kHeadDim, Config>, p.device, stream, p, plan,
-        BackwardBlocks{by_heads, by_col_blocks, by_row_blocks, static_cast<int>(kv_blocks)});
+        BackwardBlocks{BlockOrder(p, col_blocks, resident), BlockOrder(p, row_blocks, resident), col_blocks, row_blocks,
+                       static_cast<int>(kv_blocks)});
     if (plan == DqPlan::kReduce)
-        launch<backward_dq_convert_kernel<T, kHeadDim, Config>>(by_dq_tiles.divisor * sequences, Config::warps * 32, 0,
-                                                                p.device, stream, p, by_dq_tiles, by_heads);
+        launch<backward_dq_convert_kernel<T, kHeadDim, Config>>(dq_tiles * pairs, Config::warps * 32, 0, p.device, stream,
+                                                                p, BlockOrder(p, dq_tiles, resident), dq_tiles);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>

@@ -14,11 +14,11 @@
 
 #include "attention/activation.h"
 #include "attention/bias.h"
+#include "attention/sm80/block_order.h"
 #include "attention/sm80/plan.h"
 #include "attention/sm80/tile.h"
 #include "attention/tile_config.h"
 #include "common/cuda_launch.h"
-#include "common/fast_divisor.h"
 
 namespace hstu::attention::sm80 {
 
@@ -96,10 +96,10 @@ __device__ __forceinline__ void add_to_global(float4* to, float a, float b, floa
 #endif
 }
 
-// The work of key-stationary block `block` of block_count(max_seqlen_k, cols) * heads * batch.
+// The work of one key-stationary block.
 template <class T, int kHeadDim, class Mask, class Bias, class Config>
-__device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPlan plan, int block, uint32_t shared_base,
-                                                  FastDivisor by_col_blocks, FastDivisor by_heads) {
+__device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPlan plan, BlockOrder::Place place,
+                                                  int col_blocks, uint32_t shared_base) {
     constexpr int kRows = Config::rows, kCols = Config::cols, kThreads = Config::warps * 32,
                   kStages = Config::stages;
     using Shared = BackwardShared<kHeadDim, Config>;
@@ -111,12 +111,11 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
     using QueryGrid = WarpGrid<kRows, kHeadDim, Config::warps_m_q, Config::warps / Config::warps_m_q>;  // dQ
     const Shared shared{shared_base};
 
-    // Earlier keys first: under a causal mask they have the most work.
-    const auto [sequence_head, col_block] = by_col_blocks.divide(block);
-    const auto [b, head] = by_heads.divide(sequence_head);
+    // The earliest keys rank first: under a causal mask they have the most work.
+    const auto [b, head, col_block] = place;
     const int col0 = col_block * kCols;
     const Sequence seq(p, b);
-    const bool last = col_block == by_col_blocks.divisor - 1;
+    const bool last = col_block == col_blocks - 1;
     zero_unused_rows<T>(p.dk, head, p.dim_qk, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0, kCols, last);
     zero_unused_rows<T>(p.dv, head, p.dim_v, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0, kCols, last);
     if (plan == DqPlan::kDirect)
@@ -204,14 +203,13 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
 
 // The sums of kReduce, scaled and converted: one block a dQ tile, each thread reading back its own fragment.
 template <class T, int kHeadDim, class Config>
-__global__ void __launch_bounds__(Config::warps * 32) backward_dq_convert_kernel(const __grid_constant__ BackwardParams p, FastDivisor by_row_blocks, FastDivisor by_heads) {
+__global__ void __launch_bounds__(Config::warps * 32) backward_dq_convert_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order, int row_blocks) {
     constexpr int kRows = Config::rows, kThreads = Config::warps * 32;
-    const auto [sequence_head, row_block] = by_row_blocks.divide(static_cast<int>(blockIdx.x));
-    const auto [b, head] = by_heads.divide(sequence_head);
+    const auto [b, head, row_block] = order[static_cast<int>(blockIdx.x)];
     const int row0 = row_block * kRows;
     const Sequence seq(p, b);
     zero_unused_rows<T>(p.dq, head, p.dim_qk, b, p.batch, p.total_q, seq.q_begin, seq.alloc_q, seq.len_q, row0, kRows,
-                        row_block == by_row_blocks.divisor - 1);
+                        row_block == row_blocks - 1);
     if (row0 >= seq.len_q) return;
 
     using QueryGrid = WarpGrid<kRows, kHeadDim, Config::warps_m_q, Config::warps / Config::warps_m_q>;

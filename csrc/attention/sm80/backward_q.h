@@ -25,10 +25,10 @@ struct BackwardQueryShared {
     __device__ KTile v(int stage) const { return {base + kRing + (2 + stage) * KTile::kBytes}; }
 };
 
-// The work of query-stationary block `block` of block_count(max_seqlen_q, q_rows) * heads * batch.
+// The work of one query-stationary block.
 template <class T, int kHeadDim, class Mask, class Bias, class Config>
-__device__ __forceinline__ void backward_q_block(const BackwardParams& p, int block, uint32_t shared_base,
-                                                 FastDivisor by_row_blocks, FastDivisor by_heads) {
+__device__ __forceinline__ void backward_q_block(const BackwardParams& p, BlockOrder::Place place, int row_blocks,
+                                                 uint32_t shared_base) {
     constexpr int kRows = Config::q_rows, kCols = Config::q_cols, kThreads = Config::warps * 32;
     using Shared = BackwardQueryShared<kHeadDim, Config>;
     using QTile = typename Shared::QTile;
@@ -37,9 +37,8 @@ __device__ __forceinline__ void backward_q_block(const BackwardParams& p, int bl
     using QueryGrid = WarpGrid<kRows, kHeadDim, Config::warps, 1>;
     const Shared shared{shared_base};
 
-    const auto [sequence_head, reversed] = by_row_blocks.divide(block);
-    const auto [b, head] = by_heads.divide(sequence_head);
-    const int row_blocks = by_row_blocks.divisor, row_block = row_blocks - 1 - reversed, row0 = row_block * kRows;
+    const auto [b, head, rank] = place;
+    const int row_block = row_blocks - 1 - rank, row0 = row_block * kRows;
     const Sequence seq(p, b);
     zero_unused_rows<T>(p.dq, head, p.dim_qk, b, p.batch, p.total_q, seq.q_begin, seq.alloc_q, seq.len_q, row0, kRows,
                         row_block == row_blocks - 1);

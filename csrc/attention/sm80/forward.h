@@ -12,10 +12,10 @@
 
 #include "attention/activation.h"
 #include "attention/bias.h"
+#include "attention/sm80/block_order.h"
 #include "attention/sm80/tile.h"
 #include "attention/tile_config.h"
 #include "common/cuda_launch.h"
-#include "common/fast_divisor.h"
 
 namespace hstu::attention::sm80 {
 
@@ -118,9 +118,7 @@ __device__ __forceinline__ void walk_keys(Out& out, const Shared& shared, const 
                                           float alpha) {
     const LeftRows<typename Shared::QTile> q_shared(shared.q(), ForwardGrids<kHeadDim, Config>::Score::row());
     Registers<Out::kM, kHeadDim / 16> q_registers;
-    // A warp's own rows may keep none of a tile that the block needs: half of the last tiles under a causal mask.
     const int warp_row0 = row0 + ForwardGrids<kHeadDim, Config>::Score::row();
-    const Spans warp_keys = warp_row0 < mask.len_q ? mask.kv_range(warp_row0, Out::kM * 16) : Spans{};
     for (int t = 0; t < walk.tiles; ++t) {
         // The first scores need not wait for the first values.
         if (t == 0) cute::cp_async_wait<1>();
@@ -136,7 +134,7 @@ __device__ __forceinline__ void walk_keys(Out& out, const Shared& shared, const 
             cute::cp_async_wait<1>();
             __syncthreads();
         };
-        if (t > 0 && !overlaps(warp_keys, walk[t], Config::cols)) continue;
+        if (t > 0 && warp_row0 >= mask.len_q) continue;
         const auto step = [&](auto masked) {
             const auto run = [&](const auto& q) {
                 attend<T, kHeadDim, Config, decltype(masked)::value>(out, q, shared.k(t & 1), shared.v(t & 1), mask, bias,
@@ -145,8 +143,11 @@ __device__ __forceinline__ void walk_keys(Out& out, const Shared& shared, const 
             if constexpr (Config::q_in_registers) run(q_registers);
             else run(q_shared);
         };
+        // Of a tile that the block needs in part, this warp's rows may need nothing.
         if (mask.is_full(row0, Config::rows, walk[t], Config::cols)) step(std::false_type{});
-        else step(std::true_type{});
+        else if (t == 0 || !Mask::kCheapRanges ||
+                 overlaps(mask.kv_range(warp_row0, Out::kM * 16), walk[t], Config::cols))
+            step(std::true_type{});
     }
 }
 
@@ -206,18 +207,16 @@ __device__ __forceinline__ void walk_keys_ahead(Out& out, const Shared& shared, 
 }
 
 template <class T, int kHeadDim, class Mask, class Bias, class Config>
-__global__ void __launch_bounds__(Config::warps * 32, Config::blocks) forward_kernel(const __grid_constant__ Params p, FastDivisor by_row_blocks, FastDivisor by_heads) {
+__global__ void __launch_bounds__(Config::warps * 32, Config::blocks) 
+    forward_kernel(const __grid_constant__ Params p, const __grid_constant__ BlockOrder order, int row_blocks) {
     constexpr int kRows = Config::rows, kCols = Config::cols, kThreads = Config::warps * 32;
     using Shared = ForwardShared<kHeadDim, Config>;
     using OutGrid = typename ForwardGrids<kHeadDim, Config>::Out;
     extern __shared__ __align__(128) unsigned char shared_memory[];
     const Shared shared{static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory))};
 
-    // Later queries first: under a causal mask they have the most work.
-    const int row_blocks = by_row_blocks.divisor;
-    const auto [sequence_head, reversed] = by_row_blocks.divide(static_cast<int>(blockIdx.x));
-    const auto [b, head] = by_heads.divide(sequence_head);
-    const int row_block = row_blocks - 1 - reversed, row0 = row_block * kRows;
+    const auto [b, head, rank] = order[static_cast<int>(blockIdx.x)];
+    const int row_block = row_blocks - 1 - rank, row0 = row_block * kRows;
     const Sequence seq(p, b);
     zero_unused_rows<T>(p.out, head, p.dim_v, b, p.batch, p.total_q, seq.q_begin, seq.alloc_q, seq.len_q, row0, kRows,
                         row_block == row_blocks - 1);
@@ -258,10 +257,10 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks) forward_ke
 template <class T, int kHeadDim, class Mask, class Bias, class Config>
 void launch_forward(const Params& p, void* stream) {
     const int row_blocks = block_count(p.max_seqlen_q, Config::rows);
+    const BlockOrder order(p, row_blocks, Config::blocks * multiprocessors(p.device));
     launch<forward_kernel<T, kHeadDim, Mask, Bias, Config>>(int64_t{row_blocks} * p.heads * p.batch, Config::warps * 32,
                                                             ForwardShared<kHeadDim, Config>::kBytes, p.device,
-                                                            static_cast<cudaStream_t>(stream), p,
-                                                            FastDivisor(row_blocks), FastDivisor(p.heads));
+                                                            static_cast<cudaStream_t>(stream), p, order, row_blocks);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>

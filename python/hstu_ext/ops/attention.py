@@ -16,8 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from hstu_ext import _C
 
-_PLAIN_TENSORS = frozenset({Tensor, torch.nn.Parameter})
-_PLAIN = _PLAIN_TENSORS | {type(None), int, float}
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 class _Problem(NamedTuple):
@@ -182,7 +181,8 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None, problem: _Pro
     """Whether _C can read the tensors and autograd needs no help from torch.library."""
     if torch.compiler.is_compiling():
         return False
-    if _PLAIN_TENSORS.issuperset((type(q), type(k), type(v))) and _PLAIN.issuperset(map(type, (rab, *problem))):
+    # A tracer that replaces one of the tensors replaces q; _C refuses what it cannot read among the rest.
+    if type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and type(problem.cu_seqlens_q) in _PLAIN:
         return True
     for name, value in (("q", q), ("k", k), ("v", v)):
         if not isinstance(value, Tensor):
@@ -195,6 +195,8 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None, problem: _Pro
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As torch's scaled_dot_product_attention: under autocast everything is in its dtype, except float64."""
+    if not torch._C._is_any_autocast_enabled():
+        return q, k, v, rab
     device_type = "cuda" if q.is_cuda else "cpu"
     if not torch.is_autocast_enabled(device_type):
         return q, k, v, rab
