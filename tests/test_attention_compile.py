@@ -106,10 +106,19 @@ def test_compile_packed(device: str) -> None:
 def test_export() -> None:
     problem = Case("", SHORT, contexts=CONTEXTS, targets=TARGETS).problem("cpu", torch.float32)
     arguments = problem.arguments()
+    names = list(arguments)
 
     class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in arguments.items():
+                if isinstance(value, Tensor):
+                    self.register_buffer(name, value)
+                else:
+                    setattr(self, name, value)
+
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return hstu_attn_varlen_func(q, k, v, **arguments)
+            return hstu_attn_varlen_func(q, k, v, **{name: getattr(self, name) for name in names})
 
     program = torch.export.export(Model(), (problem.q, problem.k, problem.v))
     assert any("hstu_ext.attention_forward" in str(node.target) for node in program.graph.nodes)
