@@ -60,8 +60,10 @@ def references(case: Case, device: str, dtype: torch.dtype) -> tuple[Problem, di
     return problem, problem.run_reference(), problem.run_reference(dtype)
 
 
-def assert_close(actual: Tensor, expected: Tensor, ulps: float = 16) -> None:
-    """For two runs of the kernels on the same numbers in another arrangement."""
+def assert_close(actual: Tensor, expected: Tensor, ulps: float | None = None) -> None:
+    """For two runs of the kernels on the same numbers in another arrangement: sums in another order."""
+    if ulps is None:
+        ulps = 2 if actual.dtype in GPU_DTYPES else 16  # sums are in fp32, and rounded to half precision once
     tolerance = ulps * torch.finfo(actual.dtype).eps
     scale = expected.double().abs().max().item() if expected.numel() else 0.0
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * scale)

@@ -68,7 +68,7 @@ def test_compile_with_inductor(device: str) -> None:
     expected = problem.run(model, deterministic=True)
     actual = problem.run(torch.compile(model, fullgraph=True), deterministic=True)
     for key, value in actual.items():
-        assert_close(value, expected[key])
+        assert_close(value, expected[key], ulps=16)  # inductor rounds less often than eager PyTorch
 
 
 def test_compile_with_changing_shapes(device: str) -> None:
@@ -211,7 +211,7 @@ def test_cuda_graph(name: str) -> None:
     for _ in range(3):
         graph.replay()
         for value, key in zip(results, expected):
-            assert_close(value, expected[key], ulps=32)
+            assert_close(value, expected[key])
 
     # Other offsets in the same buffers: only the first sequence is left.
     if name == "causal":
@@ -246,6 +246,7 @@ def test_streams() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.plain_allocations  # guarded buffers outlive the test, so that torch would have to ask CUDA for memory
 def test_never_synchronizes() -> None:
     problem = problem_of("target_groups", "cuda")
     arguments = problem.arguments()
