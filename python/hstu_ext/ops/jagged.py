@@ -40,7 +40,7 @@ def lengths_to_offsets(lengths: Tensor, *, dtype: torch.dtype = torch.int64) -> 
         TypeError, ValueError: lengths is not as above.
     """
     _check_index_vector("lengths_to_offsets", "lengths", "[batch]", lengths)
-    offsets = lengths.new_zeros(lengths.shape[0] + 1, dtype=dtype)
+    offsets = lengths.new_zeros((lengths.shape[0] + 1,), dtype=dtype)
     torch.cumsum(lengths, 0, dtype=dtype, out=offsets[1:])
     return offsets
 
@@ -275,12 +275,13 @@ def _longest(op: str, offsets: Tensor, rows: int, plain: bool) -> int:
 def _padding_bits(padding_value: Padding, dtype: torch.dtype) -> int:
     if padding_value == 0 and math.copysign(1.0, padding_value) > 0:
         return 0
+    text = f"hstu_ext.jagged_to_dense: padding_value must be a number that {dtype} can hold, got {padding_value}"
     try:
         element = torch.tensor([padding_value], dtype=dtype, device="cpu")
     except (RuntimeError, OverflowError):
-        raise ValueError(
-            f"hstu_ext.jagged_to_dense: padding_value must be a number that {dtype} can hold, got {padding_value}"
-        ) from None
+        raise ValueError(text) from None
+    if math.isfinite(padding_value) and not element.isfinite():
+        raise ValueError(text)
     return int(element.view(_BITS[dtype.itemsize]).item())
 
 
