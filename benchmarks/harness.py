@@ -69,7 +69,7 @@ class Timer(Protocol):
 
 
 def draw_lengths(name: str) -> tuple[int, ...]:
-    """`BxuN` is B equal lengths N, `BxjagN` B lengths max(1, floor(N x^3)) with x uniform (seed 0) and the first one N."""
+    """`BxuN` is B times N; `BxjagN` is heavy-tailed, max(1, floor(N x^3)) with x uniform (seed 0), the first one N."""
     match = re.fullmatch(r"(\d+)x(u|jag)(\d+)", name)
     if match is None:
         raise ValueError(f"lengths must be BxuN or BxjagN, got {name}")
