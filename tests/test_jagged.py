@@ -387,9 +387,8 @@ def test_past_2_to_the_31_elements() -> None:
 def test_copies_past_2_to_the_31_elements(width: int, join_name: str) -> None:
     join, separate = JOINS[join_name]
     rows = 2**30 // width + 40
-    values = [torch.arange(rows, dtype=torch.int32).to(torch.bool)[:, None].expand(rows, width).contiguous()] * 2
-    values[1] = torch.ones_like(values[0])
-    values[1][-3:] = False
+    values = [torch.zeros(rows, width, dtype=torch.bool), torch.ones(rows, width, dtype=torch.bool)]
+    values[0][-2], values[1][-3] = True, False
     offsets = [index(0, 5, rows - 7, rows)] * 2
     out, _ = join(values, offsets)
     assert out.numel() > 2**31
@@ -696,7 +695,7 @@ def test_errors_are_the_same_when_gradients_are_wanted(name: str) -> None:
 @pytest.mark.gpu
 def test_gpu_tensors_are_refused() -> None:
     for call in (concat_of([A.cuda(), B.cuda()], [OA.cuda(), OB.cuda()]), to_dense_of(A.cuda(), OA.cuda())):
-        with pytest.raises(MissingKernelError, match=r"has? CPU kernels only, got a tensor on cuda:"):
+        with pytest.raises(MissingKernelError, match="CPU kernels only, got a tensor on cuda:"):
             call()
     text = f"offsets[1] must be on cuda:{torch.cuda.current_device()} like values[0], got cpu"
     with pytest.raises(ValueError, match=re.escape(text)):

@@ -77,7 +77,8 @@ int64_t sequence_of(const IndexArray& offsets, int64_t batch, int64_t row) {
 // Calls body(first, last) for the blocks of [begin, end).
 template <class Body>
 void for_blocks(int64_t begin, int64_t end, int64_t row_bytes, int num_threads, const Body& body) {
-    const int64_t rows = max_of<int64_t>(1, kBlockBytes / max_of<int64_t>(1, row_bytes));
+    if (row_bytes == 0) return;
+    const int64_t rows = max_of<int64_t>(1, kBlockBytes / row_bytes);
     parallel_for(ceil_div(end - begin, rows), num_threads, [&](int64_t block, int) {
         const int64_t first = begin + block * rows;
         body(first, min_of(first + rows, end));
@@ -139,7 +140,7 @@ class Rounds {
 
     // Copies rounds [t, last); the sequence begins at joined row `base`. Between two steps the same parts have rows.
     void copy(int64_t base, int64_t t, int64_t last) const {
-        const int64_t at_most = max_of<int64_t>(1, kRoundBytes / max_of<int64_t>(1, p_.row_bytes));
+        const int64_t at_most = kRoundBytes / p_.row_bytes;
         for (int64_t row = base + before(t); t < last;) {
             int64_t active = 0, end = last;
             for (int i = 0; i < p_.part_count; ++i) {
