@@ -5,6 +5,8 @@
 #include "attention/bindings.h"
 #include "attention/cpu/attention.h"
 #include "build_info.h"
+#include "common/execution.h"
+#include "jagged/bindings.h"
 
 namespace py = pybind11;
 
@@ -27,6 +29,8 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of hstu_ext. Private: use the functions of the hstu_ext package.";
+    py::register_exception<hstu::MissingKernelError>(m, "MissingKernelError", PyExc_RuntimeError);
     m.def("build_info", &build_info, "Versions, architectures and the kernel set of this build.");
     hstu::attention::register_attention(m);
+    hstu::jagged::register_jagged(m);
 }

@@ -2,6 +2,16 @@
 
 from hstu_ext._C import MissingKernelError, build_info, cells
 from hstu_ext.ops.attention import hstu_attn_qkvpacked_func, hstu_attn_varlen_func
+from hstu_ext.ops.jagged import (
+    dense_to_jagged,
+    jagged_concat,
+    jagged_deinterleave,
+    jagged_interleave,
+    jagged_split,
+    jagged_to_dense,
+    lengths_to_offsets,
+    offsets_to_lengths,
+)
 
 __version__: str = build_info()["version"]
 
@@ -9,6 +19,14 @@ __all__ = [
     "MissingKernelError",
     "build_info",
     "cells",
+    "dense_to_jagged",
     "hstu_attn_qkvpacked_func",
     "hstu_attn_varlen_func",
+    "jagged_concat",
+    "jagged_deinterleave",
+    "jagged_interleave",
+    "jagged_split",
+    "jagged_to_dense",
+    "lengths_to_offsets",
+    "offsets_to_lengths",
 ]
