@@ -5,6 +5,7 @@
 #include "attention/bindings.h"
 #include "attention/cpu/attention.h"
 #include "build_info.h"
+#include "similarity/bindings.h"
 
 namespace py = pybind11;
 
@@ -29,4 +30,5 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of hstu_ext. Private: use the functions of the hstu_ext package.";
     m.def("build_info", &build_info, "Versions, architectures and the kernel set of this build.");
     hstu::attention::register_attention(m);
+    hstu::similarity::register_similarity(m);
 }
