@@ -8,8 +8,8 @@ A case is `op:sizes`; direction `fwd` is without autograd, `both` is forward and
 random inputs and must agree before they are timed. extra_mib is the peak of the process's resident memory during a call
 beyond what it had before and what the call returns, with the allocator's free memory given back first.
 
-FLOPs: 2 D for each pair of rows that is multiplied, and twice as much again in the backward. Bytes: every input and output
-once, for l2norm, which multiplies nothing.
+FLOPs: 2 D for each pair of rows that is multiplied, and twice as much again in the backward. Bytes: every input and
+output once, for l2norm, which multiplies nothing.
 """
 
 from __future__ import annotations
@@ -238,9 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     timer = MemoryTimer(250.0 if options.quick else 1000.0)
     common, rates = machine(options.device), timer.rates()
     print(f"{common['cpu']}, {common['threads']} threads, torch {common['torch']}, commit {common['commit']}")
-    print(
-        f"{'op':>22} {'sizes':>16} {'D':>4} {'dir':>5} {'ours ms':>9} {'eager ms':>9} {'ratio':>6} {'MiB':>8} {'eager':>8}"
-    )
+    print(f"{'op':>22} {'sizes':>16} {'D':>4} {'dir':>5} {'ours ms':>9} {'eager ms':>9} {'ratio':>6}  extra MiB, eager")
     for case in cases(DTYPES[options.dtype], options.cases):
         rows = list(measure(case, options.dtype, rates, timer, common))
         append_rows(options.out, rows)

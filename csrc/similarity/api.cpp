@@ -63,9 +63,11 @@ struct Checks {
         CHECK(x.dtype == DType::kInt32 || x.dtype == DType::kInt64, name, " must be torch.int32 or torch.int64, got ",
               x.dtype);
         CHECK(x.device < 0, name, " must be on cpu, got ", Device{x.device});
-        int64_t count = 1;
+        int64_t count = 1, elements = 1;
+        for (int i = 0; i < x.rank; ++i) elements *= x.shape[i];
+        if (elements == 0) return {x.data, x.dtype == DType::kInt64};
         for (int i = x.rank - 1; i >= 0; --i) {
-            CHECK(x.shape[i] <= 1 || x.stride[i] == count, name, " must be contiguous, got a stride of ", x.stride[i]);
+            CHECK(x.shape[i] == 1 || x.stride[i] == count, name, " must be contiguous, got a stride of ", x.stride[i]);
             count *= x.shape[i];
         }
         const IndexArray array{x.data, x.dtype == DType::kInt64};

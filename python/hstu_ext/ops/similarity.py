@@ -20,6 +20,7 @@ from hstu_ext import _C
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _TILE_ROWS = 256  # queries of a tile of scores
 _TILE_ELEMENTS = 1 << 18  # of a tile of scores: 1 MiB of float32 stays in a core's cache
+_TILE_ITEM_ELEMENTS = 1 << 19  # of a tile of normalised items
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -543,15 +544,22 @@ _sampled = _differentiable(
 # l2norm_dot
 
 
+def _dot_tile_shape(q: Tensor, items: Tensor) -> tuple[int, int]:
+    """Wide tiles where scores go straight to their place, else tiles that fit a buffer of scores."""
+    if q.dtype == _compute_dtype(q):
+        return max(1, min(q.shape[0], _TILE_ROWS)), max(1, _TILE_ITEM_ELEMENTS // items.shape[1])
+    return _tile_shape(q.shape[0], items.shape[0])
+
+
 def _tiles_of_units(items: Tensor, step: int, eps: float) -> Iterator[tuple[slice, Tensor]]:
-    """The normalised rows of one tile after the other, in one buffer."""
+    """The normalised rows of one tile after the other."""
     for cols in _spans(items.shape[0], step):
         yield cols, _unit(items[cols], eps)
 
 
 def _dot_run(q: Tensor, items: Tensor, eps: float) -> Tensor:
     _C.l2norm_dot_check(q, items, eps)
-    rows_step, cols_step = _tile_shape(q.shape[0], items.shape[0])
+    rows_step, cols_step = _dot_tile_shape(q, items)
     unit_q, out = _unit(q, eps), q.new_empty((q.shape[0], items.shape[0]))
     wide = None if out.dtype == unit_q.dtype else unit_q.new_empty((rows_step, cols_step))
     for cols, unit_items in _tiles_of_units(items, cols_step, eps):
@@ -574,7 +582,7 @@ def _dot_fake(q: Tensor, items: Tensor, eps: float) -> Tensor:
     schema="(Tensor dout, Tensor q, Tensor items, float eps) -> (Tensor, Tensor)",
 )
 def _dot_backward(dout: Tensor, q: Tensor, items: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    rows_step, cols_step = _tile_shape(q.shape[0], items.shape[0])
+    rows_step, cols_step = _dot_tile_shape(q, items)
     unit_q = _unit(q, eps)
     dunit_q, ditems = torch.zeros_like(unit_q), _empty_like(items)
     for cols, unit_items in _tiles_of_units(items, cols_step, eps):
@@ -676,7 +684,8 @@ def _in_batch_backward(dloss: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, 
     dloss = dloss.contiguous()
     for rows, cols, tile, duplicate in _in_batch_tiles(unit_query, unit_items, positives, threshold):
         where = (tile, duplicate, rows.start, cols.start, threshold or 0.0)
-        _C.in_batch_softmax_backward(*inputs, *where, dloss, lse, torch.get_num_threads())
+        arguments: tuple[Any, ...] = (*inputs, *where, dloss, lse, torch.get_num_threads())
+        _C.in_batch_softmax_backward(*arguments)
         dunit_query[rows].addmm_(tile, unit_items[cols])
         dunit_items[cols].addmm_(tile.t(), unit_query[rows])
     return _unit_backward(dunit_query, query, eps), _unit_backward(dunit_items, items, eps)
