@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -90,8 +91,8 @@ class Problem:
         lengths_k = case.lengths
         lengths_q = case.lengths_q or lengths_k
         before, after = case.outside
-        self.starts_q = [before + sum(lengths_q[:b]) for b in range(len(lengths_q) + 1)]
-        self.starts_k = [before + sum(lengths_k[:b]) for b in range(len(lengths_k) + 1)]
+        self.starts_q = list(itertools.accumulate(lengths_q, initial=before))
+        self.starts_k = list(itertools.accumulate(lengths_k, initial=before))
         self.max_q = max(lengths_q, default=0) + case.max_margin
         self.max_k = max(lengths_k, default=0) + case.max_margin
         self.scaling = self.max_q if case.scaling == -1 else case.scaling

@@ -68,7 +68,7 @@ def test_compile_with_inductor(device: str) -> None:
     expected = problem.run(model, deterministic=True)
     actual = problem.run(torch.compile(model, fullgraph=True), deterministic=True)
     for key, value in actual.items():
-        assert_close(value, expected[key])
+        assert_close(value, expected[key], ulps=16)  # inductor rounds less often than eager PyTorch
 
 
 def test_compile_with_changing_shapes(device: str) -> None:
@@ -106,10 +106,19 @@ def test_compile_packed(device: str) -> None:
 def test_export() -> None:
     problem = Case("", SHORT, contexts=CONTEXTS, targets=TARGETS).problem("cpu", torch.float32)
     arguments = problem.arguments()
+    names = list(arguments)
 
     class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in arguments.items():
+                if isinstance(value, Tensor):
+                    self.register_buffer(name, value)
+                else:
+                    setattr(self, name, value)
+
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return hstu_attn_varlen_func(q, k, v, **arguments)
+            return hstu_attn_varlen_func(q, k, v, **{name: getattr(self, name) for name in names})
 
     program = torch.export.export(Model(), (problem.q, problem.k, problem.v))
     assert any("hstu_ext.attention_forward" in str(node.target) for node in program.graph.nodes)
@@ -211,7 +220,7 @@ def test_cuda_graph(name: str) -> None:
     for _ in range(3):
         graph.replay()
         for value, key in zip(results, expected):
-            assert_close(value, expected[key], ulps=32)
+            assert_close(value, expected[key])
 
     # Other offsets in the same buffers: only the first sequence is left.
     if name == "causal":
@@ -246,6 +255,7 @@ def test_streams() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.plain_allocations  # guarded buffers outlive the test, so that torch would have to ask CUDA for memory
 def test_never_synchronizes() -> None:
     problem = problem_of("target_groups", "cuda")
     arguments = problem.arguments()

@@ -249,7 +249,10 @@ def on_gpu(arguments: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> di
     def move(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        return x.to("cuda", dtype if x.is_floating_point() else x.dtype)
+        moved = torch.empty_strided(
+            x.shape, x.stride(), dtype=dtype if x.is_floating_point() else x.dtype, device="cuda"
+        )
+        return moved.copy_(x)
 
     return {name: move(x) for name, x in arguments.items()}
 

@@ -12,9 +12,7 @@ __device__ __forceinline__ float fast_tanh(float x) {
 }
 
 // silu(2h)
-__device__ __forceinline__ float silu_of_twice(float h) {
-    return fmaf(h, fast_tanh(h), h);
-}
+__device__ __forceinline__ float silu_of_twice(float h) { return fmaf(h, fast_tanh(h), h); }
 
 struct SiluAndSlope {
     float value, slope;

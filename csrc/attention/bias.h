@@ -28,9 +28,7 @@ struct RabBias {
           len_q(static_cast<int>(min_of<int64_t>(s.len_q, p.rab.size - offset))),
           len_k(static_cast<int>(min_of<int64_t>(s.len_k, p.rab.size))) {}
 
-    HSTU_HOST_DEVICE bool contains(int i, int j) const {
-        return i + offset >= 0 && i < len_q && j < len_k;
-    }
+    HSTU_HOST_DEVICE bool contains(int i, int j) const { return i + offset >= 0 && i < len_q && j < len_k; }
     HSTU_HOST_DEVICE T at(int i, int j) const {
         return contains(i, j) ? data[int64_t{i + offset} * row_stride + j] : T(0);
     }

@@ -21,7 +21,7 @@ struct Cell {
     const char* name;  // attn_fwd_sm80_bf16_d64_window, attn_bwd_sm80_fp16_d128_target_rab, ...
     Arch arch;
     DType dtype;
-    int head_dim;      // bucket: 32, 64, 128 or 256
+    int head_dim;  // bucket: 32, 64, 128 or 256
     MaskKind mask;
     BiasKind bias;
     ForwardFn forward;    // nullptr in a backward cell

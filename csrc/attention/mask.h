@@ -89,8 +89,8 @@ struct TargetMask {
     int group;        // targets per group
 
     struct Row {
-        int end;                       // keeps [0, end)
-        int group_begin, group_end;    // and [group_begin, group_end)
+        int end;                     // keeps [0, end)
+        int group_begin, group_end;  // and [group_begin, group_end)
         HSTU_HOST_DEVICE bool keeps(int col) const {
             return (col >= 0 && col < end) || (col >= group_begin && col < group_end);
         }
@@ -102,8 +102,8 @@ struct TargetMask {
         contexts = static_cast<int>(clamp_to<int64_t>(num_contexts, 0, history_end));
     }
     HSTU_HOST_DEVICE TargetMask(const Params& p, const Sequence& s, int b, int)
-        : TargetMask(s.len_q, s.len_k, p.num_contexts ? p.num_contexts[b] : 0,
-                     p.num_targets ? p.num_targets[b] : 0, p.target_group_size) {}
+        : TargetMask(s.len_q, s.len_k, p.num_contexts ? p.num_contexts[b] : 0, p.num_targets ? p.num_targets[b] : 0,
+                     p.target_group_size) {}
 
     HSTU_HOST_DEVICE Row row(int i) const {
         const int position = i + offset;  // negative where len_q > len_k: such a row is no context and keeps nothing

@@ -36,17 +36,17 @@ struct Dense {
 
 struct Params {
     int batch = 0, heads = 0;
-    int dim_qk = 0, dim_v = 0;            // 8..256, multiples of 8
-    int64_t total_q = 0, total_k = 0;     // packed rows
+    int dim_qk = 0, dim_v = 0;         // 8..256, multiples of 8
+    int64_t total_q = 0, total_k = 0;  // packed rows
     int max_seqlen_q = 0, max_seqlen_k = 0;
 
-    float alpha = 1.0f;                   // S = alpha * (q.k + rab)
-    float inv_scaling = 1.0f;             // 1 / N, N = scaling_seqlen
-    double alpha_fp64 = 1.0;              // the same two for the CPU kernels, which also run in fp64
+    float alpha = 1.0f;        // S = alpha * (q.k + rab)
+    float inv_scaling = 1.0f;  // 1 / N, N = scaling_seqlen
+    double alpha_fp64 = 1.0;   // the same two for the CPU kernels, which also run in fp64
     double inv_scaling_fp64 = 1.0;
 
-    Jagged q, k, v;                       // [total_q, heads, dim_qk] [total_k, heads, dim_qk] [total_k, heads, dim_v]
-    Jagged out;                           // [total_q, heads, dim_v]; every element is written
+    Jagged q, k, v;  // [total_q, heads, dim_qk] [total_k, heads, dim_qk] [total_k, heads, dim_v]
+    Jagged out;      // [total_q, heads, dim_v]; every element is written
 
     IndexArray cu_seqlens_q, cu_seqlens_k;  // [batch + 1]
     IndexArray seqused_q, seqused_k;        // [batch], may be absent
@@ -54,21 +54,21 @@ struct Params {
     int target_group_size = 1;
     int window_left = -1, window_right = -1;  // -1: unbounded
 
-    const int32_t* func = nullptr;        // [heads or 1, func_count, >= total_q], may be nullptr
-    int func_count = 0;                   // odd
+    const int32_t* func = nullptr;  // [heads or 1, func_count, >= total_q], may be nullptr
+    int func_count = 0;             // odd
     int64_t func_head_stride = 0, func_stride = 0;
 
-    Dense rab;                            // dtype of q; data may be nullptr
+    Dense rab;  // dtype of q; data may be nullptr
 
-    int device = -1;                      // -1: CPU
-    int num_threads = 1;                  // CPU only
+    int device = -1;      // -1: CPU
+    int num_threads = 1;  // CPU only
 };
 
 struct BackwardParams : Params {
-    Jagged dout;                          // [total_q, heads, dim_v]
-    Jagged dq, dk, dv;                    // as q, k, v; every element is written
-    Dense drab;                           // [batch, heads, M, M], dtype of q, zeroed by the caller; data may be nullptr
-    float* dq_accum = nullptr;            // fp32 scratch of dq_accum_elements(); nullptr: dQ by its own pass
+    Jagged dout;                // [total_q, heads, dim_v]
+    Jagged dq, dk, dv;          // as q, k, v; every element is written
+    Dense drab;                 // [batch, heads, M, M], dtype of q, zeroed by the caller; data may be nullptr
+    float* dq_accum = nullptr;  // fp32 scratch of dq_accum_elements(); nullptr: dQ by its own pass
     bool deterministic = false;
 };
 

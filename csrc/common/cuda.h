@@ -44,16 +44,23 @@ class DeviceGuard {
     int device_, previous_ = -1;
 };
 
-// 80 for compute capability 8.0. Read once per device.
+// An attribute of a device, asked for once.
+template <cudaDeviceAttr kAttribute>
+int device_attribute(int device) {
+    static std::array<std::atomic<int>, 64> known{};  // the value + 1
+    std::atomic<int>& cached = known[device % known.size()];
+    int value = cached.load(std::memory_order_relaxed) - 1;
+    if (value < 0) {
+        check_cuda(cudaDeviceGetAttribute(&value, kAttribute, device), "cudaDeviceGetAttribute");
+        cached.store(value + 1, std::memory_order_relaxed);
+    }
+    return value;
+}
+
+// 80 for compute capability 8.0.
 inline int compute_capability(int device) {
-    static std::array<std::atomic<int>, 64> known{};
-    const bool cached = device < static_cast<int>(known.size());
-    if (cached && known[device] > 0) return known[device];
-    int major = 0, minor = 0;
-    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-    check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-    if (cached) known[device] = 10 * major + minor;
-    return 10 * major + minor;
+    return 10 * device_attribute<cudaDevAttrComputeCapabilityMajor>(device) +
+           device_attribute<cudaDevAttrComputeCapabilityMinor>(device);
 }
 
 }  // namespace hstu

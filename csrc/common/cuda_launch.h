@@ -14,19 +14,6 @@
 
 namespace hstu {
 
-// An attribute of a device, asked for once.
-template <cudaDeviceAttr kAttribute>
-int device_attribute(int device) {
-    static std::atomic<int> known[64];
-    std::atomic<int>& value = known[device & 63];
-    if (value.load(std::memory_order_relaxed) == 0) {
-        int answer = 0;
-        check_cuda(cudaDeviceGetAttribute(&answer, kAttribute, device), "reading an attribute of the device");
-        value.store(answer, std::memory_order_relaxed);
-    }
-    return value.load(std::memory_order_relaxed);
-}
-
 inline int multiprocessors(int device) { return device_attribute<cudaDevAttrMultiProcessorCount>(device); }
 
 // Shared memory that a block may ask for on this device: 99 to 227 KB. HSTU_EXT_MAX_SHARED_KB lowers it, so that the

@@ -6,8 +6,8 @@
 
 namespace hstu::dlpack {
 
-constexpr int kCpu = 1, kCuda = 2;                               // DLDevice::type
-constexpr int kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;      // DLDataType::code
+constexpr int kCpu = 1, kCuda = 2;                           // DLDevice::type
+constexpr int kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;  // DLDataType::code
 constexpr uint32_t kMajorVersion = 1;
 constexpr const char* kCapsuleName = "dlpack_exchange_api";
 

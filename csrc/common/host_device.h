@@ -13,15 +13,23 @@
 namespace hstu {
 
 template <class T>
-HSTU_HOST_DEVICE constexpr T min_of(T a, T b) { return b < a ? b : a; }
+HSTU_HOST_DEVICE constexpr T min_of(T a, T b) {
+    return b < a ? b : a;
+}
 
 template <class T>
-HSTU_HOST_DEVICE constexpr T max_of(T a, T b) { return a < b ? b : a; }
+HSTU_HOST_DEVICE constexpr T max_of(T a, T b) {
+    return a < b ? b : a;
+}
 
 template <class T>
-HSTU_HOST_DEVICE constexpr T clamp_to(T x, T low, T high) { return max_of(low, min_of(x, high)); }
+HSTU_HOST_DEVICE constexpr T clamp_to(T x, T low, T high) {
+    return max_of(low, min_of(x, high));
+}
 
 template <class T>
-HSTU_HOST_DEVICE constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
+HSTU_HOST_DEVICE constexpr T ceil_div(T a, T b) {
+    return (a + b - 1) / b;
+}
 
 }  // namespace hstu

@@ -15,7 +15,8 @@ struct BackwardBlocks {
 
 template <class T, int kHeadDim, class Mask, class Bias, class Config>
 __global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
-    backward_kernel(const __grid_constant__ BackwardParams p, DqPlan plan, const __grid_constant__ BackwardBlocks blocks) {
+    backward_kernel(const __grid_constant__ BackwardParams p, DqPlan plan,
+                    const __grid_constant__ BackwardBlocks blocks) {
     extern __shared__ __align__(128) unsigned char shared_memory[];
     const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
     const int block = static_cast<int>(blockIdx.x);
@@ -49,8 +50,8 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
         BackwardBlocks{BlockOrder(p, col_blocks, resident), BlockOrder(p, row_blocks, resident), col_blocks, row_blocks,
                        static_cast<int>(kv_blocks)});
     if (plan == DqPlan::kReduce)
-        launch<backward_dq_convert_kernel<T, kHeadDim, Config>>(dq_tiles * pairs, Config::warps * 32, 0, p.device, stream,
-                                                                p, BlockOrder(p, dq_tiles, resident), dq_tiles);
+        launch<backward_dq_convert_kernel<T, kHeadDim, Config>>(dq_tiles * pairs, Config::warps * 32, 0, p.device,
+                                                                stream, p, BlockOrder(p, dq_tiles, resident), dq_tiles);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>

@@ -45,9 +45,9 @@ __device__ __forceinline__ void differentiate(typename Grid::Acc& s, typename Gr
                                               const Bias& bias, const Params& p, const Dense& drab, int b, int head,
                                               int row0, int rows, int col0, int cols) {
     if constexpr (Bias::kKind == BiasKind::kRab)
-        Grid::for_each(s, [](int) { return 0; }, [&](int, int row, int col, float& x) {
-            x += static_cast<float>(bias.at(row0 + row, col0 + col));
-        });
+        Grid::for_each(
+            s, [](int) { return 0; },
+            [&](int, int row, int col, float& x) { x += static_cast<float>(bias.at(row0 + row, col0 + col)); });
     if (!mask.is_full(row0, rows, col0, cols)) {
         const auto begin_row = [&](int row) { return mask.row(row0 + row); };
         const auto clear_masked = [&](const auto& rule, int, int col, float& x) {
@@ -66,10 +66,12 @@ __device__ __forceinline__ void differentiate(typename Grid::Acc& s, typename Gr
     if constexpr (Bias::kKind == BiasKind::kRab) {
         if (drab.data == nullptr) return;
         const float scale = p.alpha * p.inv_scaling;
-        Grid::for_each(dp, [](int) { return 0; }, [&](int, int row, int col, float& x) {
-            if (bias.contains(row0 + row, col0 + col))
-                drab.at<T>(b, head, row0 + row + bias.offset)[col0 + col] = static_cast<T>(scale * x);
-        });
+        Grid::for_each(
+            dp, [](int) { return 0; },
+            [&](int, int row, int col, float& x) {
+                if (bias.contains(row0 + row, col0 + col))
+                    drab.at<T>(b, head, row0 + row + bias.offset)[col0 + col] = static_cast<T>(scale * x);
+            });
     }
 }
 
@@ -100,8 +102,7 @@ __device__ __forceinline__ void add_to_global(float4* to, float a, float b, floa
 template <class T, int kHeadDim, class Mask, class Bias, class Config>
 __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPlan plan, BlockOrder::Place place,
                                                   int col_blocks, uint32_t shared_base) {
-    constexpr int kRows = Config::rows, kCols = Config::cols, kThreads = Config::warps * 32,
-                  kStages = Config::stages;
+    constexpr int kRows = Config::rows, kCols = Config::cols, kThreads = Config::warps * 32, kStages = Config::stages;
     using Shared = BackwardShared<kHeadDim, Config>;
     using QTile = typename Shared::QTile;
     using KTile = typename Shared::KTile;
@@ -116,8 +117,10 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
     const int col0 = col_block * kCols;
     const Sequence seq(p, b);
     const bool last = col_block == col_blocks - 1;
-    zero_unused_rows<T>(p.dk, head, p.dim_qk, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0, kCols, last);
-    zero_unused_rows<T>(p.dv, head, p.dim_v, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0, kCols, last);
+    zero_unused_rows<T>(p.dk, head, p.dim_qk, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0, kCols,
+                        last);
+    zero_unused_rows<T>(p.dv, head, p.dim_v, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0, kCols,
+                        last);
     if (plan == DqPlan::kDirect)
         zero_unused_rows<T>(p.dq, head, p.dim_qk, b, p.batch, p.total_q, seq.q_begin, seq.alloc_q,
                             seq.len_k > 0 ? seq.len_q : 0, 0, seq.alloc_q, true);
@@ -132,9 +135,10 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
     const T* dout = p.dout.at<T>(seq.q_begin, head);
     const auto load_q = [&](int t) {
         const int row0 = walk[t];
-        load_tile<kThreads>(shared.q(t % kStages), q + row0 * p.q.row_stride, p.q.row_stride, seq.len_q - row0, p.dim_qk);
-        load_tile<kThreads>(shared.dout(t % kStages), dout + row0 * p.dout.row_stride, p.dout.row_stride, seq.len_q - row0,
-                            p.dim_v);
+        load_tile<kThreads>(shared.q(t % kStages), q + row0 * p.q.row_stride, p.q.row_stride, seq.len_q - row0,
+                            p.dim_qk);
+        load_tile<kThreads>(shared.dout(t % kStages), dout + row0 * p.dout.row_stride, p.dout.row_stride,
+                            seq.len_q - row0, p.dim_v);
     };
     load_tile<kThreads>(shared.k(), p.k.at<T>(seq.k_begin + col0, head), p.k.row_stride, seq.len_k - col0, p.dim_qk);
     load_tile<kThreads>(shared.v(), p.v.at<T>(seq.k_begin + col0, head), p.v.row_stride, seq.len_k - col0, p.dim_v);
@@ -178,8 +182,8 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
         matmul<T, kCols / 16>(dq, LeftRows<STile>(shared.ds(), QueryGrid::row()),
                               RightColumns<KTile>(shared.k(), QueryGrid::col()));
         if (plan == DqPlan::kReduce) {
-            float4* slots = accum_slots<kHeadDim, Config>(
-                p.dq_accum, first_accum_tile<Config>(seq, b) + row0 / kRows, p.heads, head);
+            float4* slots = accum_slots<kHeadDim, Config>(p.dq_accum, first_accum_tile<Config>(seq, b) + row0 / kRows,
+                                                          p.heads, head);
 #pragma unroll
             for (int i = 0; i < QueryGrid::Acc::kSize; i += 4)
                 add_to_global(slots + i / 4 * kThreads, dq.flat(i), dq.flat(i + 1), dq.flat(i + 2), dq.flat(i + 3));
@@ -203,7 +207,9 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
 
 // The sums of kReduce, scaled and converted: one block a dQ tile, each thread reading back its own fragment.
 template <class T, int kHeadDim, class Config>
-__global__ void __launch_bounds__(Config::warps * 32) backward_dq_convert_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order, int row_blocks) {
+__global__ void __launch_bounds__(Config::warps * 32)
+    backward_dq_convert_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order,
+                               int row_blocks) {
     constexpr int kRows = Config::rows, kThreads = Config::warps * 32;
     const auto [b, head, row_block] = order[static_cast<int>(blockIdx.x)];
     const int row0 = row_block * kRows;

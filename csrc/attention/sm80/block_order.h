@@ -18,7 +18,7 @@ struct BlockOrder {
         int rank;  // 0 is the heaviest block of its (sequence, head)
     };
 
-    int group, pairs;               // (sequence, head) pairs of a group and in all
+    int group, pairs;                // (sequence, head) pairs of a group and in all
     FastDivisor by_group, by_heads;  // by the blocks of a group
 
     // ranks: blocks along a sequence; resident: blocks that the GPU runs at the same time.

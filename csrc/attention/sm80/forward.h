@@ -112,7 +112,8 @@ __device__ __forceinline__ void attend(Out& out, const Q& q, KTile k, KTile v, c
 }
 
 // The walk with P in registers. K(t), V(t) are in flight when it starts, K first.
-template <class T, int kHeadDim, class Config, class Shared, class Out, class Mask, class Bias, class LoadK, class LoadV>
+template <class T, int kHeadDim, class Config, class Shared, class Out, class Mask, class Bias, class LoadK,
+          class LoadV>
 __device__ __forceinline__ void walk_keys(Out& out, const Shared& shared, const TileWalk& walk, const LoadK& load_k,
                                           const LoadV& load_v, const Mask& mask, const Bias& bias, int row0,
                                           float alpha) {
@@ -121,8 +122,10 @@ __device__ __forceinline__ void walk_keys(Out& out, const Shared& shared, const 
     const int warp_row0 = row0 + ForwardGrids<kHeadDim, Config>::Score::row();
     for (int t = 0; t < walk.tiles; ++t) {
         // The first scores need not wait for the first values.
-        if (t == 0) cute::cp_async_wait<1>();
-        else cute::cp_async_wait<0>();
+        if (t == 0)
+            cute::cp_async_wait<1>();
+        else
+            cute::cp_async_wait<0>();
         __syncthreads();
         if constexpr (Config::q_in_registers) {
             if (t == 0) q_registers.read(q_shared);
@@ -137,14 +140,17 @@ __device__ __forceinline__ void walk_keys(Out& out, const Shared& shared, const 
         if (t > 0 && warp_row0 >= mask.len_q) continue;
         const auto step = [&](auto masked) {
             const auto run = [&](const auto& q) {
-                attend<T, kHeadDim, Config, decltype(masked)::value>(out, q, shared.k(t & 1), shared.v(t & 1), mask, bias,
-                                                                     row0, walk[t], alpha, values_ready);
+                attend<T, kHeadDim, Config, decltype(masked)::value>(out, q, shared.k(t & 1), shared.v(t & 1), mask,
+                                                                     bias, row0, walk[t], alpha, values_ready);
             };
-            if constexpr (Config::q_in_registers) run(q_registers);
-            else run(q_shared);
+            if constexpr (Config::q_in_registers)
+                run(q_registers);
+            else
+                run(q_shared);
         };
         // Of a tile that the block needs in part, this warp's rows may need nothing.
-        if (mask.is_full(row0, Config::rows, walk[t], Config::cols)) step(std::false_type{});
+        if (mask.is_full(row0, Config::rows, walk[t], Config::cols))
+            step(std::false_type{});
         else if (t == 0 || !Mask::kCheapRanges ||
                  overlaps(mask.kv_range(warp_row0, Out::kM * 16), walk[t], Config::cols))
             step(std::true_type{});
@@ -154,10 +160,11 @@ __device__ __forceinline__ void walk_keys(Out& out, const Shared& shared, const 
 // The walk with P in shared memory, the scores one tile ahead of the values: while the tensor cores add P(t) V(t), the
 // other units turn S(t + 1) into P(t + 1). One barrier a step publishes K(t + 1), V(t) and P(t) and frees the stages
 // that the step refills.
-template <class T, int kHeadDim, class Config, class Shared, class Out, class Mask, class Bias, class LoadK, class LoadV>
-__device__ __forceinline__ void walk_keys_ahead(Out& out, const Shared& shared, const TileWalk& walk, const LoadK& load_k,
-                                                const LoadV& load_v, const Mask& mask, const Bias& bias, int row0,
-                                                float alpha) {
+template <class T, int kHeadDim, class Config, class Shared, class Out, class Mask, class Bias, class LoadK,
+          class LoadV>
+__device__ __forceinline__ void walk_keys_ahead(Out& out, const Shared& shared, const TileWalk& walk,
+                                                const LoadK& load_k, const LoadV& load_v, const Mask& mask,
+                                                const Bias& bias, int row0, float alpha) {
     using Grid = typename ForwardGrids<kHeadDim, Config>::Score;
     using OutGrid = typename ForwardGrids<kHeadDim, Config>::Out;
     if (walk.tiles == 0) return;
@@ -207,7 +214,7 @@ __device__ __forceinline__ void walk_keys_ahead(Out& out, const Shared& shared, 
 }
 
 template <class T, int kHeadDim, class Mask, class Bias, class Config>
-__global__ void __launch_bounds__(Config::warps * 32, Config::blocks) 
+__global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ BlockOrder order, int row_blocks) {
     constexpr int kRows = Config::rows, kCols = Config::cols, kThreads = Config::warps * 32;
     using Shared = ForwardShared<kHeadDim, Config>;
@@ -228,10 +235,12 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
     const T* k = p.k.at<T>(seq.k_begin, head);
     const T* v = p.v.at<T>(seq.k_begin, head);
     const auto load_k = [&](int t) {
-        load_tile<kThreads>(shared.k(t & 1), k + walk[t] * p.k.row_stride, p.k.row_stride, seq.len_k - walk[t], p.dim_qk);
+        load_tile<kThreads>(shared.k(t & 1), k + walk[t] * p.k.row_stride, p.k.row_stride, seq.len_k - walk[t],
+                            p.dim_qk);
     };
     const auto load_v = [&](int t) {
-        load_tile<kThreads>(shared.v(t & 1), v + walk[t] * p.v.row_stride, p.v.row_stride, seq.len_k - walk[t], p.dim_v);
+        load_tile<kThreads>(shared.v(t & 1), v + walk[t] * p.v.row_stride, p.v.row_stride, seq.len_k - walk[t],
+                            p.dim_v);
     };
     load_tile<kThreads>(shared.q(), p.q.at<T>(seq.q_begin + row0, head), p.q.row_stride, seq.len_q - row0, p.dim_qk);
     if (walk.tiles > 0) load_k(0);
@@ -251,7 +260,8 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
     out.scale(p.inv_scaling);
     OutGrid::template store<T>(out, shared.q());
     __syncthreads();
-    store_tile<kThreads>(shared.q(), p.out.at<T>(seq.q_begin + row0, head), p.out.row_stride, seq.len_q - row0, p.dim_v);
+    store_tile<kThreads>(shared.q(), p.out.at<T>(seq.q_begin + row0, head), p.out.row_stride, seq.len_q - row0,
+                         p.dim_v);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias, class Config>

@@ -61,7 +61,8 @@ __device__ __forceinline__ void load_tile(Tile tile, const T* global, int64_t st
     for (int pass = 0; pass < Walk::kPasses; ++pass, global += Walk::kRowStep * stride) {
 #pragma unroll
         for (int panel = 0; panel < Tile::kPanels; ++panel) {
-            const bool inside = walk.row + pass * Walk::kRowStep < num_rows && walk.col + panel * Tile::kPanelCols < num_cols;
+            const bool inside =
+                walk.row + pass * Walk::kRowStep < num_rows && walk.col + panel * Tile::kPanelCols < num_cols;
             const uint32_t to = base + pass * Walk::kRowStep * Tile::kRowBytes + panel * Tile::kPanelBytes;
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to),
                          "l"(global + panel * Tile::kPanelCols), "r"(inside ? 16 : 0));
@@ -80,11 +81,13 @@ __device__ __forceinline__ void store_tile(Tile tile, T* global, int64_t stride,
     for (int pass = 0; pass < Walk::kPasses; ++pass, global += Walk::kRowStep * stride) {
 #pragma unroll
         for (int panel = 0; panel < Tile::kPanels; ++panel) {
-            if (walk.row + pass * Walk::kRowStep >= num_rows || walk.col + panel * Tile::kPanelCols >= num_cols) continue;
+            if (walk.row + pass * Walk::kRowStep >= num_rows || walk.col + panel * Tile::kPanelCols >= num_cols)
+                continue;
             const uint32_t from = base + pass * Walk::kRowStep * Tile::kRowBytes + panel * Tile::kPanelBytes;
             uint4 chunk;
             asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(chunk.x), "=r"(chunk.y), "=r"(chunk.z), "=r"(chunk.w) : "r"(from));
+                         : "=r"(chunk.x), "=r"(chunk.y), "=r"(chunk.z), "=r"(chunk.w)
+                         : "r"(from));
             *reinterpret_cast<uint4*>(global + panel * Tile::kPanelCols) = chunk;
         }
     }
@@ -162,8 +165,8 @@ struct WarpGrid {
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
             const int c = col() + n * 8;
-            const uint32_t to = base + c / Tile::kPanelCols * Tile::kPanelBytes +
-                                ((c % Tile::kPanelCols / 8 ^ Tile::swizzle(r)) << 4);
+            const uint32_t to =
+                base + c / Tile::kPanelCols * Tile::kPanelBytes + ((c % Tile::kPanelCols / 8 ^ Tile::swizzle(r)) << 4);
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -223,10 +226,12 @@ struct Operand {
                               along_rows * 16 * Tile::kRowBytes;
         if constexpr (kTransposed)
             asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from));
+                         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                         : "r"(from));
         else
             asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from));
+                         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                         : "r"(from));
     }
 };
 
@@ -268,7 +273,7 @@ __device__ __forceinline__ void convert_step(Registers<kM, kN / 2>& out, const A
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float(&from)[4] = acc.x[m][2 * k + i / 2];
+            const float (&from)[4] = acc.x[m][2 * k + i / 2];
             out.x[k][m][i] = pack<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
         }
     }
@@ -316,7 +321,8 @@ struct Nothing {
 // acc += A B^T over kSteps steps of k = 16, A and B in shared memory. meanwhile(s) is called after step s of
 // kSteps * kN / 2, so that other work overlaps with the products.
 template <class T, int kSteps, int kM, int kN, class A, class B, class Meanwhile = Nothing>
-__device__ __forceinline__ void matmul(Accumulator<kM, kN>& acc, const A& a, const B& b, const Meanwhile& meanwhile = {}) {
+__device__ __forceinline__ void matmul(Accumulator<kM, kN>& acc, const A& a, const B& b,
+                                       const Meanwhile& meanwhile = {}) {
     constexpr int kPairs = kN / 2;
     const auto order = [](int s) { return make_int2(s % kPairs, s / kPairs); };
     Prefetch<kSteps * kPairs, B, decltype(order)> right(b, order);
@@ -389,8 +395,7 @@ __device__ __forceinline__ void zero_unused_rows(const Jagged& out, int head, in
     const int64_t owned_end = last_block ? alloc : min_of(row0 + rows, alloc);
     if (owned_end > max_of(row0, len)) zero_rows<T>(out, head, begin + max_of(row0, len), begin + owned_end, num_cols);
     if (b == 0 && row0 == 0 && begin > 0) zero_rows<T>(out, head, 0, begin, num_cols);
-    if (b == batch - 1 && row0 == 0 && begin + alloc < total)
-        zero_rows<T>(out, head, begin + alloc, total, num_cols);
+    if (b == batch - 1 && row0 == 0 && begin + alloc < total) zero_rows<T>(out, head, begin + alloc, total, num_cols);
 }
 
 __device__ __forceinline__ Spans aligned(Spans spans, int step) {

@@ -38,6 +38,9 @@ class _Problem(NamedTuple):
     seqused_k: Tensor | None
 
 
+# _Problem(...) without the Python-level constructor, which costs as much as reading all of a call's tensors.
+_new_tuple = tuple.__new__
+
 _PROBLEM_SCHEMA = (
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? num_contexts, "
     "Tensor? num_targets, SymInt target_group_size, SymInt window_left, SymInt window_right, float alpha, "
@@ -117,13 +120,14 @@ def hstu_attn_varlen_func(
     Recommendations" (ICML 2024); the signature is that of NVIDIA's recsys-examples.
     """
     left, right = window_size
-    problem = _Problem(
+    problem = _new_tuple(_Problem, (
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_contexts, num_targets, target_group_size,
         left, right, alpha, func, scaling_seqlen, seqused_q, seqused_k,
-    )  # fmt: skip
+    ))  # fmt: skip
     _check_rab(rab, has_drab)
     plain = _is_plain(q, k, v, rab, problem)
-    q, k, v, rab = _autocast(q, k, v, rab)
+    if torch._C._is_any_autocast_enabled():
+        q, k, v, rab = _autocast(q, k, v, rab)
     if not plain:
         return _by_op(q, k, v, rab, *problem, has_drab, deterministic)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or has_drab):
@@ -153,17 +157,18 @@ def hstu_attn_qkvpacked_func(
     cu_seqlens, max_seqlen and seqused stand for those of q and of k; the rest is as in hstu_attn_varlen_func.
     """
     left, right = window_size
-    problem = _Problem(
+    problem = _new_tuple(_Problem, (
         cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, num_contexts, num_targets, target_group_size,
         left, right, alpha, func, scaling_seqlen, seqused, seqused,
-    )  # fmt: skip
+    ))  # fmt: skip
     _check_rab(rab, has_drab)
     if not isinstance(qkv, Tensor):
         raise TypeError(f"hstu_ext.attention: qkv must be a tensor, got {type(qkv).__name__}")
     plain = _is_plain(qkv, qkv, qkv, rab, problem)
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"hstu_ext.attention: qkv must be [total, 3, heads, dim], got {list(qkv.shape)}")
-    qkv, _, _, rab = _autocast(qkv, qkv, qkv, rab)
+    if torch._C._is_any_autocast_enabled():
+        qkv, _, _, rab = _autocast(qkv, qkv, qkv, rab)
     if plain and torch.is_grad_enabled() and (qkv.requires_grad or has_drab):
         return _by_packed_function(qkv, rab, problem, has_drab, deterministic)
     q, k, v = qkv.unbind(1)
@@ -195,8 +200,6 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None, problem: _Pro
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As torch's scaled_dot_product_attention: under autocast everything is in its dtype, except float64."""
-    if not torch._C._is_any_autocast_enabled():
-        return q, k, v, rab
     device_type = "cuda" if q.is_cuda else "cpu"
     if not torch.is_autocast_enabled(device_type):
         return q, k, v, rab
@@ -226,7 +229,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None, problem: _Problem) -> Tensor:
     # empty_like costs half of new_empty.
-    out = _empty_like(v) if q.shape[:1] == v.shape[:1] else q.new_empty(q.shape[:-1] + v.shape[-1:])
+    out = _empty_like(v) if q.shape == v.shape else q.new_empty(q.shape[:-1] + v.shape[-1:])
     execution = _execution(q)
     try:
         _C.attention_forward(q, k, v, rab, out, *problem, *execution)
