@@ -15,6 +15,7 @@ from torch import Tensor
 import hstu_ext
 from hstu_ext import _C, MissingKernelError, in_batch_softmax_loss, l2norm, l2norm_dot, sampled_softmax_loss, topk_dot
 from hstu_ext.ops import similarity
+from test_attention_cpu import run_python
 from test_bindings import GpuTensor
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -661,6 +662,27 @@ def test_sparse_gradients_are_for_eager_mode() -> None:
     compiled = torch.compile(sampled_softmax_loss, fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="sparse must be False under torch"):
         compiled(X, Y, IDS, NEGATIVES, sparse=True)
+
+
+def test_autocast_changes_nothing() -> None:
+    problem, (pos, neg) = InBatch(torch.float32), (torch.randint(11, (7,)), torch.randint(11, (7, 3)))
+    plain = gradients(lambda q, i: model(q, i, pos, neg, problem)[0], problem.query, problem.items)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = gradients(lambda q, i: model(q, i, pos, neg, problem)[0], problem.query, problem.items)
+    for got, expected in zip(cast, plain):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("variant", hstu_ext.build_info()["cpu_variants"])
+def test_every_variant(variant: str) -> None:
+    """Again with each set of kernels that this machine can run."""
+    chosen = run_python("-c", "import hstu_ext; hstu_ext.build_info()", variant=variant)
+    if chosen.returncode != 0 and "HSTU_EXT_CPU must be one of" in chosen.stderr:
+        pytest.skip(f"this machine has no {variant}")
+    wanted = "test_l2norm or test_topk_with_ties or test_sampled_softmax or test_in_batch"
+    options = ("-q", "-x", "-p", "no:cacheprovider", "-k", f"({wanted}) and not test_every_variant")
+    suite = run_python("-m", "pytest", *options, "test_similarity.py", variant=variant)
+    assert suite.returncode == 0, suite.stdout[-4000:]
 
 
 def test_exported() -> None:
