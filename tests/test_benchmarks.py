@@ -188,7 +188,7 @@ def test_similarity_cases_agree_with_eager_and_make_rows() -> None:
 def test_a_wrong_similarity_op_is_not_timed() -> None:
     case = next(bench_similarity.cases(torch.float32, "l2norm:", scale=200))
     wrong = dataclasses.replace(case, ours=lambda x: 1.1 * case.eager(x))
-    with pytest.raises(AssertionError, match="off by 0.1 from eager"):
+    with pytest.raises(AssertionError, match=r"off by 0\.1 from eager"):
         list(bench_similarity.measure(wrong, "fp32", FakeTimer().rates(), FakeTimer(), harness.machine("cpu")))
 
 

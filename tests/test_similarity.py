@@ -33,7 +33,7 @@ def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param == "small_tiles":
         monkeypatch.setattr(similarity, "_TILE_ROWS", 3)
         monkeypatch.setattr(similarity, "_TILE_ELEMENTS", 15)
-        monkeypatch.setattr(similarity, "_TILE_ITEM_ELEMENTS", 35)
+        monkeypatch.setattr(similarity, "_TILE_ITEM_ELEMENTS", 240)
 
 
 def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -679,7 +679,7 @@ def test_every_variant(variant: str) -> None:
     chosen = run_python("-c", "import hstu_ext; hstu_ext.build_info()", variant=variant)
     if chosen.returncode != 0 and "HSTU_EXT_CPU must be one of" in chosen.stderr:
         pytest.skip(f"this machine has no {variant}")
-    wanted = "test_l2norm or test_topk_with_ties or test_sampled_softmax or test_in_batch"
+    wanted = "test_l2norm or test_topk_with_ties or test_sampled_softmax or test_in_batch_dtypes"
     options = ("-q", "-x", "-p", "no:cacheprovider", "-k", f"({wanted}) and not test_every_variant")
     suite = run_python("-m", "pytest", *options, "test_similarity.py", variant=variant)
     assert suite.returncode == 0, suite.stdout[-4000:]

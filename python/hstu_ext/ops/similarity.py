@@ -20,7 +20,7 @@ from hstu_ext import _C
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _TILE_ROWS = 256  # queries of a tile of scores
 _TILE_ELEMENTS = 1 << 18  # of a tile of scores: 1 MiB of float32 stays in a core's cache
-_TILE_ITEM_ELEMENTS = 1 << 19  # of a tile of normalised items
+_TILE_ITEM_ELEMENTS = 1 << 19  # of a tile of items that were normalised or converted
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -403,8 +403,11 @@ def _topk(
     excluded, offsets = _sorted_exclusions(exclude, offsets, batch)
     query = query.to(_compute_dtype(query))
     tile_rows, tile_cols = _tile_shape(batch, count)
+    wide = None
+    if items.dtype != query.dtype:
+        tile_cols = max(1, min(tile_cols, _TILE_ITEM_ELEMENTS // items.shape[1]))
+        wide = query.new_empty((tile_cols, items.shape[1]))
     scores = query.new_empty((tile_rows, tile_cols))
-    wide = None if items.dtype == query.dtype else query.new_empty((tile_cols, query.shape[1]))
     # Twice the k that are kept, so that a selection is paid for by k new candidates.
     capacity = min(count, max(2 * k, k + 64))
     kept = query.new_empty((batch, 2 * capacity), dtype=torch.int64)
@@ -545,10 +548,9 @@ _sampled = _differentiable(
 
 
 def _dot_tile_shape(q: Tensor, items: Tensor) -> tuple[int, int]:
-    """Wide tiles where scores go straight to their place, else tiles that fit a buffer of scores."""
-    if q.dtype == _compute_dtype(q):
-        return max(1, min(q.shape[0], _TILE_ROWS)), max(1, _TILE_ITEM_ELEMENTS // items.shape[1])
-    return _tile_shape(q.shape[0], items.shape[0])
+    """Tiles as wide as the items of one may be: the scores are written once, so only the items need the cache."""
+    cols = max(1, min(items.shape[0], _TILE_ITEM_ELEMENTS // items.shape[1]))
+    return max(1, min(q.shape[0], 4 * _TILE_ELEMENTS // cols)), cols
 
 
 def _tiles_of_units(items: Tensor, step: int, eps: float) -> Iterator[tuple[slice, Tensor]]:
