@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -15,7 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import attention_providers
 import bench_attention
+<<<<<<< HEAD
 import bench_jagged
+=======
+import bench_similarity
+>>>>>>> refs/heads/similarity
 import harness
 
 ROW_KEYS = [
@@ -194,6 +199,25 @@ def test_recorded_peers_stand_in_the_table(tmp_path: Path, capsys: pytest.Captur
     assert "2.00     -     -" in printed
     assert "2.00  4.00  3.00" in printed
     assert "third both: their time / ours, geometric mean 3.000, least 3.000, 1 cases" in printed
+
+
+def test_similarity_cases_agree_with_eager_and_make_rows() -> None:
+    rates, common = FakeTimer().rates(), harness.machine("cpu")
+    names = set()
+    for case in bench_similarity.cases(torch.float32, scale=200):
+        ours, eager = bench_similarity.measure(case, "fp32", rates, FakeTimer(), common)
+        assert [ours["provider"], eager["provider"]] == ["hstu_ext", "eager"]
+        assert set(ROW_KEYS) <= set(ours)
+        assert ours["efficiency"] > 0
+        names.add(case.op)
+    assert names == {"l2norm", "topk_dot", "sampled_softmax_loss", "l2norm_dot", "in_batch_softmax_loss"}
+
+
+def test_a_wrong_similarity_op_is_not_timed() -> None:
+    case = next(bench_similarity.cases(torch.float32, "l2norm:", scale=200))
+    wrong = dataclasses.replace(case, ours=lambda x: 1.1 * case.eager(x))
+    with pytest.raises(AssertionError, match=r"off by 0\.1 from eager"):
+        list(bench_similarity.measure(wrong, "fp32", FakeTimer().rates(), FakeTimer(), harness.machine("cpu")))
 
 
 def test_quantiles_interpolate() -> None:

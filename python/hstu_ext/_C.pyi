@@ -81,6 +81,7 @@ def attention_backward(
 def attention_backward_scratch(q: Tensor, v: Tensor, cu_seqlens_q: Tensor, max_seqlen_k: int, /) -> int:
     """Elements of dq_accum that attention_backward wants unless it is deterministic; 0 for none."""
 
+<<<<<<< HEAD
 def jagged_join(
     split: bool,
     interleave: bool,
@@ -108,3 +109,163 @@ def jagged_dense(
 
 def jagged_sizes(op: str, rows: int, is_list: bool, /, *offsets: Tensor) -> list[tuple[int, int]]:
     """The end of the last sequence and the length of the longest, of offsets on the CPU that must end within rows."""
+=======
+# The similarity ops. C is float64 where the tensors are float64, else float32; ids and offsets not named otherwise are
+# int64. An op that has a _check is checked there alone.
+def l2norm(x: Tensor, out: Tensor, eps: float, num_threads: int, /) -> None:
+    """x and out [rows, dim]."""
+
+def l2norm_backward(dout: Tensor, x: Tensor, dx: Tensor, eps: float, num_threads: int, /) -> None: ...
+def l2norm_dot_check(q: Tensor, items: Tensor, eps: float, /) -> None: ...
+def topk_check(
+    query: Tensor,
+    items: Tensor,
+    k: int,
+    exclude: Tensor | None,
+    exclude_offsets: Tensor | None,
+    valid: Tensor | None,
+    /,
+) -> None: ...
+def topk_merge(
+    scores: Tensor,
+    col0: int,
+    kept: Tensor,
+    counts: Tensor,
+    thresholds: Tensor,
+    excluded: Tensor | None,
+    excluded_offsets: Tensor | None,
+    valid: Tensor | None,
+    k: int,
+    num_threads: int,
+    /,
+) -> None:
+    """Scores C [rows, cols] of items from col0 on into kept int64 [rows, 2 * capacity]; tiles in ascending order."""
+
+def topk_finish(kept: Tensor, counts: Tensor, values: Tensor, indices: Tensor, num_threads: int, /) -> None: ...
+def sampled_softmax_forward(
+    query: Tensor,
+    table: Tensor,
+    pos_ids: Tensor,
+    neg_ids: Tensor,
+    temperature: float,
+    eps: float,
+    log_q: Tensor | None,
+    loss: Tensor,
+    lse: Tensor,
+    similarity: Tensor,
+    num_threads: int,
+    /,
+) -> None:
+    """Writes loss C [T], lse C [T] and similarity C [T, K + 1]."""
+
+def sampled_softmax_group(
+    query: Tensor,
+    table: Tensor,
+    pos_ids: Tensor,
+    neg_ids: Tensor,
+    temperature: float,
+    eps: float,
+    log_q: Tensor | None,
+    starts: Tensor,
+    order: Tensor,
+    /,
+) -> None:
+    """Writes starts [V + 1] and order [T * (K + 1)]: the places t * (K + 1) + j of every item, by item."""
+
+def sampled_softmax_backward_query(
+    query: Tensor,
+    table: Tensor,
+    pos_ids: Tensor,
+    neg_ids: Tensor,
+    temperature: float,
+    eps: float,
+    log_q: Tensor | None,
+    dloss: Tensor,
+    lse: Tensor,
+    similarity: Tensor,
+    weight: Tensor,
+    unit_query: Tensor,
+    dquery: Tensor | None,
+    num_threads: int,
+    /,
+) -> None:
+    """Writes weight C [T, K + 1], the gradient of every similarity, unit_query C [T, D] and dquery."""
+
+def sampled_softmax_backward_table(
+    query: Tensor,
+    table: Tensor,
+    pos_ids: Tensor,
+    neg_ids: Tensor,
+    temperature: float,
+    eps: float,
+    log_q: Tensor | None,
+    dloss: Tensor,
+    lse: Tensor,
+    similarity: Tensor,
+    weight: Tensor,
+    unit_query: Tensor,
+    dquery: Tensor | None,
+    starts: Tensor,
+    order: Tensor,
+    ids: Tensor | None,
+    dtable: Tensor,
+    num_threads: int,
+    /,
+) -> None:
+    """Adds to zeroed dtable, [V, D] or, with ids [entries], [entries, D]."""
+
+def in_batch_softmax_check(
+    query: Tensor,
+    items: Tensor,
+    item_ids: Tensor,
+    positives: Tensor,
+    sequence_ids: Tensor | None,
+    item_sequence_ids: Tensor | None,
+    log_q: Tensor | None,
+    temperature: float,
+    eps: float,
+    /,
+) -> None: ...
+def in_batch_softmax_forward(
+    query: Tensor,
+    items: Tensor,
+    item_ids: Tensor,
+    positives: Tensor,
+    sequence_ids: Tensor | None,
+    item_sequence_ids: Tensor | None,
+    log_q: Tensor | None,
+    temperature: float,
+    similarity: Tensor,
+    duplicate: Tensor | None,
+    row0: int,
+    col0: int,
+    threshold: float,
+    maximum: Tensor,
+    sum: Tensor,
+    positive_logit: Tensor,
+    num_threads: int,
+    /,
+) -> None:
+    """One tile C [rows, cols] of similarities into the running maximum and sum C [T] of its rows."""
+
+def in_batch_softmax_backward(
+    query: Tensor,
+    items: Tensor,
+    item_ids: Tensor,
+    positives: Tensor,
+    sequence_ids: Tensor | None,
+    item_sequence_ids: Tensor | None,
+    log_q: Tensor | None,
+    temperature: float,
+    similarity: Tensor,
+    duplicate: Tensor | None,
+    row0: int,
+    col0: int,
+    threshold: float,
+    dloss: Tensor,
+    lse: Tensor,
+    num_threads: int,
+    /,
+) -> None:
+    """Turns a tile of similarities into their gradient."""
+>>>>>>> refs/heads/similarity

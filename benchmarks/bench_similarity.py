@@ -1,0 +1,254 @@
+"""Times the similarity ops against eager PyTorch in the same run, on the CPU.
+
+    python benchmarks/bench_similarity.py                          every case
+    python benchmarks/bench_similarity.py --cases topk_dot         the cases whose name begins so
+    python benchmarks/bench_similarity.py --dtype bf16
+
+A case is `op:sizes`; direction `fwd` is without autograd, `both` is forward and backward. Both providers get the same
+random inputs and must agree before they are timed. extra_mib is the peak of the process's resident memory during a call
+beyond what it had before and what the call returns, with the allocator's free memory given back first.
+
+FLOPs: 2 D for each pair of rows that is multiplied, and twice as much again in the backward. Bytes: every input and
+output once, for l2norm, which multiplies nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import hstu_ext
+from harness import RESULTS, CpuTimer, Rates, Row, Timer, append_rows, machine
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TEMPERATURE, EPS = 0.05, 1e-6
+
+
+class MemoryTimer(CpuTimer):
+    """Also reads the peak of the resident memory, where the system is Linux."""
+
+    def extra_mib(self, call: Callable[[], object]) -> float | None:
+        if not sys.platform.startswith("linux"):
+            return None
+        call()
+        ctypes.CDLL(None).malloc_trim(0)
+        before = self._status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        returned = call()
+        peak = self._status("VmHWM")
+        kept = sum(x.nbytes for x in returned if isinstance(x, Tensor)) if isinstance(returned, tuple) else 0
+        return max(0.0, peak - before - kept / 2**20)
+
+    def _status(self, key: str) -> float:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) / 1024
+        return math.nan
+
+
+Provider = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """inputs are differentiated in direction `both`; others are passed by name."""
+
+    op: str
+    sizes: str
+    direction: str
+    dim: int
+    rows: int
+    flops: float
+    nbytes: float
+    inputs: tuple[Tensor, ...]
+    ours: Provider
+    eager: Provider
+    others: dict[str, Any] = field(default_factory=dict)
+
+    def call(self, provider: str) -> Callable[[], tuple[Tensor, ...]]:
+        function = {"hstu_ext": self.ours, "eager": self.eager}[provider]
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                out = function(*self.inputs, **self.others)
+            return out if isinstance(out, tuple) else (out,)
+
+        def both() -> tuple[Tensor, ...]:
+            inputs = tuple(x.detach().requires_grad_() for x in self.inputs)
+            out = function(*inputs, **self.others)
+            return out.detach(), *torch.autograd.grad(out.float().sum(), inputs)
+
+        return forward if self.direction == "fwd" else both
+
+
+def eager_topk(query: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, indices = (query @ items.t()).topk(k)
+    return values.float(), indices
+
+
+def eager_l2norm_dot(q: Tensor, items: Tensor) -> Tensor:
+    return F.normalize(q, dim=1, eps=EPS) @ F.normalize(items, dim=1, eps=EPS).t()
+
+
+def eager_sampled(query: Tensor, table: Tensor, pos_ids: Tensor, neg_ids: Tensor) -> Tensor:
+    """As one writes it in PyTorch: gather, normalise, multiply."""
+    q = F.normalize(query, dim=1, eps=EPS)
+    positive = F.normalize(F.embedding(pos_ids, table), dim=1, eps=EPS)
+    negative = F.normalize(F.embedding(neg_ids, table), dim=2, eps=EPS)
+    positive_logits = (q * positive).sum(1, keepdim=True) / TEMPERATURE
+    negative_logits = torch.bmm(negative, q.unsqueeze(2)).squeeze(2) / TEMPERATURE
+    negative_logits = torch.where(neg_ids == pos_ids.unsqueeze(1), -5e4, negative_logits)
+    return -F.log_softmax(torch.cat([positive_logits, negative_logits], 1).float(), 1)[:, 0].mean()
+
+
+def eager_in_batch(query: Tensor, items: Tensor, item_ids: Tensor, sequence_ids: Tensor, log_q: Tensor) -> Tensor:
+    logits = eager_l2norm_dot(query, items).float() / TEMPERATURE - log_q
+    masked = (item_ids == item_ids.unsqueeze(1)) | (sequence_ids == sequence_ids.unsqueeze(1))
+    masked = masked & ~torch.eye(len(item_ids), dtype=torch.bool)
+    return F.cross_entropy(logits.masked_fill(masked, -math.inf), torch.arange(len(item_ids)))
+
+
+def cases(dtype: torch.dtype, wanted: str = "", scale: int = 1) -> Iterator[Case]:
+    """The cases whose name begins with `wanted`, made one at a time; scale divides the row counts."""
+    size = dtype.itemsize
+
+    def keep(name: str) -> bool:
+        return name.startswith(wanted)
+
+    for rows, dim in ((25600, 64), (25600, 256)):
+        rows //= scale
+        for direction in ("fwd", "both"):
+            if keep("l2norm:"):
+                x = torch.randn(rows, dim, dtype=dtype)
+                moved = (2 if direction == "fwd" else 5) * x.numel() * size
+                yield Case(
+                    "l2norm", f"{rows}x{dim}", direction, dim, rows, 0.0, moved, (x,),
+                    hstu_ext.l2norm, lambda x: F.normalize(x, dim=-1, eps=EPS),
+                )  # fmt: skip
+    for batch, count, dim, k in ((1, 100_000, 256, 200), (128, 100_000, 256, 200), (1024, 100_000, 64, 100)):
+        count //= scale
+        if keep("topk_dot:"):
+            yield Case(
+                "topk_dot", f"{batch}x{count}k{k}", "fwd", dim, batch, 2.0 * batch * count * dim, 0.0,
+                (torch.randn(batch, dim, dtype=dtype), torch.randn(count, dim, dtype=dtype)),
+                hstu_ext.topk_dot, eager_topk, {"k": k},
+            )  # fmt: skip
+    for rows, samples, items, dim in ((6400, 128, 3953, 50), (6400, 128, 100_000, 256)):
+        rows //= scale
+        for direction in ("fwd", "both"):
+            if keep("sampled_softmax_loss:"):
+                ids = {"pos_ids": torch.randint(items, (rows,)), "neg_ids": torch.randint(items, (rows, samples))}
+                yield Case(
+                    "sampled_softmax_loss", f"{rows}x{samples}v{items}", direction, dim, rows,
+                    (2.0 if direction == "fwd" else 6.0) * rows * (samples + 1) * dim, 0.0,
+                    (torch.randn(rows, dim, dtype=dtype), torch.randn(items, dim, dtype=dtype)),
+                    hstu_ext.sampled_softmax_loss, eager_sampled, ids,
+                )  # fmt: skip
+    for rows, count, dim in ((512, 50_000, 64),):
+        count //= scale
+        for direction in ("fwd", "both"):
+            if keep("l2norm_dot:"):
+                yield Case(
+                    "l2norm_dot", f"{rows}x{count}", direction, dim, rows,
+                    (2.0 if direction == "fwd" else 6.0) * rows * count * dim, 0.0,
+                    (torch.randn(rows, dim, dtype=dtype), torch.randn(count, dim, dtype=dtype)),
+                    hstu_ext.l2norm_dot, eager_l2norm_dot,
+                )  # fmt: skip
+    for rows, dim in ((4096, 64), (4096, 256)):
+        rows //= scale
+        for direction in ("fwd", "both"):
+            if keep("in_batch_softmax_loss:"):
+                others = {
+                    "item_ids": torch.randint(rows, (rows,)),
+                    "sequence_ids": torch.arange(rows) // 32,
+                    "log_q": torch.rand(rows),
+                }
+                yield Case(
+                    "in_batch_softmax_loss", f"{rows}x{rows}", direction, dim, rows,
+                    (2.0 if direction == "fwd" else 6.0) * rows * rows * dim, 0.0,
+                    (torch.randn(rows, dim, dtype=dtype), torch.randn(rows, dim, dtype=dtype)),
+                    hstu_ext.in_batch_softmax_loss, eager_in_batch, others,
+                )  # fmt: skip
+
+
+def disagreement(ours: tuple[Tensor, ...], eager: tuple[Tensor, ...]) -> float:
+    """The largest relative difference of the floating point results. Indices may differ where rounding ties scores."""
+    worst = 0.0
+    for got, expected in zip(ours, eager):
+        if got.is_floating_point():
+            difference = (got.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+            worst = max(worst, float(difference))
+    return worst
+
+
+def measure(case: Case, dtype_name: str, rates: Rates, timer: Timer, common: Row) -> Iterator[Row]:
+    calls = {provider: case.call(provider) for provider in ("hstu_ext", "eager")}
+    difference = disagreement(*(call() for call in calls.values()))
+    tolerance = 1e-4 if dtype_name == "fp32" else 3e-2
+    if not difference <= tolerance:
+        raise AssertionError(f"{case.op} {case.sizes} {case.direction}: off by {difference:.2g} from eager")
+    for provider, call in calls.items():
+        times = timer.measure(call)
+        yield {
+            "op": case.op,
+            "direction": case.direction,
+            "cell": None,
+            "provider": provider,
+            "dtype": dtype_name,
+            "head_dim": case.dim,
+            "heads": 1,
+            "lengths": case.sizes,
+            "rows": case.rows,
+            "mask": None,
+            "p20_ms": times.p20,
+            "p50_ms": times.p50,
+            "p80_ms": times.p80,
+            "graph_ms": times.graph,
+            "tflops": case.flops / (times.best * 1e9),
+            "gbps": case.nbytes / (times.best * 1e6),
+            "efficiency": rates.roof_ms(case.flops, case.nbytes) / times.best,
+            "matmul_tflops": rates.matmul_tflops,
+            "copy_gbps": rates.copy_gbps,
+            "extra_mib": timer.extra_mib(call),
+        } | common
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="", help="how the names of the cases begin, such as topk_dot")
+    parser.add_argument("--device", choices=("cpu",), default="cpu")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the repetitions")
+    parser.add_argument("--out", type=Path, default=RESULTS / "similarity.jsonl", help="rows are appended here")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    timer = MemoryTimer(250.0 if options.quick else 1000.0)
+    common, rates = machine(options.device), timer.rates()
+    print(f"{common['cpu']}, {common['threads']} threads, torch {common['torch']}, commit {common['commit']}")
+    print(f"{'op':>22} {'sizes':>16} {'D':>4} {'dir':>5} {'ours ms':>9} {'eager ms':>9} {'ratio':>6}  extra MiB, eager")
+    for case in cases(DTYPES[options.dtype], options.cases):
+        rows = list(measure(case, options.dtype, rates, timer, common))
+        append_rows(options.out, rows)
+        ours, eager = rows
+        print(
+            f"{case.op:>22} {case.sizes:>16} {case.dim:>4} {case.direction:>5} {ours['p50_ms']:9.2f} "
+            f"{eager['p50_ms']:9.2f} {eager['p50_ms'] / ours['p50_ms']:6.2f} {ours['extra_mib'] or 0:8.1f} "
+            f"{eager['extra_mib'] or 0:8.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+// Every check of the similarity ops, and the call of the kernel.
+#include "similarity/api.h"
+
+#include <cmath>
+
+#include "attention/api.h"
+#include "common/check.h"
+#include "similarity/cpu/similarity.h"
+#include "similarity/params.h"
+
+#define CHECK(condition, ...) HSTU_CHECK(condition, "hstu_ext.", op, ": ", __VA_ARGS__)
+
+namespace hstu::similarity {
+namespace {
+
+DType compute_type(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+
+bool is_floating(DType dtype) {
+    return dtype == DType::kFloat32 || dtype == DType::kFloat64 || dtype == DType::kFloat16 ||
+           dtype == DType::kBFloat16;
+}
+
+Matrix matrix(const Tensor& x) { return {x.data, x.rank == 2 && x.shape[0] > 1 ? x.stride[0] : 0}; }
+
+// The checks of one op.
+struct Checks {
+    const char* op;
+
+    // A floating point [rows, dim] on the CPU; `form` is how the shape is written in the error.
+    void rows(const char* name, const Tensor& x, const char* form) const {
+        CHECK(x, name, " must be a tensor, got None");
+        CHECK(x.rank == 2 && x.shape[1] >= 1, name, " must be ", form, ", got ", Shape{x});
+        CHECK(is_floating(x.dtype), name, " must be a floating point tensor, got ", x.dtype);
+        if (x.is_cuda())
+            fail<attention::MissingKernelError>("hstu_ext.", op, ": this op has CPU kernels only, got a tensor on ",
+                                                Device{x.device});
+    }
+
+    void contiguous_rows(const char* name, const Tensor& x) const {
+        CHECK(x.shape[1] <= 1 || x.stride[1] == 1, name, " must be contiguous in its last dimension, got a stride of ",
+              x.stride[1]);
+    }
+
+    void like(const char* name, const Tensor& x, const char* model_name, const Tensor& model) const {
+        CHECK(x.dtype == model.dtype, name, " must be ", model.dtype, " like ", model_name, ", got ", x.dtype);
+        CHECK(x.device == model.device, name, " must be on ", Device{model.device}, " like ", model_name, ", got ",
+              Device{x.device});
+        CHECK(x.shape[1] == model.shape[1], name, " must have rows of ", model.shape[1], " like ", model_name, ", got ",
+              Shape{x});
+    }
+
+    // [n] of the type, contiguous.
+    void vector(const char* name, const Tensor& x, DType dtype, int64_t n) const {
+        CHECK(x, name, " must be a tensor, got None");
+        CHECK(x.dtype == dtype, name, " must be ", dtype, ", got ", x.dtype);
+        CHECK(x.rank == 1 && x.shape[0] == n, name, " must be [", n, "], got ", Shape{x});
+        CHECK(x.device < 0, name, " must be on cpu, got ", Device{x.device});
+        CHECK(n <= 1 || x.stride[0] == 1, name, " must be contiguous, got a stride of ", x.stride[0]);
+    }
+
+    // Contiguous int32 or int64, every value in [low, high).
+    IndexArray indices(const char* name, const Tensor& x, int64_t low, int64_t high) const {
+        CHECK(x.dtype == DType::kInt32 || x.dtype == DType::kInt64, name, " must be torch.int32 or torch.int64, got ",
+              x.dtype);
+        CHECK(x.device < 0, name, " must be on cpu, got ", Device{x.device});
+        int64_t count = 1, elements = 1;
+        for (int i = 0; i < x.rank; ++i) elements *= x.shape[i];
+        if (elements == 0) return {x.data, x.dtype == DType::kInt64};
+        for (int i = x.rank - 1; i >= 0; --i) {
+            CHECK(x.shape[i] == 1 || x.stride[i] == count, name, " must be contiguous, got a stride of ", x.stride[i]);
+            count *= x.shape[i];
+        }
+        const IndexArray array{x.data, x.dtype == DType::kInt64};
+        for (int64_t i = 0; i < count; ++i)
+            CHECK(array[i] >= low && array[i] < high, name, " must hold values from ", low, " to ", high - 1, ", got ",
+                  array[i]);
+        return array;
+    }
+
+    void positive(const char* name, double value) const {
+        CHECK(value > 0 && std::isfinite(value), name, " must be positive, got ", value);
+    }
+};
+
+}  // namespace
+
+void l2norm(const Tensor& x, const Tensor& out, double eps, int num_threads) {
+    const Checks checks{"l2norm"};
+    checks.rows("x", x, "[..., dim]");
+    checks.contiguous_rows("x", x);
+    checks.positive("eps", eps);
+    cpu::l2norm({x.shape[0], x.shape[1], eps, matrix(x), {}, matrix(out), num_threads}, x.dtype);
+}
+
+void l2norm_backward(const Tensor& dout, const Tensor& x, const Tensor& dx, double eps, int num_threads) {
+    const Checks checks{"l2norm"};
+    checks.rows("dout", dout, "[..., dim]");
+    checks.contiguous_rows("dout", dout);
+    checks.like("dout", dout, "x", x);
+    cpu::l2norm_backward({x.shape[0], x.shape[1], eps, matrix(x), matrix(dout), matrix(dx), num_threads}, x.dtype);
+}
+
+void check_l2norm_dot(const Tensor& q, const Tensor& items, double eps) {
+    const Checks checks{"l2norm_dot"};
+    checks.rows("q", q, "[M, D]");
+    checks.rows("items", items, "[N, D]");
+    checks.like("items", items, "q", q);
+    checks.positive("eps", eps);
+}
+
+void check_topk_dot(const TopkInputs& in) {
+    const Checks checks{"topk_dot"};
+    const char* const op = checks.op;
+    checks.rows("query", in.query, "[B, D]");
+    checks.rows("items", in.items, "[N, D]");
+    checks.like("items", in.items, "query", in.query);
+    const int64_t batch = in.query.shape[0], count = in.items.shape[0];
+    CHECK(in.k >= 1 && in.k <= count, "k must be 1 to the ", count, " items, got ", in.k);
+    if (in.valid) checks.vector("valid", in.valid, DType::kBool, count);
+    if (!in.exclude) return;
+    CHECK(in.exclude.dtype == DType::kInt64, "exclude must be torch.int64, got ", in.exclude.dtype);
+    if (!in.exclude_offsets) {
+        CHECK(in.exclude.rank == 2 && in.exclude.shape[0] == batch, "exclude must be [", batch,
+              ", E], or [total] with offsets, got ", Shape{in.exclude});
+    } else {
+        CHECK(in.exclude.rank == 1, "exclude must be [total] where offsets are given, got ", Shape{in.exclude});
+        checks.vector("exclude's offsets", in.exclude_offsets, DType::kInt64, batch + 1);
+        const int64_t* const offsets = static_cast<const int64_t*>(in.exclude_offsets.data);
+        CHECK(offsets[0] == 0 && offsets[batch] == in.exclude.shape[0], "exclude's offsets must go from 0 to ",
+              in.exclude.shape[0], ", got ", offsets[0], " to ", offsets[batch]);
+        for (int64_t b = 0; b < batch; ++b)
+            CHECK(offsets[b] <= offsets[b + 1], "exclude's offsets must never decrease, got ", offsets[b], " and ",
+                  offsets[b + 1], " for row ", b);
+    }
+    checks.indices("exclude", in.exclude, -1, count);
+}
+
+void topk_merge(const TopkTile& tile, int num_threads) {
+    TopkParams p{};
+    p.rows = tile.scores.shape[0];
+    p.cols = tile.scores.shape[1];
+    p.k = tile.k;
+    p.col0 = tile.col0;
+    p.capacity = tile.kept.shape[1] * static_cast<int64_t>(sizeof(int64_t)) / cpu::kCandidateBytes;
+    p.is_double = tile.scores.dtype == DType::kFloat64;
+    p.scores = matrix(tile.scores);
+    p.kept = tile.kept.data;
+    p.counts = static_cast<int64_t*>(tile.counts.data);
+    p.thresholds = tile.thresholds.data;
+    p.excluded = static_cast<const int64_t*>(tile.excluded.data);
+    p.excluded_offsets = static_cast<const int64_t*>(tile.excluded_offsets.data);
+    p.valid = static_cast<const bool*>(tile.valid.data);
+    p.num_threads = num_threads;
+    cpu::topk_merge(p);
+}
+
+void topk_finish(const Tensor& kept, const Tensor& counts, const Tensor& values, const Tensor& indices,
+                 int num_threads) {
+    TopkParams p{};
+    p.rows = values.shape[0];
+    p.k = values.shape[1];
+    p.capacity = kept.shape[1] * static_cast<int64_t>(sizeof(int64_t)) / cpu::kCandidateBytes;
+    p.is_double = values.dtype == DType::kFloat64;
+    p.kept = kept.data;
+    p.counts = static_cast<int64_t*>(counts.data);
+    p.values = matrix(values);
+    p.indices = static_cast<int64_t*>(indices.data);
+    p.num_threads = num_threads;
+    cpu::topk_finish(p);
+}
+
+namespace {
+
+SampledParams sampled_params(const SampledInputs& in, int num_threads) {
+    SampledParams p{};
+    p.rows = in.query.shape[0];
+    p.dim = in.query.shape[1];
+    p.items = in.table.shape[0];
+    p.samples = in.neg_ids.shape[1];
+    p.inv_temperature = 1 / in.temperature;
+    p.eps = in.eps;
+    p.query = matrix(in.query);
+    p.table = matrix(in.table);
+    p.positive = {in.pos_ids.data, in.pos_ids.dtype == DType::kInt64};
+    p.negative = {in.neg_ids.data, in.neg_ids.dtype == DType::kInt64};
+    p.log_q = in.log_q.data;
+    p.num_threads = num_threads;
+    return p;
+}
+
+SampledBackwardParams sampled_backward_params(const SampledInputs& in, const SampledGradients& gradients,
+                                              int num_threads) {
+    SampledBackwardParams p{};
+    static_cast<SampledParams&>(p) = sampled_params(in, num_threads);
+    p.dloss = gradients.dloss.data;
+    p.lse = gradients.lse.data;
+    p.similarity = gradients.similarity.data;
+    p.weight = gradients.weight.data;
+    p.unit_query = gradients.unit_query.data;
+    p.dquery = matrix(gradients.dquery);
+    return p;
+}
+
+}  // namespace
+
+void sampled_softmax_forward(const SampledInputs& in, const Tensor& loss, const Tensor& lse, const Tensor& similarity,
+                             int num_threads) {
+    const Checks checks{"sampled_softmax_loss"};
+    const char* const op = checks.op;
+    checks.rows("query", in.query, "[T, D]");
+    checks.contiguous_rows("query", in.query);
+    checks.rows("table", in.table, "[V, D]");
+    checks.contiguous_rows("table", in.table);
+    checks.like("table", in.table, "query", in.query);
+    const int64_t rows = in.query.shape[0], items = in.table.shape[0];
+    CHECK(in.pos_ids && in.pos_ids.rank == 1 && in.pos_ids.shape[0] == rows, "pos_ids must be [", rows, "], got ",
+          Shape{in.pos_ids});
+    CHECK(in.neg_ids && in.neg_ids.rank == 2 && in.neg_ids.shape[0] == rows, "neg_ids must be [", rows, ", K], got ",
+          Shape{in.neg_ids});
+    checks.indices("pos_ids", in.pos_ids, 0, items);
+    checks.indices("neg_ids", in.neg_ids, 0, items);
+    checks.positive("temperature", in.temperature);
+    checks.positive("eps", in.eps);
+    if (in.log_q) checks.vector("log_q", in.log_q, compute_type(in.query.dtype), items);
+
+    SampledParams p = sampled_params(in, num_threads);
+    p.loss = loss.data;
+    p.lse = lse.data;
+    p.similarity = similarity.data;
+    cpu::sampled_softmax_forward(p, in.query.dtype);
+}
+
+void sampled_softmax_group(const SampledInputs& in, const Tensor& starts, const Tensor& order) {
+    cpu::sampled_softmax_group(sampled_params(in, 1), static_cast<int64_t*>(starts.data),
+                               static_cast<int64_t*>(order.data));
+}
+
+void sampled_softmax_backward_query(const SampledInputs& in, const SampledGradients& gradients, int num_threads) {
+    cpu::sampled_softmax_backward_query(sampled_backward_params(in, gradients, num_threads), in.query.dtype);
+}
+
+void sampled_softmax_backward_table(const SampledInputs& in, const SampledGradients& gradients, const Tensor& starts,
+                                    const Tensor& order, const Tensor& ids, const Tensor& dtable, int num_threads) {
+    SampledBackwardParams p = sampled_backward_params(in, gradients, num_threads);
+    p.starts = static_cast<const int64_t*>(starts.data);
+    p.order = static_cast<const int64_t*>(order.data);
+    p.ids = static_cast<const int64_t*>(ids.data);
+    p.entries = dtable.shape[0];
+    p.dtable = matrix(dtable);
+    cpu::sampled_softmax_backward_table(p, in.query.dtype);
+}
+
+void check_in_batch_softmax(const InBatchInputs& in, double eps) {
+    const Checks checks{"in_batch_softmax_loss"};
+    checks.rows("query", in.query, "[T, D]");
+    checks.rows("items", in.items, "[X, D]");
+    checks.like("items", in.items, "query", in.query);
+    const int64_t rows = in.query.shape[0], count = in.items.shape[0];
+    checks.vector("item_ids", in.item_ids, DType::kInt64, count);
+    checks.vector("positives", in.positives, DType::kInt64, rows);
+    checks.indices("positives", in.positives, 0, count);
+    if (in.sequence_ids) {
+        checks.vector("sequence_ids", in.sequence_ids, DType::kInt64, rows);
+        checks.vector("item_sequence_ids", in.item_sequence_ids, DType::kInt64, count);
+    }
+    if (in.log_q) checks.vector("log_q", in.log_q, compute_type(in.query.dtype), count);
+    checks.positive("temperature", in.temperature);
+    checks.positive("eps", eps);
+}
+
+namespace {
+
+InBatchParams in_batch_params(const InBatchInputs& in, const InBatchTile& tile, int num_threads) {
+    InBatchParams p{};
+    p.rows = tile.similarity.shape[0];
+    p.cols = tile.similarity.shape[1];
+    p.row0 = tile.row0;
+    p.col0 = tile.col0;
+    p.is_double = tile.similarity.dtype == DType::kFloat64;
+    p.inv_temperature = 1 / in.temperature;
+    p.threshold = tile.threshold;
+    p.similarity = matrix(tile.similarity);
+    p.duplicate = matrix(tile.duplicate);
+    p.positives = static_cast<const int64_t*>(in.positives.data);
+    p.item_ids = static_cast<const int64_t*>(in.item_ids.data);
+    p.query_sequences = static_cast<const int64_t*>(in.sequence_ids.data);
+    p.item_sequences = static_cast<const int64_t*>(in.item_sequence_ids.data);
+    p.log_q = in.log_q.data;
+    p.num_threads = num_threads;
+    return p;
+}
+
+}  // namespace
+
+void in_batch_softmax_forward(const InBatchInputs& in, const InBatchTile& tile, const Tensor& maximum,
+                              const Tensor& sum, const Tensor& positive_logit, int num_threads) {
+    InBatchParams p = in_batch_params(in, tile, num_threads);
+    p.maximum = maximum.data;
+    p.sum = sum.data;
+    p.positive_logit = positive_logit.data;
+    cpu::in_batch_softmax_forward(p);
+}
+
+void in_batch_softmax_backward(const InBatchInputs& in, const InBatchTile& tile, const Tensor& dloss, const Tensor& lse,
+                               int num_threads) {
+    InBatchParams p = in_batch_params(in, tile, num_threads);
+    p.dloss = dloss.data;
+    p.lse = lse.data;
+    cpu::in_batch_softmax_backward(p);
+}
+
+}  // namespace hstu::similarity

@@ -1,0 +1,78 @@
+// The similarity ops as Python calls them. An undefined tensor was None. The parts of an op that are matrix products run
+// in torch between these calls, so an op of several steps has one check_ function, called once, and steps that trust it.
+#pragma once
+
+#include <cstdint>
+
+#include "common/tensor.h"
+
+namespace hstu::similarity {
+
+void l2norm(const Tensor& x, const Tensor& out, double eps, int num_threads);
+void l2norm_backward(const Tensor& dout, const Tensor& x, const Tensor& dx, double eps, int num_threads);
+
+void check_l2norm_dot(const Tensor& q, const Tensor& items, double eps);
+
+struct TopkInputs {
+    Tensor query, items;  // [B, D] [N, D]
+    int64_t k;
+    Tensor exclude, exclude_offsets;  // [B, E], or [total] with [B + 1]; or undefined
+    Tensor valid;                     // [N] or undefined
+};
+
+struct TopkTile {
+    Tensor scores;  // C [rows, cols]
+    int64_t col0;
+    Tensor kept, counts, thresholds;    // int64 [rows, 2 * capacity], int64 [rows], C [rows]
+    Tensor excluded, excluded_offsets;  // int64, sorted in every row; or undefined
+    Tensor valid;
+    int64_t k;
+};
+
+void check_topk_dot(const TopkInputs& inputs);
+void topk_merge(const TopkTile& tile, int num_threads);
+void topk_finish(const Tensor& kept, const Tensor& counts, const Tensor& values, const Tensor& indices,
+                 int num_threads);
+
+struct SampledInputs {
+    Tensor query, table;      // [T, D] [V, D]
+    Tensor pos_ids, neg_ids;  // [T] [T, K]
+    double temperature, eps;
+    Tensor log_q;  // C [V] or undefined
+};
+
+struct SampledGradients {
+    Tensor dloss, lse, similarity;  // C [T] [T] [T, K + 1], read
+    Tensor weight, unit_query;      // C [T, K + 1] [T, D], scratch
+    Tensor dquery;                  // [T, D], written; or undefined
+};
+
+void sampled_softmax_forward(const SampledInputs& in, const Tensor& loss, const Tensor& lse, const Tensor& similarity,
+                             int num_threads);
+void sampled_softmax_group(const SampledInputs& in, const Tensor& starts, const Tensor& order);
+void sampled_softmax_backward_query(const SampledInputs& in, const SampledGradients& gradients, int num_threads);
+// `ids` [entries] gives the items of dtable's rows; undefined: every item of the table.
+void sampled_softmax_backward_table(const SampledInputs& in, const SampledGradients& gradients, const Tensor& starts,
+                                    const Tensor& order, const Tensor& ids, const Tensor& dtable, int num_threads);
+
+struct InBatchInputs {
+    Tensor query, items;                     // [T, D] [X, D]
+    Tensor item_ids, positives;              // int64 [X] [T]
+    Tensor sequence_ids, item_sequence_ids;  // int64 [T] [X], both or neither
+    Tensor log_q;                            // C [X] or undefined
+    double temperature;
+};
+
+struct InBatchTile {
+    Tensor similarity, duplicate;  // C [rows, cols]; duplicate or undefined
+    int64_t row0, col0;
+    double threshold;
+};
+
+void check_in_batch_softmax(const InBatchInputs& in, double eps);
+void in_batch_softmax_forward(const InBatchInputs& in, const InBatchTile& tile, const Tensor& maximum,
+                              const Tensor& sum, const Tensor& positive_logit, int num_threads);
+void in_batch_softmax_backward(const InBatchInputs& in, const InBatchTile& tile, const Tensor& dloss, const Tensor& lse,
+                               int num_threads);
+
+}  // namespace hstu::similarity

@@ -1,0 +1,720 @@
+"""L2-normalised similarity: normalisation, exact top-k, sampled and in-batch softmax.
+
+Matrix products run in torch, tile by tile into a buffer that stays in cache; what torch has no good primitive for is
+in hstu_ext._C. In eager mode an op is one autograd Function; under torch.compile and torch.export, and for tensors that
+are not plain, it is a custom op hstu_ext::<name>. Both run the same code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hstu_ext import _C
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_TILE_ROWS = 256  # queries of a tile of scores
+_TILE_ELEMENTS = 1 << 18  # of a tile of scores: 1 MiB of float32 stays in a core's cache
+_TILE_ITEM_ELEMENTS = 1 << 19  # of a tile of items that were normalised or converted
+
+
+def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Rows of unit length: x / max(|x|, eps) over the last dimension, differentiable in x.
+
+    Args:
+        x: [..., dim], float32, float64, float16 or bfloat16; norms are summed in float32 (float64 for float64).
+        eps: the least divisor, positive.
+
+    Returns:
+        [..., dim] in the dtype of x.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        MissingKernelError: x is on a GPU.
+    """
+    _check_tensors("l2norm", x=x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"hstu_ext.l2norm: x must be [..., dim], got {list(x.shape)}")
+    rows: Tensor = _l2norm(x.reshape(-1, x.shape[-1]), eps)
+    return rows.view(x.shape)
+
+
+def topk_dot(
+    query: Tensor,
+    items: Tensor,
+    k: int,
+    exclude: Tensor | tuple[Tensor, Tensor] | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k items with the highest dot product for every query, exact, without the [B, N] scores.
+
+    Scores are products in float32 (float64 for float64). Rows are sorted, the highest first, ties to the lower index. A
+    row with fewer than k items left ends in value -inf and index -1; a score of -inf or NaN is never returned.
+
+    Args:
+        query: [B, D], float32, float64, float16 or bfloat16.
+        items: [N, D], dtype of query.
+        k: 1 to N.
+        exclude: items not to return, by row: int64 [B, E], padded with -1, or the pair (int64 [total], int64 offsets
+            [B + 1]) where row b's are values[offsets[b] : offsets[b + 1]].
+        valid: bool [N]; False for items that are never returned.
+
+    Returns:
+        values [B, k], float32 (float64 for float64), and indices [B, k], int64. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        MissingKernelError: a tensor is on a GPU.
+    """
+    values, offsets = exclude if isinstance(exclude, tuple) else (exclude, None)
+    _check_tensors("topk_dot", query=query, items=items)
+    run = _topk if _is_plain(query, items, values, offsets, valid) else _topk_op
+    return run(query.detach(), items.detach(), k, values, offsets, valid)
+
+
+def l2norm_dot(q: Tensor, items: Tensor, eps: float = 1e-6) -> Tensor:
+    """Cosine similarities q_i . items_j / (max(|q_i|, eps) max(|items_j|, eps)), differentiable in both.
+
+    Items are normalised a tile at a time on their way into the product: there is no normalised copy of them.
+
+    Args:
+        q: [M, D], float32, float64, float16 or bfloat16.
+        items: [N, D], dtype of q.
+        eps: the least divisor, positive.
+
+    Returns:
+        [M, N] in the dtype of q, summed in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        MissingKernelError: a tensor is on a GPU.
+    """
+    _check_tensors("l2norm_dot", q=q, items=items)
+    scores: Tensor = _dot(q, items, eps)
+    return scores
+
+
+def sampled_softmax_loss(
+    query: Tensor,
+    table: Tensor,
+    pos_ids: Tensor,
+    neg_ids: Tensor,
+    temperature: float = 0.05,
+    eps: float = 1e-6,
+    log_q: Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    sparse: bool = False,
+) -> Tensor:
+    """Softmax cross entropy of each query's positive against its own sampled negatives, on cosine similarity.
+
+    With e_j the table's row of pos_ids[t] (j = 0) and of neg_ids[t, j - 1]:
+
+        s_j = q . e_j / (max(|q|, eps) max(|e_j|, eps))
+        l_j = s_j / temperature - log_q[id_j];  -5e4 for a negative whose id is pos_ids[t]
+        loss_t = log sum_j exp(l_j) - l_0
+        loss = sum_t weights_t loss_t / sum_t weights_t
+
+    Rows of the table are read in place, forward and backward: there is no [T, K, D] tensor. Differentiable in query,
+    table and weights; the gradients are the same bit for bit on every run and for any number of threads.
+
+    Args:
+        query: [T, D], float32, float64, float16 or bfloat16.
+        table: [V, D], dtype of query: the item embeddings.
+        pos_ids: [T], int32 or int64.
+        neg_ids: [T, K], int32 or int64.
+        temperature: positive.
+        eps: the least divisor of the norms, positive.
+        log_q: [V], the log of each item's probability of being sampled.
+        weights: [T]; None for ones. The loss is 0 where they sum to 0.
+        sparse: a sparse gradient of the table, as from torch.nn.Embedding(sparse=True), coalesced. Not under
+            torch.compile.
+
+    Returns:
+        The loss, a scalar in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        MissingKernelError: a tensor is on a GPU.
+
+    Source: the sampled softmax of Zhai et al., "Actions Speak Louder than Words" (ICML 2024); log q after Yi et al.,
+    "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations" (RecSys 2019).
+    """
+    _check_tensors("sampled_softmax_loss", query=query, table=table, pos_ids=pos_ids, neg_ids=neg_ids)
+    if sparse and torch.compiler.is_compiling():
+        raise ValueError("hstu_ext.sampled_softmax_loss: sparse must be False under torch.compile, got True")
+    log_q = _compute(log_q, query)
+    losses = _sampled(query, table, pos_ids, neg_ids, temperature, eps, log_q, sparse)[0]
+    return _weighted_mean("sampled_softmax_loss", losses, weights)
+
+
+def in_batch_softmax_loss(
+    query: Tensor,
+    items: Tensor,
+    item_ids: Tensor,
+    sequence_ids: Tensor | None = None,
+    log_q: Tensor | None = None,
+    similarity_threshold: float | None = None,
+    *,
+    positives: Tensor | None = None,
+    item_sequence_ids: Tensor | None = None,
+    temperature: float = 0.05,
+    eps: float = 1e-6,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Softmax cross entropy of each query's positive against all items of the batch, on cosine similarity.
+
+    With p the place of query t's positive among the items, and cos the dot product over max(norm, eps) of both sides:
+
+        l_j = cos(query_t, items_j) / temperature - log_q[j]
+        loss_t = log sum_j exp(l_j) - l_p          over p itself and every j that no mask takes away
+        loss = sum_t weights_t loss_t / sum_t weights_t
+
+    A negative j is masked where item_ids[j] == item_ids[p], where item_sequence_ids[j] == sequence_ids[t], or where
+    cos(items_p, items_j) > similarity_threshold. The masks carry no gradient. The logits exist only one tile at a time,
+    forward and backward. Differentiable in query, items and weights.
+
+    Args:
+        query: [T, D], float32, float64, float16 or bfloat16.
+        items: [X, D], dtype of query.
+        item_ids: [X], integer.
+        sequence_ids: [T], integer, the sequence that each query belongs to.
+        log_q: [X], the log of each item's probability of being in a batch.
+        similarity_threshold: cosine above which an item counts as the positive's duplicate.
+        positives: [T], integer places of the positives among the items; None where query t's positive is item t.
+        item_sequence_ids: [X], integer; None, where positives is None, for sequence_ids.
+        temperature: positive.
+        eps: the least divisor of the norms, positive.
+        weights: [T]; None for ones. The loss is 0 where they sum to 0.
+
+    Returns:
+        The loss, a scalar in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        MissingKernelError: a tensor is on a GPU.
+
+    Source: Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations" (RecSys 2019).
+    """
+    op = "in_batch_softmax_loss"
+    _check_tensors(op, query=query, items=items, item_ids=item_ids)
+    if positives is None:
+        if query.shape[:1] != items.shape[:1]:
+            raise ValueError(
+                f"hstu_ext.{op}: positives must be given where query and items differ in rows, got None with "
+                f"{list(query.shape)} and {list(items.shape)}"
+            )
+        positives = torch.arange(query.shape[0], device=query.device)
+        item_sequence_ids = sequence_ids if item_sequence_ids is None else item_sequence_ids
+    if (sequence_ids is None) != (item_sequence_ids is None):
+        missing, given = ("sequence_ids", "item_sequence_ids")
+        if sequence_ids is not None:
+            missing, given = given, missing
+        raise ValueError(f"hstu_ext.{op}: {missing} must be given where {given} is, got None")
+    ids = (_int64(op, "item_ids", item_ids), _int64(op, "positives", positives))
+    sequences = (
+        None if sequence_ids is None else _int64(op, "sequence_ids", sequence_ids),
+        None if item_sequence_ids is None else _int64(op, "item_sequence_ids", item_sequence_ids),
+    )
+    log_q = _compute(log_q, query)
+    losses = _in_batch(query, items, *ids, *sequences, log_q, temperature, similarity_threshold, eps)[0]
+    return _weighted_mean(op, losses, weights)
+
+
+def _check_tensors(op: str, **tensors: object) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"hstu_ext.{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def _int64(op: str, name: str, x: Tensor) -> Tensor:
+    _check_tensors(op, **{name: x})
+    if x.is_floating_point() or x.dtype == torch.bool:
+        raise ValueError(f"hstu_ext.{op}: {name} must be integers, got {x.dtype}")
+    return x.to(torch.int64).contiguous()
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _compute(x: Tensor | None, model: Tensor) -> Tensor | None:
+    return None if x is None else x.detach().to(_compute_dtype(model)).contiguous()
+
+
+def _weighted_mean(op: str, losses: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return losses.sum() / max(losses.shape[0], 1)
+    if weights.shape != losses.shape:
+        raise ValueError(f"hstu_ext.{op}: weights must be {list(losses.shape)}, got {list(weights.shape)}")
+    weights = weights.to(losses.dtype)
+    total = weights.sum()
+    return (losses * weights).sum() / torch.where(total == 0, 1, total)
+
+
+def _is_plain(*values: object) -> bool:
+    """Whether _C can read the tensors and autograd needs no help from torch.library."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(type(value) in _PLAIN for value in values if isinstance(value, Tensor))
+
+
+def _differentiable(
+    name: str,
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """One op in its two forms, an autograd Function and a custom op, and the choice between them."""
+    op = torch.library.custom_op(f"hstu_ext::{name}", run, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    op.register_autograd(backward, setup_context=setup_context)
+    body = {"forward": run, "setup_context": setup_context, "backward": once_differentiable(backward)}
+    function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in body.items()})
+
+    def call(*args: Any) -> Any:
+        if not _is_plain(*args):
+            return op(*args)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return function.apply(*args)
+        return run(*args)
+
+    return call
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    """Keeps every input, and the outputs given. Only an op's first output has a gradient."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *outputs)
+    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+
+
+def _saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
+    tensors, count = ctx.saved_tensors, len(ctx.others)
+    return [other if x is None else x for x, other in zip(tensors, ctx.others)], tensors[count:]
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Contiguous in the last dimension, as kernels want rows."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _unit(x: Tensor, eps: float) -> Tensor:
+    """Normalised rows in the compute type."""
+    x = _rows(x.to(_compute_dtype(x)))
+    out = _empty_like(x)
+    _C.l2norm(x, out, eps, torch.get_num_threads())
+    return out
+
+
+def _unit_backward(dout: Tensor, x: Tensor, eps: float) -> Tensor:
+    """The gradient of x, in its dtype, from that of its normalised rows in the compute type."""
+    wide = _rows(x.to(dout.dtype))
+    dx = _empty_like(wide)
+    _C.l2norm_backward(dout, wide, dx, eps, torch.get_num_threads())
+    return dx.to(x.dtype)
+
+
+def _spans(total: int, step: int) -> Iterator[slice]:
+    for begin in range(0, total, step):
+        yield slice(begin, min(total, begin + step))
+
+
+def _tile_shape(rows: int, cols: int) -> tuple[int, int]:
+    tile_rows = max(1, min(rows, _TILE_ROWS))
+    return tile_rows, max(1, min(cols, _TILE_ELEMENTS // tile_rows))
+
+
+# l2norm
+
+
+def _l2norm_run(x: Tensor, eps: float) -> Tensor:
+    out = _empty_like(x)
+    _C.l2norm(_rows(x), out, eps, torch.get_num_threads())
+    return out
+
+
+def _l2norm_fake(x: Tensor, eps: float) -> Tensor:
+    return _empty_like(x)
+
+
+@torch.library.custom_op(
+    "hstu_ext::l2norm_backward", mutates_args=(), schema="(Tensor dout, Tensor x, float eps) -> Tensor"
+)
+def _l2norm_backward(dout: Tensor, x: Tensor, eps: float) -> Tensor:
+    dx = _empty_like(x)
+    _C.l2norm_backward(_rows(dout), _rows(x), dx, eps, torch.get_num_threads())
+    return dx
+
+
+@_l2norm_backward.register_fake
+def _(dout: Tensor, x: Tensor, eps: float) -> Tensor:
+    return _empty_like(x)
+
+
+def _l2norm_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.eps = inputs[1]
+
+
+def _l2norm_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+    return _l2norm_backward(dout, *ctx.saved_tensors, ctx.eps), None
+
+
+_l2norm = _differentiable(
+    "l2norm", "(Tensor x, float eps) -> Tensor", _l2norm_run, _l2norm_fake, _l2norm_save, _l2norm_gradient
+)
+
+
+# topk_dot
+
+
+def _sorted_exclusions(
+    exclude: Tensor | None, offsets: Tensor | None, batch: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Every row's excluded items in ascending order, and where the rows begin."""
+    if exclude is None:
+        return None, None
+    if offsets is None:
+        offsets = torch.arange(batch + 1) * exclude.shape[1]
+        return exclude.sort(dim=1).values.view(-1), offsets
+    row = torch.repeat_interleave(torch.arange(batch), offsets.diff())
+    values, by_value = exclude.sort()
+    return values[row[by_value].sort(stable=True).indices], offsets
+
+
+def _topk(
+    query: Tensor, items: Tensor, k: int, exclude: Tensor | None, offsets: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    exclude = None if exclude is None else exclude.contiguous()
+    _C.topk_check(query, items, k, exclude, offsets, valid)
+    batch, count, threads = query.shape[0], items.shape[0], torch.get_num_threads()
+    excluded, offsets = _sorted_exclusions(exclude, offsets, batch)
+    query = query.to(_compute_dtype(query))
+    tile_rows, tile_cols = _tile_shape(batch, count)
+    wide = None
+    if items.dtype != query.dtype:
+        tile_cols = max(1, min(tile_cols, _TILE_ITEM_ELEMENTS // items.shape[1]))
+        wide = query.new_empty((tile_cols, items.shape[1]))
+    scores = query.new_empty((tile_rows, tile_cols))
+    # Twice the k that are kept, so that a selection is paid for by k new candidates.
+    capacity = min(count, max(2 * k, k + 64))
+    kept = query.new_empty((batch, 2 * capacity), dtype=torch.int64)
+    counts = query.new_zeros(batch, dtype=torch.int64)
+    thresholds = query.new_empty(batch).fill_(-math.inf)
+    for cols in _spans(count, tile_cols):
+        part = items[cols]
+        if wide is not None:
+            part = wide[: part.shape[0]].copy_(part)
+        for rows in _spans(batch, tile_rows):
+            tile = scores[: rows.stop - rows.start, : part.shape[0]]
+            torch.mm(query[rows], part.t(), out=tile)
+            starts = None if offsets is None else offsets[rows.start : rows.stop + 1]
+            _C.topk_merge(
+                tile, cols.start, kept[rows], counts[rows], thresholds[rows], excluded, starts, valid, k, threads
+            )
+    values, indices = query.new_empty((batch, k)), query.new_empty((batch, k), dtype=torch.int64)
+    _C.topk_finish(kept, counts, values, indices, threads)
+    return values, indices
+
+
+def _topk_fake(query: Tensor, items: Tensor, k: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], k)
+    return query.new_empty(shape, dtype=_compute_dtype(query)), query.new_empty(shape, dtype=torch.int64)
+
+
+_topk_op: Callable[..., tuple[Tensor, Tensor]] = torch.library.custom_op(
+    "hstu_ext::topk_dot",
+    _topk,
+    mutates_args=(),
+    schema="(Tensor query, Tensor items, SymInt k, Tensor? exclude, Tensor? exclude_offsets, Tensor? valid) "
+    "-> (Tensor, Tensor)",
+)
+torch.library.register_fake("hstu_ext::topk_dot", _topk_fake)
+
+
+# sampled_softmax_loss
+
+
+def _sampled_run(
+    query: Tensor,
+    table: Tensor,
+    pos_ids: Tensor,
+    neg_ids: Tensor,
+    temperature: float,
+    eps: float,
+    log_q: Tensor | None,
+    sparse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [T], log-sum-exp [T] and similarities [T, K + 1] of every row."""
+    dtype, rows = _compute_dtype(query), query.shape[:1]
+    loss, lse = query.new_empty(rows, dtype=dtype), query.new_empty(rows, dtype=dtype)
+    similarity = query.new_empty((*rows, neg_ids.shape[-1] + 1), dtype=dtype)
+    inputs = (_rows(query), _rows(table), pos_ids.contiguous(), neg_ids.contiguous(), temperature, eps, log_q)
+    _C.sampled_softmax_forward(*inputs, loss, lse, similarity, torch.get_num_threads())
+    return loss, lse, similarity
+
+
+def _sampled_fake(query: Tensor, table: Tensor, pos_ids: Tensor, neg_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    dtype = _compute_dtype(query)
+    loss = query.new_empty(query.shape[:1], dtype=dtype)
+    return loss, _empty_like(loss), loss.new_empty((query.shape[0], neg_ids.shape[1] + 1))
+
+
+def _sampled_backward_run(
+    args: tuple[Any, ...], sparse: bool, want_query: bool, want_table: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of query and table; args are those of the custom op below."""
+    dloss, lse, similarity, query, table, pos_ids, neg_ids, temperature, eps, log_q = args
+    threads = torch.get_num_threads()
+    inputs = (_rows(query), _rows(table), pos_ids.contiguous(), neg_ids.contiguous(), temperature, eps, log_q)
+    dquery = _empty_like(query) if want_query else None
+    weight = _empty_like(similarity)
+    unit_query = query.new_empty(query.shape, dtype=similarity.dtype)
+    gradients = (dloss.contiguous(), lse, similarity, weight, unit_query, dquery)
+    _C.sampled_softmax_backward_query(*inputs, *gradients, threads)
+    if not want_table:
+        return dquery, None
+    starts = query.new_empty(table.shape[0] + 1, dtype=torch.int64)
+    order = query.new_empty(similarity.numel(), dtype=torch.int64)
+    _C.sampled_softmax_group(*inputs, starts, order)
+    ids = starts.diff().nonzero().view(-1) if sparse else None
+    dtable = table.new_zeros(table.shape if ids is None else (ids.numel(), table.shape[1]))
+    _C.sampled_softmax_backward_table(*inputs, *gradients, starts, order, ids, dtable, threads)
+    if ids is not None:
+        dtable = torch.sparse_coo_tensor(
+            ids.unsqueeze(0), dtable, table.shape, check_invariants=False, is_coalesced=True
+        )
+    return dquery, dtable
+
+
+@torch.library.custom_op(
+    "hstu_ext::sampled_softmax_backward",
+    mutates_args=(),
+    schema="(Tensor dloss, Tensor lse, Tensor similarity, Tensor query, Tensor table, Tensor pos_ids, Tensor neg_ids, "
+    "float temperature, float eps, Tensor? log_q) -> (Tensor, Tensor)",
+)
+def _sampled_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    dquery, dtable = _sampled_backward_run(args, sparse=False, want_query=True, want_table=True)
+    assert dquery is not None
+    assert dtable is not None
+    return dquery, dtable
+
+
+@_sampled_backward.register_fake
+def _(dloss: Tensor, lse: Tensor, similarity: Tensor, query: Tensor, table: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _empty_like(query), _empty_like(table)
+
+
+def _sampled_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs, output[1:])
+
+
+def _sampled_gradient(ctx: Any, dloss: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    (*inputs, sparse), outputs = _saved(ctx)
+    want_query, want_table = ctx.needs_input_grad[:2]
+    gradients: tuple[Tensor | None, Tensor | None] = (None, None)
+    if dloss is not None:
+        if _is_plain(dloss):
+            gradients = _sampled_backward_run((dloss, *outputs, *inputs), sparse, want_query, want_table)
+        else:
+            gradients = _sampled_backward(dloss, *outputs, *inputs)
+    return *gradients, *(None,) * 6
+
+
+_sampled = _differentiable(
+    "sampled_softmax",
+    "(Tensor query, Tensor table, Tensor pos_ids, Tensor neg_ids, float temperature, float eps, Tensor? log_q, "
+    "bool sparse) -> (Tensor, Tensor, Tensor)",
+    _sampled_run,
+    _sampled_fake,
+    _sampled_save,
+    _sampled_gradient,
+)
+
+
+# l2norm_dot
+
+
+def _dot_tile_shape(q: Tensor, items: Tensor) -> tuple[int, int]:
+    """Tiles as wide as the items of one may be: the scores are written once, so only the items need the cache."""
+    cols = max(1, min(items.shape[0], _TILE_ITEM_ELEMENTS // items.shape[1]))
+    return max(1, min(q.shape[0], 4 * _TILE_ELEMENTS // cols)), cols
+
+
+def _tiles_of_units(items: Tensor, step: int, eps: float) -> Iterator[tuple[slice, Tensor]]:
+    """The normalised rows of one tile after the other."""
+    for cols in _spans(items.shape[0], step):
+        yield cols, _unit(items[cols], eps)
+
+
+def _dot_run(q: Tensor, items: Tensor, eps: float) -> Tensor:
+    _C.l2norm_dot_check(q, items, eps)
+    rows_step, cols_step = _dot_tile_shape(q, items)
+    unit_q, out = _unit(q, eps), q.new_empty((q.shape[0], items.shape[0]))
+    wide = None if out.dtype == unit_q.dtype else unit_q.new_empty((rows_step, cols_step))
+    for cols, unit_items in _tiles_of_units(items, cols_step, eps):
+        if wide is None:
+            torch.mm(unit_q, unit_items.t(), out=out[:, cols])
+            continue
+        for rows in _spans(q.shape[0], rows_step):
+            tile = wide[: rows.stop - rows.start, : cols.stop - cols.start]
+            out[rows, cols] = torch.mm(unit_q[rows], unit_items.t(), out=tile)
+    return out
+
+
+def _dot_fake(q: Tensor, items: Tensor, eps: float) -> Tensor:
+    return q.new_empty((q.shape[0], items.shape[0]))
+
+
+@torch.library.custom_op(
+    "hstu_ext::l2norm_dot_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor q, Tensor items, float eps) -> (Tensor, Tensor)",
+)
+def _dot_backward(dout: Tensor, q: Tensor, items: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rows_step, cols_step = _dot_tile_shape(q, items)
+    unit_q = _unit(q, eps)
+    dunit_q, ditems = torch.zeros_like(unit_q), _empty_like(items)
+    for cols, unit_items in _tiles_of_units(items, cols_step, eps):
+        dunit_items = torch.zeros_like(unit_items)
+        for rows in _spans(q.shape[0], rows_step):
+            tile = dout[rows, cols].to(unit_q.dtype)
+            dunit_q[rows].addmm_(tile, unit_items)
+            dunit_items.addmm_(tile.t(), unit_q[rows])
+        ditems[cols] = _unit_backward(dunit_items, items[cols], eps)
+    return _unit_backward(dunit_q, q, eps), ditems
+
+
+@_dot_backward.register_fake
+def _(dout: Tensor, q: Tensor, items: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _empty_like(q), _empty_like(items)
+
+
+def _dot_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.eps = inputs[2]
+
+
+def _dot_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
+    dq, ditems = _dot_backward(dout, *ctx.saved_tensors, ctx.eps)
+    return dq, ditems, None
+
+
+_dot = _differentiable(
+    "l2norm_dot", "(Tensor q, Tensor items, float eps) -> Tensor", _dot_run, _dot_fake, _dot_save, _dot_gradient
+)
+
+
+# in_batch_softmax_loss
+
+
+def _in_batch_tiles(
+    unit_query: Tensor, unit_items: Tensor, positives: Tensor, threshold: float | None
+) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
+    """Similarities of queries with items and, for the threshold, of their positives with items; in two buffers."""
+    rows_step, cols_step = _tile_shape(unit_query.shape[0], unit_items.shape[0])
+    buffers = [unit_query.new_empty((rows_step, cols_step)) for _ in range(1 if threshold is None else 2)]
+    for rows in _spans(unit_query.shape[0], rows_step):
+        sides = [unit_query[rows]] + ([] if threshold is None else [unit_items[positives[rows]]])
+        for cols in _spans(unit_items.shape[0], cols_step):
+            tiles = []
+            for side, buffer in zip(sides, buffers):
+                tile = buffer[: rows.stop - rows.start, : cols.stop - cols.start]
+                tiles.append(torch.mm(side, unit_items[cols].t(), out=tile))
+            yield rows, cols, tiles[0], tiles[1] if len(tiles) > 1 else None
+
+
+def _in_batch_run(
+    query: Tensor,
+    items: Tensor,
+    item_ids: Tensor,
+    positives: Tensor,
+    sequence_ids: Tensor | None,
+    item_sequence_ids: Tensor | None,
+    log_q: Tensor | None,
+    temperature: float,
+    threshold: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss [T] and log-sum-exp [T] of every row."""
+    inputs = (query, items, item_ids, positives, sequence_ids, item_sequence_ids, log_q, temperature)
+    _C.in_batch_softmax_check(*inputs, eps)
+    unit_query, unit_items = _unit(query, eps), _unit(items, eps)
+    positive_logit, maximum = unit_query.new_empty(query.shape[0]), unit_query.new_empty(query.shape[0])
+    maximum.fill_(-math.inf)
+    total = unit_query.new_zeros(query.shape[0])
+    for rows, cols, tile, duplicate in _in_batch_tiles(unit_query, unit_items, positives, threshold):
+        where = (tile, duplicate, rows.start, cols.start, threshold or 0.0)
+        _C.in_batch_softmax_forward(*inputs, *where, maximum, total, positive_logit, torch.get_num_threads())
+    lse = maximum + total.log()
+    return lse - positive_logit, lse
+
+
+def _in_batch_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    loss = query.new_empty(query.shape[:1], dtype=_compute_dtype(query))
+    return loss, _empty_like(loss)
+
+
+_IN_BATCH_INPUTS = (
+    "Tensor query, Tensor items, Tensor item_ids, Tensor positives, Tensor? sequence_ids, Tensor? item_sequence_ids, "
+    "Tensor? log_q, float temperature, float? threshold, float eps"
+)
+
+
+@torch.library.custom_op(
+    "hstu_ext::in_batch_softmax_backward",
+    mutates_args=(),
+    schema=f"(Tensor dloss, Tensor lse, {_IN_BATCH_INPUTS}) -> (Tensor, Tensor)",
+)
+def _in_batch_backward(dloss: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, threshold, eps = args
+    query, items, _, positives = inputs[:4]
+    unit_query, unit_items = _unit(query, eps), _unit(items, eps)
+    dunit_query, dunit_items = torch.zeros_like(unit_query), torch.zeros_like(unit_items)
+    dloss = dloss.contiguous()
+    for rows, cols, tile, duplicate in _in_batch_tiles(unit_query, unit_items, positives, threshold):
+        where = (tile, duplicate, rows.start, cols.start, threshold or 0.0)
+        arguments: tuple[Any, ...] = (*inputs, *where, dloss, lse, torch.get_num_threads())
+        _C.in_batch_softmax_backward(*arguments)
+        dunit_query[rows].addmm_(tile, unit_items[cols])
+        dunit_items[cols].addmm_(tile.t(), unit_query[rows])
+    return _unit_backward(dunit_query, query, eps), _unit_backward(dunit_items, items, eps)
+
+
+@_in_batch_backward.register_fake
+def _(dloss: Tensor, lse: Tensor, query: Tensor, items: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _empty_like(query), _empty_like(items)
+
+
+def _in_batch_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs, output[1:])
+
+
+def _in_batch_gradient(ctx: Any, dloss: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs, outputs = _saved(ctx)
+    gradients: tuple[Tensor | None, ...] = (None, None)
+    if dloss is not None:
+        gradients = _in_batch_backward(dloss, *outputs, *inputs)
+    return *gradients, *(None,) * 8
+
+
+_in_batch = _differentiable(
+    "in_batch_softmax",
+    f"({_IN_BATCH_INPUTS}) -> (Tensor, Tensor)",
+    _in_batch_run,
+    _in_batch_fake,
+    _in_batch_save,
+    _in_batch_gradient,
+)
