@@ -38,6 +38,7 @@ from harness import (
     Times,
     append_rows,
     compare,
+    draw_lengths,
     geometric_mean,
     machine,
     read_peers,
@@ -74,15 +75,13 @@ class Case:
 
     def lengths(self) -> tuple[int, ...]:
         """The sequences of `uN`, `jagN`, `BxuN` or `BxjagN`."""
-        match = re.fullmatch(r"(?:(\d+)x)?(u|jag)(\d+)", self.name)
-        if match is None or (match[1] is None and self.name not in BATCHES):
-            raise ValueError(f"lengths must be one of {', '.join(BATCHES)} or BxuN or BxjagN, got {self.name}")
-        batch, longest = int(match[1] or BATCHES.get(self.name, 0)), int(match[3])
-        if match[2] == "u":
-            return (longest,) * batch
-        draws = torch.rand(batch, generator=torch.Generator().manual_seed(0))
-        drawn = (longest * draws**3).floor().long().clamp(min=1).tolist()
-        return (longest, *drawn[1:])
+        batch = f"{BATCHES[self.name]}x" if self.name in BATCHES else ""
+        try:
+            return draw_lengths(batch + self.name)
+        except ValueError as error:
+            raise ValueError(
+                f"lengths must be one of {', '.join(BATCHES)} or BxuN or BxjagN, got {self.name}"
+            ) from error
 
     def problem(self, dtype: torch.dtype, device: str) -> Problem:
         return Problem(self.lengths(), HEADS, self.head_dim, dtype, device)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -65,6 +66,19 @@ class Timer(Protocol):
     def host_overhead(self, call: Callable[[], object]) -> Times: ...
 
     def extra_mib(self, call: Callable[[], object]) -> float | None: ...
+
+
+def draw_lengths(name: str) -> tuple[int, ...]:
+    """`BxuN` is B times N; `BxjagN` is heavy-tailed, max(1, floor(N x^3)) with x uniform (seed 0), the first one N."""
+    match = re.fullmatch(r"(\d+)x(u|jag)(\d+)", name)
+    if match is None:
+        raise ValueError(f"lengths must be BxuN or BxjagN, got {name}")
+    batch, longest = int(match[1]), int(match[3])
+    if match[2] == "u":
+        return (longest,) * batch
+    draws = torch.rand(batch, generator=torch.Generator().manual_seed(0))
+    drawn = (longest * draws**3).floor().long().clamp(min=1).tolist()
+    return (longest, *drawn[1:])
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:

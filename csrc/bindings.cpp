@@ -5,7 +5,12 @@
 #include "attention/bindings.h"
 #include "attention/cpu/attention.h"
 #include "build_info.h"
+<<<<<<< HEAD
+#include "common/execution.h"
+#include "jagged/bindings.h"
+=======
 #include "similarity/bindings.h"
+>>>>>>> refs/heads/similarity
 
 namespace py = pybind11;
 
@@ -28,7 +33,12 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of hstu_ext. Private: use the functions of the hstu_ext package.";
+    py::register_exception<hstu::MissingKernelError>(m, "MissingKernelError", PyExc_RuntimeError);
     m.def("build_info", &build_info, "Versions, architectures and the kernel set of this build.");
     hstu::attention::register_attention(m);
+<<<<<<< HEAD
+    hstu::jagged::register_jagged(m);
+=======
     hstu::similarity::register_similarity(m);
+>>>>>>> refs/heads/similarity
 }

@@ -16,7 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import attention_providers
 import bench_attention
+<<<<<<< HEAD
+import bench_jagged
+=======
 import bench_similarity
+>>>>>>> refs/heads/similarity
 import harness
 
 ROW_KEYS = [
@@ -121,6 +125,30 @@ def test_rows_say_what_was_measured() -> None:
 
 def test_compiled_op_and_eager_agree_enough_to_be_timed() -> None:
     assert [row["provider"] for row in run(["hstu_ext", "eager"], directions=("fwd",))][:2] == ["hstu_ext", "eager"]
+
+
+@pytest.mark.parametrize("op", bench_jagged.OPS)
+def test_jagged_rows(op: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every provider gives the same rows, and is timed forward and backward and for its overhead."""
+    cases = bench_jagged.parse_cases("d4:5xjag20")
+    rows = list(bench_jagged.run([op], cases, list(bench_jagged.PROVIDERS), "fp32", "cpu", FakeTimer()))
+    assert len(rows) == len(bench_jagged.PROVIDERS) * 4
+    forward = rows[0]
+    assert set(ROW_KEYS) - {"tflops"} | {"gbps"} <= set(forward)
+    lengths = harness.draw_lengths("5xjag20")
+    moved = sum(lengths) + (5 * 20 if op.startswith("to_") else sum(lengths))
+    assert forward["rows"] == sum(lengths)
+    assert forward["gbps"] == pytest.approx(moved * 4 * 4 / 0.5e-3 / 1e9)
+    assert forward["efficiency"] == pytest.approx(forward["gbps"])
+    bench_jagged.print_table(rows)
+    assert "eager_index  1.00x" in capsys.readouterr().out
+
+
+def test_jagged_cases_are_parsed() -> None:
+    assert len(bench_jagged.parse_cases("")) == 6
+    assert [case.lengths for case in bench_jagged.parse_cases("d64")] == list(bench_jagged.LENGTHS)
+    with pytest.raises(ValueError, match="got 'u7'"):
+        bench_jagged.parse_cases("u7")
 
 
 def test_a_wrong_or_failing_provider_is_not_timed(

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "common/execution.h"
 #include "common/tensor.h"
 
 namespace hstu::attention {
@@ -30,20 +31,9 @@ struct Gradients {
     Tensor dq_accum;    // fp32 [backward_scratch()] or undefined
 };
 
-// Where and how to run. `stream` is a cudaStream_t; `num_threads` is for the CPU.
-struct Execution {
-    void* stream;
-    int num_threads;
-};
-
 // A GPU tensor whose rows are not 16-byte aligned. The caller may try again with fresh copies.
 struct MisalignedError : std::invalid_argument {
     using std::invalid_argument::invalid_argument;
-};
-
-// The kernel that this call needs was not compiled.
-struct MissingKernelError : std::runtime_error {
-    using std::runtime_error::runtime_error;
 };
 
 void forward(const Inputs& inputs, const Tensor& out, Execution execution);

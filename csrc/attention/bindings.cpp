@@ -37,18 +37,13 @@ void read_problem(Arguments& args, Inputs& inputs) {
     inputs.seqused_k = args.tensor("seqused_k");
 }
 
-Execution read_execution(Arguments& args) {
-    const int64_t stream = args.integer("stream"), num_threads = args.integer("num_threads");
-    return {reinterpret_cast<void*>(stream), static_cast<int>(num_threads)};
-}
-
 void attention_forward(py::args values) {
     Arguments args("attention", std::move(values));
     Inputs inputs;
     read_differentiable(args, inputs);
     const Tensor out = args.tensor("out");
     read_problem(args, inputs);
-    const Execution execution = read_execution(args);
+    const Execution execution = args.execution();
     const py::gil_scoped_release no_gil;
     forward(inputs, out, execution);
 }
@@ -66,7 +61,7 @@ void attention_backward(py::args values) {
     gradients.dq_accum = args.tensor("dq_accum");
     read_problem(args, inputs);
     const bool deterministic = args.boolean("deterministic");
-    const Execution execution = read_execution(args);
+    const Execution execution = args.execution();
     const py::gil_scoped_release no_gil;
     backward(inputs, gradients, deterministic, execution);
 }
@@ -89,7 +84,6 @@ py::list cell_names() {
 
 void register_attention(py::module_& m) {
     py::register_exception<MisalignedError>(m, "MisalignedError", PyExc_ValueError);
-    py::register_exception<MissingKernelError>(m, "MissingKernelError", PyExc_RuntimeError);
     m.def("cells", &cell_names, "Names of the GPU kernels in this build.");
     m.def("attention_forward", &attention_forward);
     m.def("attention_backward", &attention_backward);

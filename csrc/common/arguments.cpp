@@ -198,4 +198,9 @@ double Arguments::number(const char* name) {
     return value;
 }
 
+Execution Arguments::execution() {
+    const int64_t stream = integer("stream"), num_threads = integer("num_threads");
+    return {reinterpret_cast<void*>(stream), static_cast<int>(num_threads)};
+}
+
 }  // namespace hstu

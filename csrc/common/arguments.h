@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "common/execution.h"
 #include "common/tensor.h"
 
 namespace hstu {
@@ -19,6 +20,7 @@ class Arguments {
     int64_t integer(const char* name);
     double number(const char* name);
     bool boolean(const char* name) { return integer(name) != 0; }
+    Execution execution();  // two integers: the stream and the number of threads
 
   private:
     PyObject* next();

@@ -81,6 +81,35 @@ def attention_backward(
 def attention_backward_scratch(q: Tensor, v: Tensor, cu_seqlens_q: Tensor, max_seqlen_k: int, /) -> int:
     """Elements of dq_accum that attention_backward wants unless it is deterministic; 0 for none."""
 
+<<<<<<< HEAD
+def jagged_join(
+    split: bool,
+    interleave: bool,
+    joined: Tensor,
+    joined_offsets: Tensor,
+    stream: int,
+    num_threads: int,
+    parts: int,
+    /,
+    *values_and_offsets: Tensor,
+) -> None:
+    """The parts' values, then their offsets. Writes joined, or with split the values, and joined_offsets."""
+
+def jagged_dense(
+    to_jagged: bool,
+    dense: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    padding: int,
+    stream: int,
+    num_threads: int,
+    /,
+) -> None:
+    """Writes dense, or with to_jagged the values. padding: the bits of one element."""
+
+def jagged_sizes(op: str, rows: int, is_list: bool, /, *offsets: Tensor) -> list[tuple[int, int]]:
+    """The end of the last sequence and the length of the longest, of offsets on the CPU that must end within rows."""
+=======
 # The similarity ops. C is float64 where the tensors are float64, else float32; ids and offsets not named otherwise are
 # int64. An op that has a _check is checked there alone.
 def l2norm(x: Tensor, out: Tensor, eps: float, num_threads: int, /) -> None:
@@ -239,3 +268,4 @@ def in_batch_softmax_backward(
     /,
 ) -> None:
     """Turns a tile of similarities into their gradient."""
+>>>>>>> refs/heads/similarity

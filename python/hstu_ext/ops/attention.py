@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hstu_ext import _C
-
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+from hstu_ext.ops._shared import PLAIN, execution
 
 
 class _Problem(NamedTuple):
@@ -187,7 +186,7 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None, problem: _Pro
     if torch.compiler.is_compiling():
         return False
     # A tracer that replaces one of the tensors replaces q; _C refuses what it cannot read among the rest.
-    if type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and type(problem.cu_seqlens_q) in _PLAIN:
+    if type(q) in PLAIN and type(k) in PLAIN and type(v) in PLAIN and type(problem.cu_seqlens_q) in PLAIN:
         return True
     for name, value in (("q", q), ("k", k), ("v", v)):
         if not isinstance(value, Tensor):
@@ -211,13 +210,6 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
-def _execution(q: Tensor) -> tuple[int, int]:
-    """The current CUDA stream and the number of CPU threads, as _C takes them."""
-    if q.is_cuda:
-        return torch._C._cuda_getCurrentRawStream(q.get_device()), 1
-    return 0, torch.get_num_threads()
-
-
 def _empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -230,11 +222,11 @@ def _aligned(x: Tensor) -> Tensor:
 def _forward(q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None, problem: _Problem) -> Tensor:
     # empty_like costs half of new_empty.
     out = _empty_like(v) if q.shape == v.shape else q.new_empty(q.shape[:-1] + v.shape[-1:])
-    execution = _execution(q)
+    stream_and_threads = execution(q)
     try:
-        _C.attention_forward(q, k, v, rab, out, *problem, *execution)
+        _C.attention_forward(q, k, v, rab, out, *problem, *stream_and_threads)
     except _C.MisalignedError:
-        _C.attention_forward(_aligned(q), _aligned(k), _aligned(v), rab, out, *problem, *execution)
+        _C.attention_forward(_aligned(q), _aligned(k), _aligned(v), rab, out, *problem, *stream_and_threads)
     return out
 
 
@@ -283,7 +275,7 @@ def _run_backward(
     if q.is_cuda and not deterministic:
         size = _C.attention_backward_scratch(q, v, problem.cu_seqlens_q, problem.max_seqlen_k)
         dq_accum = q.new_empty(size, dtype=torch.float32) if size else None
-    _C.attention_backward(dout, q, k, v, rab, dq, dk, dv, drab, dq_accum, *problem, deterministic, *_execution(q))
+    _C.attention_backward(dout, q, k, v, rab, dq, dk, dv, drab, dq_accum, *problem, deterministic, *execution(q))
 
 
 class _Attention(torch.autograd.Function):

@@ -1,0 +1,557 @@
+"""Copies between packed sequences of different lengths: concatenated, split, interleaved, padded to dense.
+
+values [rows, ...] holds the sequences of a batch one after the other; sequence b has rows [offsets[b], offsets[b + 1]).
+Every op here is a copy of rows, so results and gradients are exact, and each op's gradient is another one of them.
+
+In eager mode a call is one autograd Function over hstu_ext._C. Under torch.compile and torch.export, and for tensors
+that are not plain, it is a custom op (hstu_ext::jagged_join, jagged_separate, jagged_to_dense, dense_to_jagged).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from hstu_ext import _C
+from hstu_ext.ops._shared import PLAIN, execution
+
+_INT = (int, torch.SymInt)
+_NO_LIMIT = 2**63 - 1
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Padding = Union[int, float, bool]
+
+
+def lengths_to_offsets(lengths: Tensor, *, dtype: torch.dtype = torch.int64) -> Tensor:
+    """offsets[0] = 0, offsets[b + 1] = lengths[0] + ... + lengths[b].
+
+    Args:
+        lengths: [batch], int32 or int64.
+        dtype: of the result; torch.int32 is enough below 2^31 rows.
+
+    Returns:
+        [batch + 1].
+
+    Raises:
+        TypeError, ValueError: lengths is not as above.
+    """
+    _check_index_vector("lengths_to_offsets", "lengths", "[batch]", lengths)
+    offsets = lengths.new_zeros((lengths.shape[0] + 1,), dtype=dtype)
+    torch.cumsum(lengths, 0, dtype=dtype, out=offsets[1:])
+    return offsets
+
+
+def offsets_to_lengths(offsets: Tensor) -> Tensor:
+    """lengths[b] = offsets[b + 1] - offsets[b].
+
+    Args:
+        offsets: [batch + 1], int32 or int64.
+
+    Returns:
+        [batch], dtype of offsets.
+
+    Raises:
+        TypeError, ValueError: offsets is not as above.
+    """
+    _check_index_vector("offsets_to_lengths", "offsets", "[batch + 1]", offsets)
+    if offsets.shape[0] == 0:
+        raise ValueError("hstu_ext.offsets_to_lengths: offsets must be [batch + 1], got [0]")
+    return offsets[1:] - offsets[:-1]
+
+
+def jagged_concat(
+    values: Sequence[Tensor], offsets: Sequence[Tensor], total: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Concatenates the parts of every sequence: its rows of values[0], then those of values[1], and so on.
+
+    Args:
+        values: 1 to 256 tensors [rows_p, ...], the same dtype, device and row shape: float32, float64, float16,
+            bfloat16, int32, int64 or bool, any number of dimensions from 1 on. Rows are contiguous, at any stride.
+        offsets: one [batch + 1] for each of values, all int32 or all int64. Sequence b of part p is
+            values[p][offsets[p][b] : offsets[p][b + 1]]; its length may be 0.
+        total: the rows of the result; None is the sum of rows_p. Neither reads anything back from a device.
+
+    Returns:
+        (values, offsets): [total, ...] and their offsets, the sum of the given ones. Rows that belong to no sequence
+        are 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. What offsets hold is checked on the CPU.
+        MissingKernelError: the tensors are on a GPU.
+
+    Differentiable in values: the gradient is jagged_split of the gradient.
+    Source: `concat_2D_jagged` of Meta's generative-recommenders, for any number of parts and dimensions.
+    """
+    return _join("jagged_concat", values, offsets, total, False)
+
+
+def jagged_interleave(
+    values: Sequence[Tensor], offsets: Sequence[Tensor], total: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Interleaves the parts of every sequence: the first row of each part, then the second of each, and so on.
+
+    A part that has no more rows is passed over, so items i and actions a give i0 a0 i1 a1 ..., and items without an
+    action (those to be scored) follow at the end.
+
+    Arguments, result and errors are those of jagged_concat; the gradient is jagged_deinterleave of the gradient.
+    Source: the item and action tokens of Zhai et al., "Actions Speak Louder than Words: Trillion-Parameter Sequential
+    Transducers for Generative Recommendations" (ICML 2024).
+    """
+    return _join("jagged_interleave", values, offsets, total, True)
+
+
+def jagged_split(values: Tensor, offsets: Sequence[Tensor], totals: Sequence[int] | None = None) -> list[Tensor]:
+    """Splits every sequence into parts, the inverse of jagged_concat.
+
+    Args:
+        values: [rows, ...], as the result of jagged_concat: sequence b begins at row offsets[0][b] + offsets[1][b]
+            and so on.
+        offsets: 1 to 256 of [batch + 1], all int32 or all int64, one a part.
+        totals: the rows of each result; None reads the ends of the offsets, which waits for a GPU and cannot be
+            traced by torch.compile.
+
+    Returns:
+        One tensor [totals[p], ...] a part. Rows that belong to no sequence are 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. What offsets hold is checked on the CPU.
+        MissingKernelError: the tensors are on a GPU.
+
+    Differentiable in values: the gradient is jagged_concat of the gradients.
+    Source: `split_2D_jagged` of Meta's generative-recommenders, for any number of parts and dimensions.
+    """
+    return _separate("jagged_split", values, offsets, totals, False)
+
+
+def jagged_deinterleave(values: Tensor, offsets: Sequence[Tensor], totals: Sequence[int] | None = None) -> list[Tensor]:
+    """The inverse of jagged_interleave. Arguments, result and errors are those of jagged_split."""
+    return _separate("jagged_deinterleave", values, offsets, totals, True)
+
+
+def jagged_to_dense(values: Tensor, offsets: Tensor, max_len: int | None = None, padding_value: Padding = 0) -> Tensor:
+    """dense[b, t] = values[offsets[b] + t] where sequence b is longer than t, else padding_value.
+
+    Args:
+        values: [rows, ...], dtypes and strides as in jagged_concat.
+        offsets: [batch + 1], int32 or int64.
+        max_len: rows of the result for each sequence; longer sequences are cut, and what is cut gets a gradient of 0.
+            None reads the longest length, which waits for a GPU and cannot be traced by torch.compile.
+        padding_value: a number that the dtype of values can hold.
+
+    Returns:
+        [batch, max_len, ...].
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. What offsets hold is checked on the CPU.
+        MissingKernelError: the tensors are on a GPU.
+
+    Differentiable in values: the gradient is dense_to_jagged of the gradient.
+    Source: `jagged_to_padded_dense` of FBGEMM.
+    """
+    op = "jagged_to_dense"
+    plain = _is_plain(op, [("values", values), ("offsets", offsets)])
+    _check_padding(padding_value, values.dtype)
+    if max_len is None:
+        max_len = _longest(op, offsets, _rows(op, "values", values), plain)
+    _check_size(op, "max_len", max_len)
+    if not plain:
+        return _to_dense_by_op(values, offsets, max_len, padding_value)
+    if torch.is_grad_enabled() and values.requires_grad:
+        return _to_dense_by_function(values, offsets, max_len, padding_value)
+    return _to_dense(values, offsets, max_len, padding_value)
+
+
+def dense_to_jagged(dense: Tensor, offsets: Tensor, total: int | None = None) -> Tensor:
+    """values[offsets[b] + t] = dense[b, t] for t below the length of sequence b, the inverse of jagged_to_dense.
+
+    Args:
+        dense: [batch, max_len, ...], dtypes as in jagged_concat; rows are contiguous, batch and max_len at any stride.
+        offsets: [batch + 1], int32 or int64.
+        total: the rows of the result; None reads the end of the offsets, which waits for a GPU and cannot be traced
+            by torch.compile.
+
+    Returns:
+        [total, ...]. Rows past max_len and rows that belong to no sequence are 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. What offsets hold is checked on the CPU.
+        MissingKernelError: the tensors are on a GPU.
+
+    Differentiable in dense: the gradient is jagged_to_dense of the gradient, padded with 0.
+    Source: `dense_to_jagged` of FBGEMM.
+    """
+    op = "dense_to_jagged"
+    plain = _is_plain(op, [("dense", dense), ("offsets", offsets)])
+    if total is None:
+        (total,) = _ends(op, [offsets], _NO_LIMIT, plain, is_list=False)
+    _check_size(op, "total", total)
+    if not plain:
+        return _to_jagged_by_op(dense, offsets, total)
+    if torch.is_grad_enabled() and dense.requires_grad:
+        return _to_jagged_by_function(dense, offsets, total)
+    return _to_jagged(dense, offsets, total)
+
+
+# Checks of what _C does not see; it checks the rest.
+
+
+def _check_index_vector(op: str, name: str, shape: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"hstu_ext.{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"hstu_ext.{op}: {name} must be torch.int32 or torch.int64, got {x.dtype}")
+    if x.dim() != 1:
+        raise ValueError(f"hstu_ext.{op}: {name} must be {shape}, got {list(x.shape)}")
+
+
+def _check_size(op: str, name: str, size: int) -> None:
+    if not isinstance(size, _INT) or isinstance(size, bool):
+        raise TypeError(f"hstu_ext.{op}: {name} must be an int, got {type(size).__name__}")
+    if size < 0:
+        raise ValueError(f"hstu_ext.{op}: {name} must be 0 or more, got {size}")
+
+
+def _check_padding(padding_value: Padding, dtype: torch.dtype) -> None:
+    op = "jagged_to_dense"
+    if not isinstance(padding_value, (int, float)):
+        raise TypeError(f"hstu_ext.{op}: padding_value must be a number, got {type(padding_value).__name__}")
+    if isinstance(padding_value, float) and not dtype.is_floating_point:
+        raise ValueError(f"hstu_ext.{op}: padding_value must be an int for {dtype}, got {padding_value}")
+
+
+def _check_list(op: str, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError(f"hstu_ext.{op}: {name} must be a list of tensors, got {type(tensors).__name__}")
+    if not 1 <= len(tensors) <= 256:
+        raise ValueError(f"hstu_ext.{op}: {name} must be a list of 1 to 256 tensors, got {len(tensors)}")
+    return list(tensors)
+
+
+def _is_plain(op: str, named: Sequence[tuple[str, Tensor]]) -> bool:
+    """Whether _C can read the tensors and autograd needs no help from torch.library."""
+    if not torch.compiler.is_compiling() and all(type(x) in PLAIN for _, x in named):
+        return True
+    for name, x in named:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"hstu_ext.{op}: {name} must be a tensor, got {type(x).__name__}")
+    return False
+
+
+def _is_plain_list(op: str, values: Sequence[Tensor], offsets: Sequence[Tensor]) -> bool:
+    if (
+        not torch.compiler.is_compiling()
+        and PLAIN.issuperset(map(type, values))
+        and PLAIN.issuperset(map(type, offsets))
+    ):
+        return True
+    named = [(f"values[{i}]", x) for i, x in enumerate(values)] + [(f"offsets[{i}]", x) for i, x in enumerate(offsets)]
+    return _is_plain(op, named)
+
+
+def _rows(op: str, name: str, x: Tensor) -> int:
+    if x.dim() == 0:
+        raise ValueError(f"hstu_ext.{op}: {name} must be [rows, ...], got []")
+    return x.shape[0]
+
+
+def _ends(op: str, offsets: Sequence[Tensor], rows: int, plain: bool, is_list: bool = True) -> list[int]:
+    """The end of the last sequence of each of offsets."""
+    if plain and not offsets[0].is_cuda:
+        return [end for end, _ in _C.jagged_sizes(op, rows, is_list, *offsets)]
+    return [int(end) for end in torch.stack([x[-1] for x in offsets]).tolist()]
+
+
+def _longest(op: str, offsets: Tensor, rows: int, plain: bool) -> int:
+    if plain and not offsets.is_cuda:
+        return _C.jagged_sizes(op, rows, False, offsets)[0][1]
+    lengths = offsets_to_lengths(offsets)
+    return int(lengths.max().item()) if lengths.shape[0] else 0
+
+
+def _padding_bits(padding_value: Padding, dtype: torch.dtype) -> int:
+    if padding_value == 0 and math.copysign(1.0, padding_value) > 0:
+        return 0
+    text = f"hstu_ext.jagged_to_dense: padding_value must be a number that {dtype} can hold, got {padding_value}"
+    try:
+        element = torch.tensor([padding_value], dtype=dtype, device="cpu")
+    except (RuntimeError, OverflowError):
+        raise ValueError(text) from None
+    if math.isfinite(padding_value) and not element.isfinite():
+        raise ValueError(text)
+    return int(element.view(_BITS[dtype.itemsize]).item())
+
+
+def _contiguous(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """A sum's gradient is expanded from one element."""
+    return [x.contiguous() for x in gradients]
+
+
+# Join: concatenation or interleaving. Separate: the inverse of either.
+
+
+def _join_name(interleave: bool) -> str:
+    return "jagged_interleave" if interleave else "jagged_concat"
+
+
+def _separate_name(interleave: bool) -> str:
+    return "jagged_deinterleave" if interleave else "jagged_split"
+
+
+def _join(
+    op: str, values: Sequence[Tensor], offsets: Sequence[Tensor], total: int | None, interleave: bool
+) -> tuple[Tensor, Tensor]:
+    values, offsets = _check_list(op, "values", values), _check_list(op, "offsets", offsets)
+    if len(values) != len(offsets):
+        raise ValueError(f"hstu_ext.{op}: offsets must be a list of {len(values)} like values, got {len(offsets)}")
+    plain = _is_plain_list(op, values, offsets)
+    if total is None:
+        total = sum(_rows(op, f"values[{i}]", x) for i, x in enumerate(values))
+    _check_size(op, "total", total)
+    if not plain:
+        return _join_by_op(values, offsets, total, interleave)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in values):
+        return _join_by_function(total, interleave, len(values), *values, *offsets)
+    return _run_join(values, offsets, total, interleave)
+
+
+def _run_join(
+    values: Sequence[Tensor], offsets: Sequence[Tensor], total: int, interleave: bool
+) -> tuple[Tensor, Tensor]:
+    first = values[0]
+    out = first.new_empty((total, *first.shape[1:]))
+    joined_offsets = torch.empty_like(offsets[0])  # costs half of new_empty
+    _C.jagged_join(False, interleave, out, joined_offsets, *execution(first), len(values), *values, *offsets)
+    return out, joined_offsets
+
+
+def _separate(
+    op: str, values: Tensor, offsets: Sequence[Tensor], totals: Sequence[int] | None, interleave: bool
+) -> list[Tensor]:
+    offsets = _check_list(op, "offsets", offsets)
+    if not isinstance(values, Tensor):
+        raise TypeError(f"hstu_ext.{op}: values must be a tensor, got {type(values).__name__}")
+    plain = _is_plain_list(op, (values,), offsets)
+    if totals is None:
+        totals = _ends(op, offsets, _rows(op, "values", values), plain)
+    if not isinstance(totals, (list, tuple)) or len(totals) != len(offsets):
+        raise ValueError(f"hstu_ext.{op}: totals must be a list of {len(offsets)} sizes like offsets, got {totals}")
+    for i, total in enumerate(totals):
+        _check_size(op, f"totals[{i}]", total)
+    totals = list(totals)
+    if not plain:
+        return _separate_by_op(values, offsets, totals, interleave)
+    if torch.is_grad_enabled() and values.requires_grad:
+        return list(_separate_by_function(interleave, values, totals, *offsets))
+    return _run_separate(values, offsets, totals, interleave)
+
+
+def _run_separate(values: Tensor, offsets: Sequence[Tensor], totals: Sequence[int], interleave: bool) -> list[Tensor]:
+    parts = [values.new_empty((total, *values.shape[1:])) for total in totals]
+    joined_offsets = torch.empty_like(offsets[0])  # costs half of new_empty
+    _C.jagged_join(True, interleave, values, joined_offsets, *execution(values), len(parts), *parts, *offsets)
+    return parts
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: int, interleave: bool, parts: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        values, offsets = tensors[:parts], tensors[parts:]
+        ctx.save_for_backward(*offsets)
+        out, joined_offsets = _run_join(values, offsets, total, interleave)
+        ctx.interleave, ctx.totals = interleave, [len(x) for x in values]
+        ctx.mark_non_differentiable(joined_offsets)
+        return out, joined_offsets
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        name, offsets = _separate_name(ctx.interleave), ctx.saved_tensors
+        gradients = _separate(name, dout.contiguous(), offsets, ctx.totals, ctx.interleave)
+        return None, None, None, *gradients, *(None for _ in offsets)
+
+
+class _Separate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, interleave: bool, values: Tensor, totals: Sequence[int], *offsets: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*offsets)
+        parts = _run_separate(values, offsets, totals, interleave)
+        ctx.interleave, ctx.rows = interleave, len(values)
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        offsets = ctx.saved_tensors
+        dvalues, _ = _join(_join_name(ctx.interleave), _contiguous(gradients), offsets, ctx.rows, ctx.interleave)
+        return None, dvalues, None, *(None for _ in offsets)
+
+
+_join_by_function: Callable[..., tuple[Tensor, Tensor]] = _Join.apply
+_separate_by_function: Callable[..., tuple[Tensor, ...]] = _Separate.apply
+
+
+@torch.library.custom_op(
+    "hstu_ext::jagged_join",
+    mutates_args=(),
+    schema="(Tensor[] values, Tensor[] offsets, SymInt total, bool interleave) -> (Tensor, Tensor)",
+)
+def _join_op(
+    values: Sequence[Tensor], offsets: Sequence[Tensor], total: int, interleave: bool
+) -> tuple[Tensor, Tensor]:
+    return _run_join(values, offsets, total, interleave)
+
+
+@_join_op.register_fake
+def _(values: Sequence[Tensor], offsets: Sequence[Tensor], total: int, interleave: bool) -> tuple[Tensor, Tensor]:
+    return values[0].new_empty((total, *values[0].shape[1:])), offsets[0].new_empty(offsets[0].shape)
+
+
+@torch.library.custom_op(
+    "hstu_ext::jagged_separate",
+    mutates_args=(),
+    schema="(Tensor values, Tensor[] offsets, SymInt[] totals, bool interleave) -> Tensor[]",
+)
+def _separate_op(values: Tensor, offsets: Sequence[Tensor], totals: Sequence[int], interleave: bool) -> list[Tensor]:
+    return _run_separate(values, offsets, totals, interleave)
+
+
+@_separate_op.register_fake
+def _(values: Tensor, offsets: Sequence[Tensor], totals: Sequence[int], interleave: bool) -> list[Tensor]:
+    return [values.new_empty((total, *values.shape[1:])) for total in totals]
+
+
+def _setup_join(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    values, offsets, _, ctx.interleave = inputs
+    ctx.save_for_backward(*offsets)
+    ctx.totals = [x.shape[0] for x in values]
+
+
+def _backward_of_join(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
+    offsets = list(ctx.saved_tensors)
+    return _separate_op(dout.contiguous(), offsets, ctx.totals, ctx.interleave), [None] * len(offsets), None, None
+
+
+def _setup_separate(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    values, offsets, _, ctx.interleave = inputs
+    ctx.save_for_backward(*offsets)
+    ctx.rows = values.shape[0]
+
+
+def _backward_of_separate(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
+    offsets = list(ctx.saved_tensors)
+    dvalues, _ = _join_op(_contiguous(gradients), offsets, ctx.rows, ctx.interleave)
+    return dvalues, [None] * len(offsets), None, None
+
+
+_join_by_op: Callable[..., tuple[Tensor, Tensor]] = _join_op
+_separate_by_op: Callable[..., list[Tensor]] = _separate_op
+_join_op.register_autograd(_backward_of_join, setup_context=_setup_join)
+_separate_op.register_autograd(_backward_of_separate, setup_context=_setup_separate)
+
+
+# Dense and jagged: each is the other's gradient.
+
+
+def _to_dense(values: Tensor, offsets: Tensor, max_len: int, padding_value: Padding) -> Tensor:
+    bits = _padding_bits(padding_value, values.dtype)
+    dense = values.new_empty((max(offsets.numel() - 1, 0), max_len, *values.shape[1:]))
+    _C.jagged_dense(False, dense, values, offsets, bits, *execution(values))
+    return dense
+
+
+def _to_jagged(dense: Tensor, offsets: Tensor, total: int) -> Tensor:
+    values = dense.new_empty((total, *dense.shape[2:]))
+    _C.jagged_dense(True, dense, values, offsets, 0, *execution(dense))
+    return values
+
+
+class _ToDense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, offsets: Tensor, max_len: int, padding_value: Padding) -> Tensor:
+        ctx.save_for_backward(offsets)
+        dense = _to_dense(values, offsets, max_len, padding_value)
+        ctx.rows = len(values)
+        return dense
+
+    @staticmethod
+    def backward(ctx: Any, ddense: Tensor) -> tuple[Tensor | None, ...]:
+        (offsets,) = ctx.saved_tensors
+        return dense_to_jagged(ddense.contiguous(), offsets, ctx.rows), None, None, None
+
+
+class _ToJagged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dense: Tensor, offsets: Tensor, total: int) -> Tensor:
+        ctx.save_for_backward(offsets)
+        values = _to_jagged(dense, offsets, total)
+        ctx.max_len = dense.shape[1]
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
+        (offsets,) = ctx.saved_tensors
+        return jagged_to_dense(dvalues.contiguous(), offsets, ctx.max_len), None, None
+
+
+_to_dense_by_function: Callable[..., Tensor] = _ToDense.apply
+_to_jagged_by_function: Callable[..., Tensor] = _ToJagged.apply
+
+
+@torch.library.custom_op(
+    "hstu_ext::jagged_to_dense",
+    mutates_args=(),
+    schema="(Tensor values, Tensor offsets, SymInt max_len, Scalar padding_value) -> Tensor",
+)
+def _to_dense_op(values: Tensor, offsets: Tensor, max_len: int, padding_value: Padding) -> Tensor:
+    return _to_dense(values, offsets, max_len, padding_value)
+
+
+@_to_dense_op.register_fake
+def _(values: Tensor, offsets: Tensor, max_len: int, padding_value: Padding) -> Tensor:
+    return values.new_empty((offsets.shape[0] - 1, max_len, *values.shape[1:]))
+
+
+@torch.library.custom_op(
+    "hstu_ext::dense_to_jagged",
+    mutates_args=(),
+    schema="(Tensor dense, Tensor offsets, SymInt total) -> Tensor",
+)
+def _to_jagged_op(dense: Tensor, offsets: Tensor, total: int) -> Tensor:
+    return _to_jagged(dense, offsets, total)
+
+
+@_to_jagged_op.register_fake
+def _(dense: Tensor, offsets: Tensor, total: int) -> Tensor:
+    return dense.new_empty((total, *dense.shape[2:]))
+
+
+def _setup_to_dense(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, offsets, _, _ = inputs
+    ctx.save_for_backward(offsets)
+    ctx.rows = values.shape[0]
+
+
+def _backward_of_to_dense(ctx: Any, ddense: Tensor) -> tuple[Tensor | None, ...]:
+    (offsets,) = ctx.saved_tensors
+    return _to_jagged_op(ddense.contiguous(), offsets, ctx.rows), None, None, None
+
+
+def _setup_to_jagged(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dense, offsets, _ = inputs
+    ctx.save_for_backward(offsets)
+    ctx.max_len = dense.shape[1]
+
+
+def _backward_of_to_jagged(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
+    (offsets,) = ctx.saved_tensors
+    return _to_dense_op(dvalues.contiguous(), offsets, ctx.max_len, 0), None, None
+
+
+_to_dense_by_op: Callable[..., Tensor] = _to_dense_op
+_to_jagged_by_op: Callable[..., Tensor] = _to_jagged_op
+_to_dense_op.register_autograd(_backward_of_to_dense, setup_context=_setup_to_dense)
+_to_jagged_op.register_autograd(_backward_of_to_jagged, setup_context=_setup_to_jagged)
