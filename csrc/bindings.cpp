@@ -5,12 +5,9 @@
 #include "attention/bindings.h"
 #include "attention/cpu/attention.h"
 #include "build_info.h"
-<<<<<<< HEAD
 #include "common/execution.h"
 #include "jagged/bindings.h"
-=======
 #include "similarity/bindings.h"
->>>>>>> refs/heads/similarity
 
 namespace py = pybind11;
 
@@ -36,9 +33,6 @@ PYBIND11_MODULE(_C, m) {
     py::register_exception<hstu::MissingKernelError>(m, "MissingKernelError", PyExc_RuntimeError);
     m.def("build_info", &build_info, "Versions, architectures and the kernel set of this build.");
     hstu::attention::register_attention(m);
-<<<<<<< HEAD
     hstu::jagged::register_jagged(m);
-=======
     hstu::similarity::register_similarity(m);
->>>>>>> refs/heads/similarity
 }

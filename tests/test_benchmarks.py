@@ -16,11 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import attention_providers
 import bench_attention
-<<<<<<< HEAD
 import bench_jagged
-=======
 import bench_similarity
->>>>>>> refs/heads/similarity
 import harness
 
 ROW_KEYS = [

@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "attention/api.h"
 #include "common/check.h"
+#include "common/execution.h"
 #include "similarity/cpu/similarity.h"
 #include "similarity/params.h"
 
@@ -32,8 +32,8 @@ struct Checks {
         CHECK(x.rank == 2 && x.shape[1] >= 1, name, " must be ", form, ", got ", Shape{x});
         CHECK(is_floating(x.dtype), name, " must be a floating point tensor, got ", x.dtype);
         if (x.is_cuda())
-            fail<attention::MissingKernelError>("hstu_ext.", op, ": this op has CPU kernels only, got a tensor on ",
-                                                Device{x.device});
+            fail<MissingKernelError>("hstu_ext.", op, ": this op has CPU kernels only, got a tensor on ",
+                                     Device{x.device});
     }
 
     void contiguous_rows(const char* name, const Tensor& x) const {

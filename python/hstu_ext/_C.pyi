@@ -81,7 +81,6 @@ def attention_backward(
 def attention_backward_scratch(q: Tensor, v: Tensor, cu_seqlens_q: Tensor, max_seqlen_k: int, /) -> int:
     """Elements of dq_accum that attention_backward wants unless it is deterministic; 0 for none."""
 
-<<<<<<< HEAD
 def jagged_join(
     split: bool,
     interleave: bool,
@@ -109,7 +108,7 @@ def jagged_dense(
 
 def jagged_sizes(op: str, rows: int, is_list: bool, /, *offsets: Tensor) -> list[tuple[int, int]]:
     """The end of the last sequence and the length of the longest, of offsets on the CPU that must end within rows."""
-=======
+
 # The similarity ops. C is float64 where the tensors are float64, else float32; ids and offsets not named otherwise are
 # int64. An op that has a _check is checked there alone.
 def l2norm(x: Tensor, out: Tensor, eps: float, num_threads: int, /) -> None:
@@ -268,4 +267,3 @@ def in_batch_softmax_backward(
     /,
 ) -> None:
     """Turns a tile of similarities into their gradient."""
->>>>>>> refs/heads/similarity

@@ -2,7 +2,6 @@
 
 from hstu_ext._C import MissingKernelError, build_info, cells
 from hstu_ext.ops.attention import hstu_attn_qkvpacked_func, hstu_attn_varlen_func
-<<<<<<< HEAD
 from hstu_ext.ops.jagged import (
     dense_to_jagged,
     jagged_concat,
@@ -13,9 +12,7 @@ from hstu_ext.ops.jagged import (
     lengths_to_offsets,
     offsets_to_lengths,
 )
-=======
 from hstu_ext.ops.similarity import in_batch_softmax_loss, l2norm, l2norm_dot, sampled_softmax_loss, topk_dot
->>>>>>> refs/heads/similarity
 
 __version__: str = build_info()["version"]
 
@@ -26,19 +23,16 @@ __all__ = [
     "dense_to_jagged",
     "hstu_attn_qkvpacked_func",
     "hstu_attn_varlen_func",
-<<<<<<< HEAD
+    "in_batch_softmax_loss",
     "jagged_concat",
     "jagged_deinterleave",
     "jagged_interleave",
     "jagged_split",
     "jagged_to_dense",
-    "lengths_to_offsets",
-    "offsets_to_lengths",
-=======
-    "in_batch_softmax_loss",
     "l2norm",
     "l2norm_dot",
+    "lengths_to_offsets",
+    "offsets_to_lengths",
     "sampled_softmax_loss",
     "topk_dot",
->>>>>>> refs/heads/similarity
 ]
