@@ -513,6 +513,9 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "topk_exclude_value": (
         lambda: topk_dot(X, Y, 1, NEGATIVES + 5), ValueError, "exclude must hold values from -1 to 4, got 5",
     ),
+    "topk_exclude_list": (
+        lambda: topk_dot(X, Y, 1, [[1]]), TypeError, "topk_dot: exclude must be a tensor, got list",
+    ),
     "topk_offsets": (
         lambda: topk_dot(X, Y, 1, (IDS, torch.tensor([0, 2, 1, 3]))), ValueError,
         "exclude's offsets must never decrease, got 2 and 1 for row 1",
@@ -550,6 +553,10 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: sampled_softmax_loss(X, Y, IDS, NEGATIVES, log_q=torch.zeros(3)), ValueError,
         "log_q must be [5], got [3]",
     ),
+    "sampled_log_q_number": (
+        lambda: sampled_softmax_loss(X, Y, IDS, NEGATIVES, log_q=0.5), TypeError,
+        "sampled_softmax_loss: log_q must be a tensor, got float",
+    ),
     "sampled_weights": (
         lambda: sampled_softmax_loss(X, Y, IDS, NEGATIVES, weights=torch.ones(2)), ValueError,
         "sampled_softmax_loss: weights must be [3], got [2]",
@@ -557,6 +564,10 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "batch_positives": (
         lambda: in_batch_softmax_loss(X, Y, ITEM_IDS), ValueError,
         "in_batch_softmax_loss: positives must be given where query and items differ in rows, got None",
+    ),
+    "batch_weights": (
+        lambda: in_batch_softmax_loss(X, Y, ITEM_IDS, positives=IDS, weights=[1.0]), TypeError,
+        "in_batch_softmax_loss: weights must be a tensor, got list",
     ),
     "batch_ids": (
         lambda: in_batch_softmax_loss(X, Y, IDS, positives=IDS), ValueError, "item_ids must be [5], got [3]",

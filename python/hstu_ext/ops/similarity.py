@@ -73,6 +73,7 @@ def topk_dot(
     """
     values, offsets = exclude if isinstance(exclude, tuple) else (exclude, None)
     _check_tensors("topk_dot", query=query, items=items)
+    _check_optional("topk_dot", exclude=values, valid=valid)
     run = _topk if _is_plain(query, items, values, offsets, valid) else _topk_op
     return run(query.detach(), items.detach(), k, values, offsets, valid)
 
@@ -146,6 +147,7 @@ def sampled_softmax_loss(
     "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations" (RecSys 2019).
     """
     _check_tensors("sampled_softmax_loss", query=query, table=table, pos_ids=pos_ids, neg_ids=neg_ids)
+    _check_optional("sampled_softmax_loss", log_q=log_q, weights=weights)
     if sparse and torch.compiler.is_compiling():
         raise ValueError("hstu_ext.sampled_softmax_loss: sparse must be False under torch.compile, got True")
     log_q = _compute(log_q, query)
@@ -203,6 +205,7 @@ def in_batch_softmax_loss(
     """
     op = "in_batch_softmax_loss"
     _check_tensors(op, query=query, items=items, item_ids=item_ids)
+    _check_optional(op, log_q=log_q, weights=weights)
     if positives is None:
         if query.shape[:1] != items.shape[:1]:
             raise ValueError(
@@ -230,6 +233,10 @@ def _check_tensors(op: str, **tensors: object) -> None:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"hstu_ext.{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def _check_optional(op: str, **tensors: object) -> None:
+    _check_tensors(op, **{name: value for name, value in tensors.items() if value is not None})
 
 
 def _int64(op: str, name: str, x: Tensor) -> Tensor:
