@@ -1,13 +1,12 @@
 // Shared-memory tiles, tile loads and stores, and the warp-level matrix products of the SM80 family.
 //
 // Everything is built from three hardware operations: cp.async (global to shared, 16 bytes), ldmatrix (shared to
-// registers, four 8x8 blocks) and mma m16n8k16 (16-bit operands, fp32 accumulators), taken from CuTe's atoms.
+// registers, four 8x8 blocks) and mma m16n8k16 (16-bit operands, fp32 accumulators; CuTe's atom).
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/mma_sm80.hpp>
 #include <type_traits>
