@@ -7,6 +7,7 @@ tested without a GPU.
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import math
 import os
@@ -14,8 +15,8 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,6 +100,17 @@ def repeats(estimate_ms: float, budget_ms: float, low: int, high: int) -> int:
     return max(low, min(high, int(budget_ms / max(estimate_ms, 1e-6))))
 
 
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Microseconds are counted: a collection would land in some samples, its length set by all else in the process."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 class CudaTimer:
     """Times on the device, all work on one side stream.
 
@@ -136,7 +148,7 @@ class CudaTimer:
     def host_overhead(self, call: Callable[[], object]) -> Times:
         """Host milliseconds a call, the device never waited for. The work must be tiny, so that queues stay short."""
         calls, samples = 100, []
-        with self.context():
+        with self.context(), without_garbage_collection():
             for _ in range(30):
                 torch.cuda.synchronize()
                 start = time.perf_counter()

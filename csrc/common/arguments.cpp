@@ -1,6 +1,5 @@
 #include "common/arguments.h"
 
-#include <sstream>
 #include <string>
 
 #include "common/check.h"
@@ -138,9 +137,7 @@ PyObject* Arguments::next() {
 }
 
 void Arguments::fail_type(const char* name, const char* expected, PyObject* got) const {
-    std::ostringstream text;
-    text << "hstu_ext." << op_ << ": " << name << " must be " << expected << ", got " << Py_TYPE(got)->tp_name;
-    throw py::type_error(text.str());
+    fail<py::type_error>("hstu_ext.", op_, ": ", name, " must be ", expected, ", got ", Py_TYPE(got)->tp_name);
 }
 
 Tensor Arguments::tensor(const char* name) {

@@ -2,40 +2,52 @@
 // The text is put together only when the check fails.
 #pragma once
 
-#include <sstream>
+#include <cstdio>
 #include <stdexcept>
+#include <string>
+#include <type_traits>
 
 #include "common/tensor.h"
 
 namespace hstu {
-
-inline std::ostream& operator<<(std::ostream& out, DType dtype) { return out << "torch." << name_of(dtype); }
 
 // As torch prints a shape: [3, 4].
 struct Shape {
     const Tensor& tensor;
 };
 
-inline std::ostream& operator<<(std::ostream& out, Shape shape) {
-    out << '[';
-    for (int i = 0; i < shape.tensor.rank; ++i) out << (i ? ", " : "") << shape.tensor.shape[i];
-    return out << ']';
-}
-
 // As torch prints a device: cpu, cuda:0.
 struct Device {
     int index;
 };
 
-inline std::ostream& operator<<(std::ostream& out, Device device) {
-    return device.index < 0 ? out << "cpu" : out << "cuda:" << device.index;
+// append(text, part): no streams, whose locales break where one process holds two copies of the C++ library.
+inline void append(std::string& text, const char* part) { text += part; }
+inline void append(std::string& text, const std::string& part) { text += part; }
+inline void append(std::string& text, DType part) { text.append("torch.").append(name_of(part)); }
+inline void append(std::string& text, Device part) {
+    text += part.index < 0 ? "cpu" : "cuda:" + std::to_string(part.index);
+}
+inline void append(std::string& text, double part) {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%g", part);
+    text += digits;
+}
+template <class Integer, class = std::enable_if_t<std::is_integral_v<Integer>>>
+void append(std::string& text, Integer part) {
+    text += std::to_string(part);
+}
+inline void append(std::string& text, Shape part) {
+    text += '[';
+    for (int i = 0; i < part.tensor.rank; ++i) text.append(i ? ", " : "").append(std::to_string(part.tensor.shape[i]));
+    text += ']';
 }
 
 template <class Error, class... Parts>
 [[noreturn, gnu::noinline, gnu::cold]] void fail(const Parts&... parts) {
-    std::ostringstream text;
-    (text << ... << parts);
-    throw Error(text.str());
+    std::string text;
+    (append(text, parts), ...);
+    throw Error(text);
 }
 
 }  // namespace hstu

@@ -63,4 +63,6 @@ inline int compute_capability(int device) {
            device_attribute<cudaDevAttrComputeCapabilityMinor>(device);
 }
 
+inline int l2_cache_bytes(int device) { return device_attribute<cudaDevAttrL2CacheSize>(device); }
+
 }  // namespace hstu

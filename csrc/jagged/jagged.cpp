@@ -15,9 +15,9 @@ struct Name {
     int index = -1;  // -1: not an element of a list
 };
 
-std::ostream& operator<<(std::ostream& out, Name name) {
-    out << name.text;
-    return name.index < 0 ? out : out << '[' << name.index << ']';
+void append(std::string& text, Name name) {
+    text += name.text;
+    if (name.index >= 0) text += '[' + std::to_string(name.index) + ']';
 }
 
 void check_given(const char* op, Name name, const Tensor& x) { CHECK(x, name, " must be a tensor, got None"); }

@@ -2,17 +2,16 @@
 #pragma once
 
 #include "attention/params.h"
+#include "common/cuda.h"
 #include "common/fast_divisor.h"
 #include "common/host_device.h"
 
 namespace hstu::attention::sm80 {
 
 // Blocks are numbered so that those with most work under a causal mask come first, across a group of (sequence, head)
-// pairs: a few rounds of all multiprocessors, so that light blocks are left for the end, and yet few enough that what
-// the group reads again and again stays in the L2 cache.
+// pairs: as many as leave their keys and values in the L2 cache, whose blocks read them again and again. So light
+// blocks are left for the end.
 struct BlockOrder {
-    static constexpr int kRounds = 4;
-
     struct Place {
         int b, head;
         int rank;  // 0 is the heaviest block of its (sequence, head)
@@ -21,10 +20,8 @@ struct BlockOrder {
     int group, pairs;                // (sequence, head) pairs of a group and in all
     FastDivisor by_group, by_heads;  // by the blocks of a group
 
-    // ranks: blocks along a sequence; resident: blocks that the GPU runs at the same time.
-    BlockOrder(const Params& p, int ranks, int resident)
-        : group(group_size(p.heads * p.batch, ranks, resident)), pairs(p.heads * p.batch), by_group(group * ranks),
-          by_heads(p.heads) {}
+    BlockOrder(const Params& p, int ranks)  // ranks: blocks along a sequence
+        : group(group_size(p, ranks)), pairs(p.heads * p.batch), by_group(group * ranks), by_heads(p.heads) {}
 
     HSTU_HOST_DEVICE Place operator[](int block) const {
         const auto [number, index] = by_group.divide(block);
@@ -34,9 +31,11 @@ struct BlockOrder {
     }
 
   private:
-    static int group_size(int pairs, int ranks, int resident) {
-        const int wanted = ceil_div(kRounds * resident, ranks);
-        return max_of(1, ceil_div(pairs, max_of(1, pairs / wanted)));
+    static int group_size(const Params& p, int ranks) {
+        const int64_t pairs = int64_t{p.heads} * p.batch, mean_length = ceil_div<int64_t>(p.total_k, p.batch);
+        const int64_t pair_bytes = max_of<int64_t>(1, 2 * mean_length * (p.dim_qk + p.dim_v));
+        const int64_t most = min_of<int64_t>(pairs, INT32_MAX / ranks);
+        return static_cast<int>(clamp_to<int64_t>(l2_cache_bytes(p.device) / 3 / pair_bytes, 1, most));
     }
 };
 
