@@ -63,6 +63,7 @@ inline int compute_capability(int device) {
            device_attribute<cudaDevAttrComputeCapabilityMinor>(device);
 }
 
+inline int multiprocessors(int device) { return device_attribute<cudaDevAttrMultiProcessorCount>(device); }
 inline int l2_cache_bytes(int device) { return device_attribute<cudaDevAttrL2CacheSize>(device); }
 
 }  // namespace hstu

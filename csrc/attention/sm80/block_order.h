@@ -8,25 +8,31 @@
 
 namespace hstu::attention::sm80 {
 
-// Blocks are numbered so that those with most work under a causal mask come first, across a group of (sequence, head)
-// pairs: as many as leave their keys and values in the L2 cache, whose blocks read them again and again. So light
-// blocks are left for the end.
+// Blocks are numbered by groups of (sequence, head) pairs, and in a group those with most work under a causal mask come
+// first. A group is as many pairs as leave their keys and values in the L2 cache, where their blocks read them again and
+// again. The last group also takes the remainder and is at least two rounds of all multiprocessors: its light blocks
+// are what evens out the end of the launch.
 struct BlockOrder {
     struct Place {
         int b, head;
         int rank;  // 0 is the heaviest block of its (sequence, head)
     };
 
-    int group, pairs;                // (sequence, head) pairs of a group and in all
-    FastDivisor by_group, by_heads;  // by the blocks of a group
+    int ranks, pairs;       // blocks along a sequence; (sequence, head) pairs
+    int group, last_group;  // pairs of a group; number of the last one
+    FastDivisor by_group, by_heads;
 
-    BlockOrder(const Params& p, int ranks)  // ranks: blocks along a sequence
-        : group(group_size(p, ranks)), pairs(p.heads * p.batch), by_group(group * ranks), by_heads(p.heads) {}
+    // resident: blocks that the GPU runs at the same time.
+    BlockOrder(const Params& p, int ranks, int resident)
+        : ranks(ranks), pairs(p.heads * p.batch), group(group_size(p, ranks)),
+          last_group(max_of(0, pairs - max_of(group, ceil_div(2 * resident, ranks))) / group), by_group(group * ranks),
+          by_heads(p.heads) {}
 
     HSTU_HOST_DEVICE Place operator[](int block) const {
-        const auto [number, index] = by_group.divide(block);
-        const int size = min_of(group, pairs - number * group), rank = index / size;
-        const auto [b, head] = by_heads.divide(number * group + index - rank * size);
+        const int number = min_of(by_group.divide(block).quotient, last_group), first = number * group;
+        const int index = block - first * ranks, size = number < last_group ? group : pairs - first;
+        const int rank = index / size;
+        const auto [b, head] = by_heads.divide(first + index - rank * size);
         return {b, head, rank};
     }
 
