@@ -120,7 +120,7 @@ class CudaTimer:
 
     GRAPH_CALLS = 5
 
-    def __init__(self, budget_ms: float = 100.0) -> None:
+    def __init__(self, budget_ms: float = 200.0) -> None:
         self.budget_ms = budget_ms
         self.stream = torch.cuda.Stream()
 

@@ -12,28 +12,38 @@ using hstu::attention::sm80::BlockOrder;
 
 namespace {
 
-bool check_order(int batch, int heads, int ranks, int resident) {
+bool check_order(int batch, int heads, int ranks, int64_t mean_length, int resident) {
     Params p;
     p.batch = batch;
     p.heads = heads;
-    const BlockOrder order(p, ranks, resident);
-    std::vector<char> seen(static_cast<size_t>(batch) * heads * ranks, 0);
-    int last_group = 0, last_rank = 0;
-    for (int block = 0; block < batch * heads * ranks; ++block) {
+    p.total_k = batch * mean_length;
+    p.dim_qk = p.dim_v = 64;
+    const BlockOrder order(p, ranks, resident, 50 << 20);
+    const int pairs = batch * heads;
+    std::vector<char> seen(static_cast<size_t>(pairs) * ranks, 0);
+    int previous_group = 0, previous_rank = 0;
+    for (int block = 0; block < pairs * ranks; ++block) {
         const BlockOrder::Place place = order[block];
         const bool inside = place.b >= 0 && place.b < batch && place.head >= 0 && place.head < heads &&
                             place.rank >= 0 && place.rank < ranks;
-        const int pair = place.b * heads + place.head, group = pair / order.group;
-        const bool ordered = group == last_group ? place.rank >= last_rank : group == last_group + 1;
-        if (!inside || !ordered || seen[pair * ranks + place.rank]++) {
-            std::printf("batch %d heads %d ranks %d resident %d: block %d is (%d, %d, %d)\n", batch, heads, ranks,
-                        resident, block, place.b, place.head, place.rank);
+        const int pair = place.b * heads + place.head;
+        const int group = pair / order.group < order.last_group ? pair / order.group : order.last_group;
+        const bool ordered =
+            group == previous_group ? place.rank >= previous_rank : group == previous_group + 1 && place.rank == 0;
+        if (!inside || !ordered || seen[static_cast<size_t>(pair) * ranks + place.rank]++) {
+            std::printf("batch %d heads %d ranks %d mean length %lld resident %d: block %d is (%d, %d, %d)\n", batch,
+                        heads, ranks, static_cast<long long>(mean_length), resident, block, place.b, place.head,
+                        place.rank);
             return false;
         }
-        last_group = group;
-        last_rank = place.rank;
+        previous_group = group;
+        previous_rank = place.rank;
     }
-    return true;
+    // The last group evens out the end: two rounds of the GPU, or everything.
+    const int last = pairs - order.last_group * order.group;
+    if (last * ranks >= 2 * resident || order.last_group == 0) return true;
+    std::printf("batch %d heads %d ranks %d: %d pairs in the last group\n", batch, heads, ranks, last);
+    return false;
 }
 
 bool check_divisor(int n, int divisor) {
@@ -49,8 +59,9 @@ int main() {
     for (int batch : {1, 2, 3, 7, 32, 257})
         for (int heads : {1, 2, 3, 4, 8})
             for (int ranks : {1, 2, 3, 8, 16, 129})
-                for (int resident : {1, 5, 132, 528})
-                    if (!check_order(batch, heads, ranks, resident)) return 1;
+                for (int64_t mean_length : {0, 1, 200, 4096, 1000000})
+                    for (int resident : {1, 5, 132, 528})
+                        if (!check_order(batch, heads, ranks, mean_length, resident)) return 1;
 
     std::mt19937 random(0);
     std::uniform_int_distribution<int> any(1, INT_MAX);

@@ -39,7 +39,9 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
     const int row_blocks = block_count(p.max_seqlen_q, Config::q_rows);
     const int dq_tiles = block_count(p.max_seqlen_q, Config::rows);
     const int64_t pairs = int64_t{p.heads} * p.batch, kv_blocks = col_blocks * pairs;
-    const int resident = Config::blocks * multiprocessors(p.device);
+    const auto order = [&](int ranks) {
+        return BlockOrder(p, ranks, Config::blocks * multiprocessors(p.device), l2_cache_bytes(p.device));
+    };
     const int64_t q_blocks = plan == DqPlan::kSeparate ? row_blocks * pairs : 0;
 
     if (plan == DqPlan::kReduce)
@@ -47,11 +49,10 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
                    "clearing the dQ scratch");
     launch<backward_kernel<T, kHeadDim, Mask, Bias, Config>>(
         kv_blocks + q_blocks, Config::warps * 32, kBackwardSharedBytes<kHeadDim, Config>, p.device, stream, p, plan,
-        BackwardBlocks{BlockOrder(p, col_blocks, resident), BlockOrder(p, row_blocks, resident), col_blocks, row_blocks,
-                       static_cast<int>(kv_blocks)});
+        BackwardBlocks{order(col_blocks), order(row_blocks), col_blocks, row_blocks, static_cast<int>(kv_blocks)});
     if (plan == DqPlan::kReduce)
         launch<backward_dq_convert_kernel<T, kHeadDim, Config>>(dq_tiles * pairs, Config::warps * 32, 0, p.device,
-                                                                stream, p, BlockOrder(p, dq_tiles, resident), dq_tiles);
+                                                                stream, p, order(dq_tiles), dq_tiles);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>

@@ -1,8 +1,9 @@
 // In which order thread blocks take up the work of a launch.
 #pragma once
 
+#include <cstdint>
+
 #include "attention/params.h"
-#include "common/cuda.h"
 #include "common/fast_divisor.h"
 #include "common/host_device.h"
 
@@ -22,9 +23,9 @@ struct BlockOrder {
     int group, last_group;  // pairs of a group; number of the last one
     FastDivisor by_group, by_heads;
 
-    // resident: blocks that the GPU runs at the same time.
-    BlockOrder(const Params& p, int ranks, int resident)
-        : ranks(ranks), pairs(p.heads * p.batch), group(group_size(p, ranks)),
+    // resident: blocks that the GPU runs at the same time; cache_bytes: its L2 cache.
+    BlockOrder(const Params& p, int ranks, int resident, int cache_bytes)
+        : ranks(ranks), pairs(p.heads * p.batch), group(group_size(p, ranks, cache_bytes / 3)),
           last_group(max_of(0, pairs - max_of(group, ceil_div(2 * resident, ranks))) / group), by_group(group * ranks),
           by_heads(p.heads) {}
 
@@ -37,11 +38,11 @@ struct BlockOrder {
     }
 
   private:
-    static int group_size(const Params& p, int ranks) {
+    static int group_size(const Params& p, int ranks, int bytes) {
         const int64_t pairs = int64_t{p.heads} * p.batch, mean_length = ceil_div<int64_t>(p.total_k, p.batch);
         const int64_t pair_bytes = max_of<int64_t>(1, 2 * mean_length * (p.dim_qk + p.dim_v));
         const int64_t most = min_of<int64_t>(pairs, INT32_MAX / ranks);
-        return static_cast<int>(clamp_to<int64_t>(l2_cache_bytes(p.device) / 3 / pair_bytes, 1, most));
+        return static_cast<int>(clamp_to<int64_t>(bytes / pair_bytes, 1, most));
     }
 };
 

@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
 template <class T, int kHeadDim, class Mask, class Bias, class Config>
 void launch_forward(const Params& p, void* stream) {
     const int row_blocks = block_count(p.max_seqlen_q, Config::rows);
-    const BlockOrder order(p, row_blocks, Config::blocks * multiprocessors(p.device));
+    const BlockOrder order(p, row_blocks, Config::blocks * multiprocessors(p.device), l2_cache_bytes(p.device));
     launch<forward_kernel<T, kHeadDim, Mask, Bias, Config>>(int64_t{row_blocks} * p.heads * p.batch, Config::warps * 32,
                                                             ForwardShared<kHeadDim, Config>::kBytes, p.device,
                                                             static_cast<cudaStream_t>(stream), p, order, row_blocks);
