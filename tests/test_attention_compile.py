@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import statistics
 import threading
@@ -281,12 +282,17 @@ def test_never_synchronizes() -> None:
 def host_microseconds(function: Callable[[], Any], calls: int = 300, rounds: int = 15) -> float:
     """Median over rounds of the mean host time of a call, the GPU's queue being empty at the start of a round."""
     times = []
-    for _ in range(rounds):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(calls):
-            function()
-        times.append((time.perf_counter() - started) / calls * 1e6)
+    gc.collect()
+    gc.disable()  # a collection walks all that the tests before have made
+    try:
+        for _ in range(rounds):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(calls):
+                function()
+            times.append((time.perf_counter() - started) / calls * 1e6)
+    finally:
+        gc.enable()
     torch.cuda.synchronize()
     return statistics.median(times[2:])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,3 +103,11 @@ def test_scratch_is_for_gpus() -> None:
 def test_scratch_of_long_sequences() -> None:
     rows = GpuTensor((16384, 2, 64), (128, 64, 1))
     assert _C.attention_backward_scratch(rows, rows, OFFSETS, 16384) >= 16384 * 2 * 64
+
+
+def test_no_streams_in_the_compiled_module() -> None:
+    """Two copies of the C++ library in one process, one linked statically, crash in each other's stream locales."""
+    assert _C.__file__ is not None
+    binary = Path(_C.__file__).read_bytes()
+    for symbol in (b"_ZNSo", b"_ZSt4cout", b"_ZNSt6locale", b"basic_ostringstream"):
+        assert symbol not in binary, symbol
