@@ -14,7 +14,6 @@
 
 namespace hstu {
 
-
 // Shared memory that a block may ask for on this device: 99 to 227 KB. HSTU_EXT_MAX_SHARED_KB lowers it, so that the
 // kernels of small GPUs can be tested on large ones.
 inline int max_shared_bytes(int device) {
