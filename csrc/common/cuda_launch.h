@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -22,24 +23,30 @@ inline int max_shared_bytes(int device) {
     return limit ? std::min(bytes, std::atoi(limit) * 1024) : bytes;
 }
 
-// Runs kernel<<<blocks, threads, shared_bytes, stream>>>(args...). The limit on dynamic shared memory is raised once a
-// kernel and device, so that launches are cheap and can be captured in a CUDA graph.
+// Runs kernel<<<grid, threads, shared_bytes, stream>>>(args...). The limit on dynamic shared memory is raised once a
+// kernel, device and size, so that launches are cheap and can be captured in a CUDA graph.
+template <auto kKernel, class... Args>
+void launch_grid(dim3 grid, int threads, int shared_bytes, int device, cudaStream_t stream, const Args&... args) {
+    if (shared_bytes > 48 * 1024) {
+        static std::array<std::atomic<int>, 64> reserved{};
+        std::atomic<int>& most = reserved[device % reserved.size()];
+        if (most.load(std::memory_order_relaxed) < shared_bytes) {
+            check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+                       "reserving shared memory for a kernel");
+            most.store(shared_bytes, std::memory_order_relaxed);
+        }
+    }
+    kKernel<<<grid, threads, shared_bytes, stream>>>(args...);
+    check_cuda(cudaGetLastError(), "a kernel launch");
+}
+
+// The same for a row of blocks; none is no launch.
 template <auto kKernel, class... Args>
 void launch(int64_t blocks, int threads, int shared_bytes, int device, cudaStream_t stream, const Args&... args) {
     if (blocks == 0) return;
     if (blocks > 0x7fffffff) throw std::runtime_error("hstu_ext: too many thread blocks: " + std::to_string(blocks));
-    if (shared_bytes > 48 * 1024) {
-        static std::atomic<uint64_t> prepared{0};
-        const uint64_t bit = uint64_t{1} << (device & 63);
-        if (!(prepared.load(std::memory_order_relaxed) & bit)) {
-            check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
-                                            cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-                       "reserving shared memory for a kernel");
-            prepared.fetch_or(bit, std::memory_order_relaxed);
-        }
-    }
-    kKernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args...);
-    check_cuda(cudaGetLastError(), "a kernel launch");
+    launch_grid<kKernel>(dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, device, stream, args...);
 }
 
 }  // namespace hstu

@@ -8,6 +8,12 @@
 #include "similarity/cpu/similarity.h"
 #include "similarity/params.h"
 
+#if HSTU_EXT_CUDA
+#include "common/cuda.h"
+#include "similarity/sm80/in_batch_softmax.h"
+#include "similarity/sm80/topk.h"
+#endif
+
 #define CHECK(condition, ...) HSTU_CHECK(condition, "hstu_ext.", op, ": ", __VA_ARGS__)
 
 namespace hstu::similarity {
@@ -26,14 +32,20 @@ Matrix matrix(const Tensor& x) { return {x.data, x.rank == 2 && x.shape[0] > 1 ?
 struct Checks {
     const char* op;
 
-    // A floating point [rows, dim] on the CPU; `form` is how the shape is written in the error.
+    // A floating point [rows, dim]; `form` is how the shape is written in the error.
     void rows(const char* name, const Tensor& x, const char* form) const {
         CHECK(x, name, " must be a tensor, got None");
         CHECK(x.rank == 2 && x.shape[1] >= 1, name, " must be ", form, ", got ", Shape{x});
         CHECK(is_floating(x.dtype), name, " must be a floating point tensor, got ", x.dtype);
-        if (x.is_cuda())
-            fail<MissingKernelError>("hstu_ext.", op, ": this op has CPU kernels only, got a tensor on ",
-                                     Device{x.device});
+        if (!x.is_cuda()) return;
+#if HSTU_EXT_CUDA
+        CHECK(x.dtype != DType::kFloat64, name,
+              " must be torch.float32, torch.float16 or torch.bfloat16 on a GPU, got ", x.dtype);
+#else
+        fail<MissingKernelError>("hstu_ext.", op, ": ", name,
+                                 " is on a GPU and this build has CPU kernels only. Install with nvcc on the PATH and "
+                                 "`pip install . -C cmake.define.HSTU_EXT_CUDA=on` (CMake: -DHSTU_EXT_CUDA=on)");
+#endif
     }
 
     void contiguous_rows(const char* name, const Tensor& x) const {
@@ -49,20 +61,20 @@ struct Checks {
               Shape{x});
     }
 
-    // [n] of the type, contiguous.
-    void vector(const char* name, const Tensor& x, DType dtype, int64_t n) const {
+    // [n] of the type, contiguous, on the device.
+    void vector(const char* name, const Tensor& x, DType dtype, int64_t n, int device = -1) const {
         CHECK(x, name, " must be a tensor, got None");
         CHECK(x.dtype == dtype, name, " must be ", dtype, ", got ", x.dtype);
         CHECK(x.rank == 1 && x.shape[0] == n, name, " must be [", n, "], got ", Shape{x});
-        CHECK(x.device < 0, name, " must be on cpu, got ", Device{x.device});
+        CHECK(x.device == device, name, " must be on ", Device{device}, ", got ", Device{x.device});
         CHECK(n <= 1 || x.stride[0] == 1, name, " must be contiguous, got a stride of ", x.stride[0]);
     }
 
-    // Contiguous int32 or int64, every value in [low, high).
-    IndexArray indices(const char* name, const Tensor& x, int64_t low, int64_t high) const {
+    // Contiguous int32 or int64 on the device; on the CPU every value is checked to be in [low, high).
+    IndexArray indices(const char* name, const Tensor& x, int64_t low, int64_t high, int device = -1) const {
         CHECK(x.dtype == DType::kInt32 || x.dtype == DType::kInt64, name, " must be torch.int32 or torch.int64, got ",
               x.dtype);
-        CHECK(x.device < 0, name, " must be on cpu, got ", Device{x.device});
+        CHECK(x.device == device, name, " must be on ", Device{device}, ", got ", Device{x.device});
         int64_t count = 1, elements = 1;
         for (int i = 0; i < x.rank; ++i) elements *= x.shape[i];
         if (elements == 0) return {x.data, x.dtype == DType::kInt64};
@@ -71,6 +83,7 @@ struct Checks {
             count *= x.shape[i];
         }
         const IndexArray array{x.data, x.dtype == DType::kInt64};
+        if (device >= 0) return array;
         for (int64_t i = 0; i < count; ++i)
             CHECK(array[i] >= low && array[i] < high, name, " must hold values from ", low, " to ", high - 1, ", got ",
                   array[i]);
@@ -84,20 +97,20 @@ struct Checks {
 
 }  // namespace
 
-void l2norm(const Tensor& x, const Tensor& out, double eps, int num_threads) {
+void l2norm(const Tensor& x, const Tensor& out, double eps, Execution execution) {
     const Checks checks{"l2norm"};
     checks.rows("x", x, "[..., dim]");
     checks.contiguous_rows("x", x);
     checks.positive("eps", eps);
-    cpu::l2norm({x.shape[0], x.shape[1], eps, matrix(x), {}, matrix(out), num_threads}, x.dtype);
+    cpu::l2norm({x.shape[0], x.shape[1], eps, matrix(x), {}, matrix(out), execution.num_threads}, x.dtype);
 }
 
-void l2norm_backward(const Tensor& dout, const Tensor& x, const Tensor& dx, double eps, int num_threads) {
+void l2norm_backward(const Tensor& dout, const Tensor& x, const Tensor& dx, double eps, Execution execution) {
     const Checks checks{"l2norm"};
     checks.rows("dout", dout, "[..., dim]");
     checks.contiguous_rows("dout", dout);
     checks.like("dout", dout, "x", x);
-    cpu::l2norm_backward({x.shape[0], x.shape[1], eps, matrix(x), matrix(dout), matrix(dx), num_threads}, x.dtype);
+    cpu::l2norm_backward({x.shape[0], x.shape[1], eps, matrix(x), matrix(dout), matrix(dx), execution.num_threads}, x.dtype);
 }
 
 void check_l2norm_dot(const Tensor& q, const Tensor& items, double eps) {
@@ -116,15 +129,20 @@ void check_topk_dot(const TopkInputs& in) {
     checks.like("items", in.items, "query", in.query);
     const int64_t batch = in.query.shape[0], count = in.items.shape[0];
     CHECK(in.k >= 1 && in.k <= count, "k must be 1 to the ", count, " items, got ", in.k);
-    if (in.valid) checks.vector("valid", in.valid, DType::kBool, count);
+    const int device = in.query.device;
+    CHECK(device < 0 || count <= UINT32_MAX, "items must be fewer than 2^32 rows on a GPU, got ", count);
+    if (in.valid) checks.vector("valid", in.valid, DType::kBool, count, device);
     if (!in.exclude) return;
+    CHECK(in.exclude.device == device, "exclude must be on ", Device{device}, " like query, got ",
+          Device{in.exclude.device});
     CHECK(in.exclude.dtype == DType::kInt64, "exclude must be torch.int64, got ", in.exclude.dtype);
     if (!in.exclude_offsets) {
         CHECK(in.exclude.rank == 2 && in.exclude.shape[0] == batch, "exclude must be [", batch,
               ", E], or [total] with offsets, got ", Shape{in.exclude});
     } else {
         CHECK(in.exclude.rank == 1, "exclude must be [total] where offsets are given, got ", Shape{in.exclude});
-        checks.vector("exclude's offsets", in.exclude_offsets, DType::kInt64, batch + 1);
+        checks.vector("exclude's offsets", in.exclude_offsets, DType::kInt64, batch + 1, device);
+        if (device >= 0) return;  // the kernels clamp what they read
         const int64_t* const offsets = static_cast<const int64_t*>(in.exclude_offsets.data);
         CHECK(offsets[0] == 0 && offsets[batch] == in.exclude.shape[0], "exclude's offsets must go from 0 to ",
               in.exclude.shape[0], ", got ", offsets[0], " to ", offsets[batch]);
@@ -132,8 +150,63 @@ void check_topk_dot(const TopkInputs& in) {
             CHECK(offsets[b] <= offsets[b + 1], "exclude's offsets must never decrease, got ", offsets[b], " and ",
                   offsets[b + 1], " for row ", b);
     }
-    checks.indices("exclude", in.exclude, -1, count);
+    checks.indices("exclude", in.exclude, -1, count, device);
 }
+
+#if HSTU_EXT_CUDA
+namespace {
+
+sm80::TopkScan topk_params(const TopkInputs& in, const TopkState& state) {
+    sm80::TopkScan p{};
+    p.rows = in.query.shape[0];
+    p.items = in.items.shape[0];
+    p.dim = in.query.shape[1];
+    p.k = static_cast<int>(in.k);
+    p.capacity = sm80::topk_capacity(in.k);
+    p.query = matrix(in.query);
+    p.catalogue = matrix(in.items);
+    p.keys = static_cast<uint64_t*>(state.keys.data);
+    p.counts = static_cast<int*>(state.counts.data);
+    p.kept = static_cast<int*>(state.kept.data);
+    p.thresholds = static_cast<uint64_t*>(state.thresholds.data);
+    p.excluded = static_cast<const int64_t*>(in.exclude.data);
+    p.excluded_offsets = static_cast<const int64_t*>(in.exclude_offsets.data);
+    p.excluded_count = in.exclude ? in.exclude.shape[0] : 0;
+    p.valid = static_cast<const bool*>(in.valid.data);
+    p.values = static_cast<float*>(state.values.data);
+    p.indices = static_cast<int64_t*>(state.indices.data);
+    p.device = in.query.device;
+    return p;
+}
+
+bool has_contiguous_rows(const Tensor& x) { return x.shape[1] == 1 || x.stride[1] == 1; }
+
+}  // namespace
+
+int64_t topk_capacity(int64_t k) { return k <= sm80::kTopkMaxK ? sm80::topk_capacity(k) : 0; }
+
+bool topk_can_scan(const Tensor& query, const Tensor& items) {
+    const bool is_half = query.dtype == DType::kFloat16 || query.dtype == DType::kBFloat16;
+    if (!is_half || !has_contiguous_rows(query) || !has_contiguous_rows(items)) return false;
+    return sm80::topk_scan_rows(topk_params({query, items, 1, {}, {}, {}}, {})) > 0;
+}
+
+void topk_scan(const TopkInputs& in, const TopkState& state, Execution execution) {
+    const DeviceGuard guard(in.query.device);
+    sm80::topk_scan(topk_params(in, state), in.query.dtype, execution.stream);
+}
+
+void topk_merge_scores(const TopkInputs& in, const Tensor& scores, int64_t col0, bool last, const TopkState& state,
+                       Execution execution) {
+    const DeviceGuard guard(in.query.device);
+    sm80::topk_merge(topk_params(in, state), {matrix(scores), col0, scores.shape[1]}, last, execution.stream);
+}
+#else
+int64_t topk_capacity(int64_t) { return 0; }
+bool topk_can_scan(const Tensor&, const Tensor&) { return false; }
+void topk_scan(const TopkInputs&, const TopkState&, Execution) {}
+void topk_merge_scores(const TopkInputs&, const Tensor&, int64_t, bool, const TopkState&, Execution) {}
+#endif
 
 void topk_merge(const TopkTile& tile, int num_threads) {
     TopkParams p{};
@@ -256,14 +329,15 @@ void check_in_batch_softmax(const InBatchInputs& in, double eps) {
     checks.rows("items", in.items, "[X, D]");
     checks.like("items", in.items, "query", in.query);
     const int64_t rows = in.query.shape[0], count = in.items.shape[0];
-    checks.vector("item_ids", in.item_ids, DType::kInt64, count);
-    checks.vector("positives", in.positives, DType::kInt64, rows);
-    checks.indices("positives", in.positives, 0, count);
+    const int device = in.query.device;
+    checks.vector("item_ids", in.item_ids, DType::kInt64, count, device);
+    checks.vector("positives", in.positives, DType::kInt64, rows, device);
+    checks.indices("positives", in.positives, 0, count, device);
     if (in.sequence_ids) {
-        checks.vector("sequence_ids", in.sequence_ids, DType::kInt64, rows);
-        checks.vector("item_sequence_ids", in.item_sequence_ids, DType::kInt64, count);
+        checks.vector("sequence_ids", in.sequence_ids, DType::kInt64, rows, device);
+        checks.vector("item_sequence_ids", in.item_sequence_ids, DType::kInt64, count, device);
     }
-    if (in.log_q) checks.vector("log_q", in.log_q, compute_type(in.query.dtype), count);
+    if (in.log_q) checks.vector("log_q", in.log_q, compute_type(in.query.dtype), count, device);
     checks.positive("temperature", in.temperature);
     checks.positive("eps", eps);
 }
@@ -276,6 +350,7 @@ InBatchParams in_batch_params(const InBatchInputs& in, const InBatchTile& tile, 
     p.cols = tile.similarity.shape[1];
     p.row0 = tile.row0;
     p.col0 = tile.col0;
+    p.items = in.items.shape[0];
     p.is_double = tile.similarity.dtype == DType::kFloat64;
     p.inv_temperature = 1 / in.temperature;
     p.threshold = tile.threshold;
@@ -293,20 +368,30 @@ InBatchParams in_batch_params(const InBatchInputs& in, const InBatchTile& tile, 
 }  // namespace
 
 void in_batch_softmax_forward(const InBatchInputs& in, const InBatchTile& tile, const Tensor& maximum,
-                              const Tensor& sum, const Tensor& positive_logit, int num_threads) {
-    InBatchParams p = in_batch_params(in, tile, num_threads);
+                              const Tensor& sum, const Tensor& positive_logit, Execution execution) {
+    InBatchParams p = in_batch_params(in, tile, execution.num_threads);
     p.maximum = maximum.data;
     p.sum = sum.data;
     p.positive_logit = positive_logit.data;
-    cpu::in_batch_softmax_forward(p);
+    const int device = in.query.device;
+    if (device < 0) return cpu::in_batch_softmax_forward(p);
+#if HSTU_EXT_CUDA
+    const DeviceGuard guard(device);
+    sm80::in_batch_softmax_forward(p, device, execution.stream);
+#endif
 }
 
 void in_batch_softmax_backward(const InBatchInputs& in, const InBatchTile& tile, const Tensor& dloss, const Tensor& lse,
-                               int num_threads) {
-    InBatchParams p = in_batch_params(in, tile, num_threads);
+                               Execution execution) {
+    InBatchParams p = in_batch_params(in, tile, execution.num_threads);
     p.dloss = dloss.data;
     p.lse = lse.data;
-    cpu::in_batch_softmax_backward(p);
+    const int device = in.query.device;
+    if (device < 0) return cpu::in_batch_softmax_backward(p);
+#if HSTU_EXT_CUDA
+    const DeviceGuard guard(device);
+    sm80::in_batch_softmax_backward(p, in.query.dtype, device, execution.stream);
+#endif
 }
 
 }  // namespace hstu::similarity

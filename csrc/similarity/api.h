@@ -4,12 +4,13 @@
 
 #include <cstdint>
 
+#include "common/execution.h"
 #include "common/tensor.h"
 
 namespace hstu::similarity {
 
-void l2norm(const Tensor& x, const Tensor& out, double eps, int num_threads);
-void l2norm_backward(const Tensor& dout, const Tensor& x, const Tensor& dx, double eps, int num_threads);
+void l2norm(const Tensor& x, const Tensor& out, double eps, Execution execution);
+void l2norm_backward(const Tensor& dout, const Tensor& x, const Tensor& dx, double eps, Execution execution);
 
 void check_l2norm_dot(const Tensor& q, const Tensor& items, double eps);
 
@@ -29,10 +30,26 @@ struct TopkTile {
     int64_t k;
 };
 
+// Of the GPU: candidates and the result. counts, kept and thresholds begin as 0; see similarity/sm80/topk.h.
+struct TopkState {
+    Tensor keys, counts, kept, thresholds;  // int64 [rows, capacity], int32 [rows], int32 [rows], int64 [rows]
+    Tensor values, indices;                 // fp32 [rows, k], int64 [rows, k]
+};
+
 void check_topk_dot(const TopkInputs& inputs);
 void topk_merge(const TopkTile& tile, int num_threads);
 void topk_finish(const Tensor& kept, const Tensor& counts, const Tensor& values, const Tensor& indices,
                  int num_threads);
+
+// Candidates that the GPU has room for, 0 where k is too large for it.
+int64_t topk_capacity(int64_t k);
+// Whether topk_scan serves these rows: half precision, aligned to 16 bytes, not too long.
+bool topk_can_scan(const Tensor& query, const Tensor& items);
+// The whole result; inputs.exclude is sorted within rows and inputs.exclude_offsets given.
+void topk_scan(const TopkInputs& inputs, const TopkState& state, Execution execution);
+// One round: fp32 scores [rows, cols] of items [col0, col0 + cols). The last one writes the result.
+void topk_merge_scores(const TopkInputs& inputs, const Tensor& scores, int64_t col0, bool last, const TopkState& state,
+                       Execution execution);
 
 struct SampledInputs {
     Tensor query, table;      // [T, D] [V, D]
@@ -71,8 +88,9 @@ struct InBatchTile {
 
 void check_in_batch_softmax(const InBatchInputs& in, double eps);
 void in_batch_softmax_forward(const InBatchInputs& in, const InBatchTile& tile, const Tensor& maximum,
-                              const Tensor& sum, const Tensor& positive_logit, int num_threads);
+                              const Tensor& sum, const Tensor& positive_logit, Execution execution);
+// tile.similarity becomes its gradient; on a GPU in the dtype of the query, each row in the front of its own memory.
 void in_batch_softmax_backward(const InBatchInputs& in, const InBatchTile& tile, const Tensor& dloss, const Tensor& lse,
-                               int num_threads);
+                               Execution execution);
 
 }  // namespace hstu::similarity

@@ -16,18 +16,18 @@ void bind_l2norm(py::args values) {
     Arguments args("l2norm", std::move(values));
     const Tensor x = args.tensor("x"), out = args.tensor("out");
     const double eps = args.number("eps");
-    const int num_threads = threads(args);
+    const Execution execution = args.execution();
     const py::gil_scoped_release no_gil;
-    l2norm(x, out, eps, num_threads);
+    l2norm(x, out, eps, execution);
 }
 
 void bind_l2norm_backward(py::args values) {
     Arguments args("l2norm", std::move(values));
     const Tensor dout = args.tensor("dout"), x = args.tensor("x"), dx = args.tensor("dx");
     const double eps = args.number("eps");
-    const int num_threads = threads(args);
+    const Execution execution = args.execution();
     const py::gil_scoped_release no_gil;
-    l2norm_backward(dout, x, dx, eps, num_threads);
+    l2norm_backward(dout, x, dx, eps, execution);
 }
 
 void bind_l2norm_dot_check(py::args values) {
@@ -36,8 +36,7 @@ void bind_l2norm_dot_check(py::args values) {
     check_l2norm_dot(q, items, args.number("eps"));
 }
 
-void bind_topk_check(py::args values) {
-    Arguments args("topk_dot", std::move(values));
+TopkInputs topk_inputs(Arguments& args) {
     TopkInputs in;
     in.query = args.tensor("query");
     in.items = args.tensor("items");
@@ -45,6 +44,50 @@ void bind_topk_check(py::args values) {
     in.exclude = args.tensor("exclude");
     in.exclude_offsets = args.tensor("exclude's offsets");
     in.valid = args.tensor("valid");
+    return in;
+}
+
+TopkState topk_state(Arguments& args) {
+    TopkState state;
+    state.keys = args.tensor("keys");
+    state.counts = args.tensor("counts");
+    state.kept = args.tensor("kept");
+    state.thresholds = args.tensor("thresholds");
+    state.values = args.tensor("values");
+    state.indices = args.tensor("indices");
+    return state;
+}
+
+bool bind_topk_can_scan(py::args values) {
+    Arguments args("topk_dot", std::move(values));
+    const Tensor query = args.tensor("query"), items = args.tensor("items");
+    return topk_can_scan(query, items);
+}
+
+void bind_topk_scan(py::args values) {
+    Arguments args("topk_dot", std::move(values));
+    const TopkInputs in = topk_inputs(args);
+    const TopkState state = topk_state(args);
+    const Execution execution = args.execution();
+    const py::gil_scoped_release no_gil;
+    topk_scan(in, state, execution);
+}
+
+void bind_topk_merge_scores(py::args values) {
+    Arguments args("topk_dot", std::move(values));
+    const TopkInputs in = topk_inputs(args);
+    const Tensor scores = args.tensor("scores");
+    const int64_t col0 = args.integer("col0");
+    const bool last = args.boolean("last");
+    const TopkState state = topk_state(args);
+    const Execution execution = args.execution();
+    const py::gil_scoped_release no_gil;
+    topk_merge_scores(in, scores, col0, last, state, execution);
+}
+
+void bind_topk_check(py::args values) {
+    Arguments args("topk_dot", std::move(values));
+    const TopkInputs in = topk_inputs(args);
     const py::gil_scoped_release no_gil;
     check_topk_dot(in);
 }
@@ -172,9 +215,9 @@ void bind_in_batch_forward(py::args values) {
     const InBatchTile tile = in_batch_tile(args);
     const Tensor maximum = args.tensor("maximum"), sum = args.tensor("sum"),
                  positive_logit = args.tensor("positive_logit");
-    const int num_threads = threads(args);
+    const Execution execution = args.execution();
     const py::gil_scoped_release no_gil;
-    in_batch_softmax_forward(in, tile, maximum, sum, positive_logit, num_threads);
+    in_batch_softmax_forward(in, tile, maximum, sum, positive_logit, execution);
 }
 
 void bind_in_batch_backward(py::args values) {
@@ -182,9 +225,9 @@ void bind_in_batch_backward(py::args values) {
     const InBatchInputs in = in_batch_inputs(args);
     const InBatchTile tile = in_batch_tile(args);
     const Tensor dloss = args.tensor("dloss"), lse = args.tensor("lse");
-    const int num_threads = threads(args);
+    const Execution execution = args.execution();
     const py::gil_scoped_release no_gil;
-    in_batch_softmax_backward(in, tile, dloss, lse, num_threads);
+    in_batch_softmax_backward(in, tile, dloss, lse, execution);
 }
 
 }  // namespace
@@ -194,6 +237,10 @@ void register_similarity(py::module_& m) {
     m.def("l2norm_backward", &bind_l2norm_backward);
     m.def("l2norm_dot_check", &bind_l2norm_dot_check);
     m.def("topk_check", &bind_topk_check);
+    m.def("topk_capacity", &topk_capacity);
+    m.def("topk_can_scan", &bind_topk_can_scan);
+    m.def("topk_scan", &bind_topk_scan);
+    m.def("topk_merge_scores", &bind_topk_merge_scores);
     m.def("topk_merge", &bind_topk_merge);
     m.def("topk_finish", &bind_topk_finish);
     m.def("sampled_softmax_forward", &bind_sampled_forward);

@@ -72,8 +72,8 @@ struct SampledBackwardParams : SampledParams {
 
 // One tile of similarities of unit rows: queries [row0, row0 + rows) against items [col0, col0 + cols).
 struct InBatchParams {
-    int64_t rows, cols, row0, col0;
-    bool is_double;  // C
+    int64_t rows, cols, row0, col0, items;  // items: X
+    bool is_double;                         // C
     double inv_temperature, threshold;
     Matrix similarity;               // C [rows, cols]; backward: becomes its gradient
     Matrix duplicate;                // C [rows, cols]: similarity of the positive item with item j; or nullptr

@@ -111,10 +111,10 @@ def jagged_sizes(op: str, rows: int, is_list: bool, /, *offsets: Tensor) -> list
 
 # The similarity ops. C is float64 where the tensors are float64, else float32; ids and offsets not named otherwise are
 # int64. An op that has a _check is checked there alone.
-def l2norm(x: Tensor, out: Tensor, eps: float, num_threads: int, /) -> None:
+def l2norm(x: Tensor, out: Tensor, eps: float, stream: int, num_threads: int, /) -> None:
     """x and out [rows, dim]."""
 
-def l2norm_backward(dout: Tensor, x: Tensor, dx: Tensor, eps: float, num_threads: int, /) -> None: ...
+def l2norm_backward(dout: Tensor, x: Tensor, dx: Tensor, eps: float, stream: int, num_threads: int, /) -> None: ...
 def l2norm_dot_check(q: Tensor, items: Tensor, eps: float, /) -> None: ...
 def topk_check(
     query: Tensor,
@@ -125,6 +125,51 @@ def topk_check(
     valid: Tensor | None,
     /,
 ) -> None: ...
+def topk_capacity(k: int, /) -> int:
+    """Candidates of a row on the GPU, 0 where k is too large for its kernels."""
+
+def topk_can_scan(query: Tensor, items: Tensor, /) -> bool: ...
+def topk_scan(
+    query: Tensor,
+    items: Tensor,
+    k: int,
+    exclude: Tensor | None,
+    exclude_offsets: Tensor | None,
+    valid: Tensor | None,
+    keys: Tensor,
+    counts: Tensor,
+    kept: Tensor,
+    thresholds: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    stream: int,
+    num_threads: int,
+    /,
+) -> None:
+    """The top k on a GPU. keys int64 [rows, capacity] is scratch; counts, kept (int32) and thresholds begin as 0."""
+
+def topk_merge_scores(
+    query: Tensor,
+    items: Tensor,
+    k: int,
+    exclude: Tensor | None,
+    exclude_offsets: Tensor | None,
+    valid: Tensor | None,
+    scores: Tensor,
+    col0: int,
+    last: bool,
+    keys: Tensor,
+    counts: Tensor,
+    kept: Tensor,
+    thresholds: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    stream: int,
+    num_threads: int,
+    /,
+) -> None:
+    """One round of it over fp32 scores [rows, cols]; the last one writes the result."""
+
 def topk_merge(
     scores: Tensor,
     col0: int,
@@ -242,6 +287,7 @@ def in_batch_softmax_forward(
     maximum: Tensor,
     sum: Tensor,
     positive_logit: Tensor,
+    stream: int,
     num_threads: int,
     /,
 ) -> None:
@@ -263,7 +309,8 @@ def in_batch_softmax_backward(
     threshold: float,
     dloss: Tensor,
     lse: Tensor,
+    stream: int,
     num_threads: int,
     /,
 ) -> None:
-    """Turns a tile of similarities into their gradient."""
+    """Turns a tile of similarities into their gradient; on a GPU in the dtype of query, in the front of each row."""

@@ -16,11 +16,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hstu_ext import _C
+from hstu_ext.ops._shared import PLAIN, execution
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _TILE_ROWS = 256  # queries of a tile of scores
 _TILE_ELEMENTS = 1 << 18  # of a tile of scores: 1 MiB of float32 stays in a core's cache
 _TILE_ITEM_ELEMENTS = 1 << 19  # of a tile of items that were normalised or converted
+# On a GPU: few launches, tiles that stay in its L2 cache.
+_GPU_TILE_COLS = 1 << 15
+_GPU_TILE_ELEMENTS = 1 << 23
+_GPU_TILE_ITEM_ELEMENTS = 1 << 24
+_GPU_TOPK_ROWS = 2048  # queries that are served at once: each has its list of candidates
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -268,7 +273,7 @@ def _is_plain(*values: object) -> bool:
     """Whether _C can read the tensors and autograd needs no help from torch.library."""
     if torch.compiler.is_compiling():
         return False
-    return all(type(value) in _PLAIN for value in values if isinstance(value, Tensor))
+    return all(type(value) in PLAIN for value in values if isinstance(value, Tensor))
 
 
 def _differentiable(
@@ -317,19 +322,24 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _factor_dtype(x: Tensor) -> torch.dtype:
+    """Of the factors of a product: a GPU multiplies half precision at full speed and still sums in float32."""
+    return x.dtype if x.is_cuda else _compute_dtype(x)
+
+
 def _unit(x: Tensor, eps: float) -> Tensor:
-    """Normalised rows in the compute type."""
-    x = _rows(x.to(_compute_dtype(x)))
+    """Normalised rows, factors of a product."""
+    x = _rows(x.to(_factor_dtype(x)))
     out = _empty_like(x)
-    _C.l2norm(x, out, eps, torch.get_num_threads())
+    _C.l2norm(x, out, eps, *execution(x))
     return out
 
 
 def _unit_backward(dout: Tensor, x: Tensor, eps: float) -> Tensor:
-    """The gradient of x, in its dtype, from that of its normalised rows in the compute type."""
-    wide = _rows(x.to(dout.dtype))
+    """The gradient of x, in its dtype, from that of its normalised rows."""
+    wide = _rows(x.to(_factor_dtype(x)))
     dx = _empty_like(wide)
-    _C.l2norm_backward(dout, wide, dx, eps, torch.get_num_threads())
+    _C.l2norm_backward(dout.to(wide.dtype), wide, dx, eps, *execution(x))
     return dx.to(x.dtype)
 
 
@@ -338,9 +348,32 @@ def _spans(total: int, step: int) -> Iterator[slice]:
         yield slice(begin, min(total, begin + step))
 
 
-def _tile_shape(rows: int, cols: int) -> tuple[int, int]:
+def _tile_shape(rows: int, cols: int, is_cuda: bool) -> tuple[int, int]:
+    if is_cuda:
+        tile_cols = max(1, min(cols, _GPU_TILE_COLS))
+        return max(1, min(rows, _GPU_TILE_ELEMENTS // tile_cols)), tile_cols
     tile_rows = max(1, min(rows, _TILE_ROWS))
     return tile_rows, max(1, min(cols, _TILE_ELEMENTS // tile_rows))
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a b, summed in float32 (float64 for float64) and given in out's dtype, which may be wider."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):  # since torch 2.8
+        wide: Tensor = torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+        return wide
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, total may be wider."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 # l2norm
@@ -348,7 +381,7 @@ def _tile_shape(rows: int, cols: int) -> tuple[int, int]:
 
 def _l2norm_run(x: Tensor, eps: float) -> Tensor:
     out = _empty_like(x)
-    _C.l2norm(_rows(x), out, eps, torch.get_num_threads())
+    _C.l2norm(_rows(x), out, eps, *execution(x))
     return out
 
 
@@ -361,7 +394,7 @@ def _l2norm_fake(x: Tensor, eps: float) -> Tensor:
 )
 def _l2norm_backward(dout: Tensor, x: Tensor, eps: float) -> Tensor:
     dx = _empty_like(x)
-    _C.l2norm_backward(_rows(dout), _rows(x), dx, eps, torch.get_num_threads())
+    _C.l2norm_backward(_rows(dout), _rows(x), dx, eps, *execution(x))
     return dx
 
 
@@ -394,9 +427,10 @@ def _sorted_exclusions(
     if exclude is None:
         return None, None
     if offsets is None:
-        offsets = torch.arange(batch + 1) * exclude.shape[1]
+        offsets = torch.arange(batch + 1, device=exclude.device) * exclude.shape[1]
         return exclude.sort(dim=1).values.view(-1), offsets
-    row = torch.repeat_interleave(torch.arange(batch), offsets.diff())
+    # The row of every value; on a GPU, where offsets are not checked, whatever they hold.
+    row = torch.searchsorted(offsets[1:], torch.arange(exclude.shape[0], device=exclude.device), right=True)
     values, by_value = exclude.sort()
     return values[row[by_value].sort(stable=True).indices], offsets
 
@@ -408,8 +442,10 @@ def _topk(
     _C.topk_check(query, items, k, exclude, offsets, valid)
     batch, count, threads = query.shape[0], items.shape[0], torch.get_num_threads()
     excluded, offsets = _sorted_exclusions(exclude, offsets, batch)
+    if query.is_cuda:
+        return _topk_on_gpu(query, items, k, excluded, offsets, valid)
     query = query.to(_compute_dtype(query))
-    tile_rows, tile_cols = _tile_shape(batch, count)
+    tile_rows, tile_cols = _tile_shape(batch, count, False)
     wide = None
     if items.dtype != query.dtype:
         tile_cols = max(1, min(tile_cols, _TILE_ITEM_ELEMENTS // items.shape[1]))
@@ -434,6 +470,83 @@ def _topk(
     values, indices = query.new_empty((batch, k)), query.new_empty((batch, k), dtype=torch.int64)
     _C.topk_finish(kept, counts, values, indices, threads)
     return values, indices
+
+
+def _topk_on_gpu(
+    query: Tensor, items: Tensor, k: int, excluded: Tensor | None, offsets: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """excluded is sorted within rows. In half precision the scores stay inside of one kernel (topk_scan)."""
+    batch, capacity = query.shape[0], _C.topk_capacity(k)
+    values = query.new_empty((batch, k), dtype=torch.float32)
+    indices = query.new_empty((batch, k), dtype=torch.int64)
+    for rows in _spans(batch, _GPU_TOPK_ROWS):
+        part = query[rows]
+        starts = None if offsets is None else offsets[rows.start : rows.stop + 1]
+        inputs: tuple[Any, ...] = (part, items, k, excluded, starts, valid)
+        if capacity == 0:
+            values[rows], indices[rows] = _topk_by_sorting(*inputs)
+            continue
+        state: tuple[Any, ...] = (
+            part.new_empty((part.shape[0], capacity), dtype=torch.int64),
+            *part.new_zeros((2, part.shape[0]), dtype=torch.int32).unbind(),
+            part.new_zeros(part.shape[0], dtype=torch.int64),
+            values[rows],
+            indices[rows],
+        )
+        if _C.topk_can_scan(part, items):
+            arguments: tuple[Any, ...] = (*inputs, *state, *execution(part))
+            _C.topk_scan(*arguments)
+            continue
+        for cols, scores in _scores_in_rounds(part, items, k, capacity):
+            arguments = (*inputs, scores, cols.start, cols.stop == items.shape[0], *state, *execution(part))
+            _C.topk_merge_scores(*arguments)
+    return values, indices
+
+
+def _scores_in_rounds(query: Tensor, items: Tensor, k: int, capacity: int) -> Iterator[tuple[slice, Tensor]]:
+    """float32 scores of all items, each round as long as its candidates are expected to fit (sm80/topk.h)."""
+    query, count = query.float(), items.shape[0]
+    limit = max(capacity, min(_GPU_TILE_ELEMENTS // query.shape[0], _GPU_TILE_ITEM_ELEMENTS // items.shape[1]))
+    buffer = query.new_empty((query.shape[0], min(limit, count)))
+    done = 0
+    while done < count:
+        wanted = capacity if done == 0 else max(1, done * (capacity - k) // (2 * k))
+        cols = slice(done, min(count, done + min(wanted, limit)))
+        yield cols, torch.mm(query, items[cols].float().t(), out=buffer[:, : cols.stop - cols.start])
+        done = cols.stop
+
+
+def _topk_by_sorting(
+    query: Tensor, items: Tensor, k: int, excluded: Tensor | None, offsets: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """For a k beyond the kernels: torch.topk of 64-bit keys, the score in order above the complement of the index."""
+    query, count, none = query.float(), items.shape[0], torch.iinfo(torch.int64).min
+    row = None
+    if excluded is not None and offsets is not None:
+        row = torch.searchsorted(offsets[1:], torch.arange(excluded.shape[0], device=query.device), right=True)
+        row_is_here = (row < query.shape[0]) & (torch.arange(excluded.shape[0], device=query.device) >= offsets[0])
+        row = row.clamp(max=query.shape[0] - 1)
+    best = query.new_empty((query.shape[0], 0), dtype=torch.int64)
+    for cols in _spans(count, max(k, _GPU_TILE_ELEMENTS // max(1, query.shape[0]))):
+        scores = torch.mm(query, items[cols].float().t()) + 0.0  # -0 becomes 0
+        bits = scores.view(torch.int32)
+        ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).long()
+        index = torch.arange(cols.start, cols.stop, device=query.device)
+        keys = ordered << 32 | (0xFFFFFFFF - index)
+        keys.masked_fill_(~(scores > -math.inf), none)
+        if valid is not None:
+            keys.masked_fill_(~valid[cols], none)
+        if excluded is not None and row is not None:
+            here = row_is_here & (excluded >= cols.start) & (excluded < cols.stop)
+            keys = torch.cat([keys, keys.new_empty((keys.shape[0], 1))], 1)  # the last column takes what is elsewhere
+            keys[row, torch.where(here, excluded - cols.start, keys.shape[1] - 1)] = none
+            keys = keys[:, :-1]
+        keys = torch.cat([best, keys], 1)
+        best = keys.topk(min(k, keys.shape[1]), 1).values
+    found = best > none
+    ordered = (best >> 32).int()
+    scores = torch.where(ordered >= 0, ordered, ordered ^ 0x7FFFFFFF).view(torch.float32)
+    return torch.where(found, scores, -math.inf), torch.where(found, 0xFFFFFFFF - (best & 0xFFFFFFFF), -1)
 
 
 def _topk_fake(query: Tensor, items: Tensor, k: int, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -556,6 +669,8 @@ _sampled = _differentiable(
 
 def _dot_tile_shape(q: Tensor, items: Tensor) -> tuple[int, int]:
     """Tiles as wide as the items of one may be: the scores are written once, so only the items need the cache."""
+    if q.is_cuda:
+        return max(1, q.shape[0]), max(1, min(items.shape[0], _GPU_TILE_ITEM_ELEMENTS // items.shape[1]))
     cols = max(1, min(items.shape[0], _TILE_ITEM_ELEMENTS // items.shape[1]))
     return max(1, min(q.shape[0], 4 * _TILE_ELEMENTS // cols)), cols
 
@@ -592,14 +707,14 @@ def _dot_fake(q: Tensor, items: Tensor, eps: float) -> Tensor:
 )
 def _dot_backward(dout: Tensor, q: Tensor, items: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     rows_step, cols_step = _dot_tile_shape(q, items)
-    unit_q = _unit(q, eps)
-    dunit_q, ditems = torch.zeros_like(unit_q), _empty_like(items)
+    unit_q, ditems = _unit(q, eps), _empty_like(items)
+    dunit_q = torch.zeros_like(unit_q, dtype=_compute_dtype(q))
     for cols, unit_items in _tiles_of_units(items, cols_step, eps):
-        dunit_items = torch.zeros_like(unit_items)
+        dunit_items = torch.zeros_like(unit_items, dtype=dunit_q.dtype)
         for rows in _spans(q.shape[0], rows_step):
             tile = dout[rows, cols].to(unit_q.dtype)
-            dunit_q[rows].addmm_(tile, unit_items)
-            dunit_items.addmm_(tile.t(), unit_q[rows])
+            _add_product(dunit_q[rows], tile, unit_items)
+            _add_product(dunit_items, tile.t(), unit_q[rows])
         ditems[cols] = _unit_backward(dunit_items, items[cols], eps)
     return _unit_backward(dunit_q, q, eps), ditems
 
@@ -631,15 +746,16 @@ def _in_batch_tiles(
     unit_query: Tensor, unit_items: Tensor, positives: Tensor, threshold: float | None
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
     """Similarities of queries with items and, for the threshold, of their positives with items; in two buffers."""
-    rows_step, cols_step = _tile_shape(unit_query.shape[0], unit_items.shape[0])
-    buffers = [unit_query.new_empty((rows_step, cols_step)) for _ in range(1 if threshold is None else 2)]
+    rows_step, cols_step = _tile_shape(unit_query.shape[0], unit_items.shape[0], unit_query.is_cuda)
+    dtype = _compute_dtype(unit_query)
+    buffers = [unit_query.new_empty((rows_step, cols_step), dtype=dtype) for _ in range(1 if threshold is None else 2)]
     for rows in _spans(unit_query.shape[0], rows_step):
         sides = [unit_query[rows]] + ([] if threshold is None else [unit_items[positives[rows]]])
         for cols in _spans(unit_items.shape[0], cols_step):
             tiles = []
             for side, buffer in zip(sides, buffers):
                 tile = buffer[: rows.stop - rows.start, : cols.stop - cols.start]
-                tiles.append(torch.mm(side, unit_items[cols].t(), out=tile))
+                tiles.append(_product(side, unit_items[cols].t(), tile))
             yield rows, cols, tiles[0], tiles[1] if len(tiles) > 1 else None
 
 
@@ -659,12 +775,12 @@ def _in_batch_run(
     inputs = (query, items, item_ids, positives, sequence_ids, item_sequence_ids, log_q, temperature)
     _C.in_batch_softmax_check(*inputs, eps)
     unit_query, unit_items = _unit(query, eps), _unit(items, eps)
-    positive_logit, maximum = unit_query.new_empty(query.shape[0]), unit_query.new_empty(query.shape[0])
+    positive_logit, maximum, total = unit_query.new_empty((3, query.shape[0]), dtype=_compute_dtype(query))
     maximum.fill_(-math.inf)
-    total = unit_query.new_zeros(query.shape[0])
+    total.zero_()
     for rows, cols, tile, duplicate in _in_batch_tiles(unit_query, unit_items, positives, threshold):
         where = (tile, duplicate, rows.start, cols.start, threshold or 0.0)
-        _C.in_batch_softmax_forward(*inputs, *where, maximum, total, positive_logit, torch.get_num_threads())
+        _C.in_batch_softmax_forward(*inputs, *where, maximum, total, positive_logit, *execution(query))
     lse = maximum + total.log()
     return lse - positive_logit, lse
 
@@ -689,14 +805,18 @@ def _in_batch_backward(dloss: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, 
     *inputs, threshold, eps = args
     query, items, _, positives = inputs[:4]
     unit_query, unit_items = _unit(query, eps), _unit(items, eps)
-    dunit_query, dunit_items = torch.zeros_like(unit_query), torch.zeros_like(unit_items)
+    dtype = _compute_dtype(query)
+    dunit_query, dunit_items = torch.zeros_like(unit_query, dtype=dtype), torch.zeros_like(unit_items, dtype=dtype)
     dloss = dloss.contiguous()
     for rows, cols, tile, duplicate in _in_batch_tiles(unit_query, unit_items, positives, threshold):
         where = (tile, duplicate, rows.start, cols.start, threshold or 0.0)
-        arguments: tuple[Any, ...] = (*inputs, *where, dloss, lse, torch.get_num_threads())
+        arguments: tuple[Any, ...] = (*inputs, *where, dloss, lse, *execution(query))
         _C.in_batch_softmax_backward(*arguments)
-        dunit_query[rows].addmm_(tile, unit_items[cols])
-        dunit_items[cols].addmm_(tile.t(), unit_query[rows])
+        if tile.dtype != unit_query.dtype:  # narrower gradients, each row in the front of its own memory
+            tile = tile.view(unit_query.dtype)[:, : cols.stop - cols.start]
+        _add_product(dunit_query[rows], tile, unit_items[cols])
+        _add_product(dunit_items[cols], tile.t(), unit_query[rows])
+    del unit_query, unit_items
     return _unit_backward(dunit_query, query, eps), _unit_backward(dunit_items, items, eps)
 
 

@@ -1,0 +1,361 @@
+#include "similarity/sm80/topk.h"
+
+#include <cmath>
+#include <numeric>
+
+#include "attention/sm80/tile.h"
+#include "common/cuda_launch.h"
+
+namespace hstu::similarity::sm80 {
+namespace {
+
+using namespace hstu::attention::sm80;  // tiles and warp-level products
+
+constexpr int kTileItems = kTopkTileItems, kStages = 3, kThreads = 256, kSelectThreads = 512;
+
+// ---- Candidates ----
+
+__device__ __forceinline__ uint64_t key_of(float score, int64_t item) {
+    const uint32_t bits = __float_as_uint(score + 0.0f);  // -0 becomes 0
+    const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return uint64_t{ordered} << 32 | (0xffffffffu - static_cast<uint32_t>(item));
+}
+
+__device__ __forceinline__ float score_of(uint64_t key) {
+    const uint32_t ordered = static_cast<uint32_t>(key >> 32);
+    return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
+}
+
+__device__ __forceinline__ int64_t item_of(uint64_t key) { return 0xffffffffu - static_cast<uint32_t>(key); }
+
+// Scores below this one cannot beat the threshold.
+__device__ __forceinline__ float least_score(uint64_t threshold) { return threshold ? score_of(threshold) : -INFINITY; }
+
+__device__ __forceinline__ bool is_excluded(const TopkScan& p, int64_t row, int64_t item) {
+    if (p.valid && !p.valid[item]) return true;
+    if (!p.excluded) return false;
+    int64_t low = clamp_to<int64_t>(p.excluded_offsets[row], 0, p.excluded_count);
+    int64_t high = clamp_to<int64_t>(p.excluded_offsets[row + 1], low, p.excluded_count);
+    const int64_t end = high;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (p.excluded[middle] < item)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < end && p.excluded[low] == item;
+}
+
+// The key of an item that may be returned and beats the threshold, else 0. NaN beats nothing.
+__device__ __forceinline__ uint64_t candidate(const TopkScan& p, int64_t row, int64_t item, float score,
+                                              uint64_t threshold) {
+    if (!(score > -INFINITY)) return 0;
+    const uint64_t key = key_of(score, item);
+    return key > threshold && !is_excluded(p, row, item) ? key : 0;
+}
+
+__device__ __forceinline__ void offer(const TopkScan& p, int64_t row, int64_t item, float score) {
+    const uint64_t key = candidate(p, row, item, score, p.thresholds[row]);
+    if (key == 0) return;
+    const int slot = atomicAdd(p.counts + row, 1);
+    if (slot < p.capacity) p.keys[row * p.capacity + slot] = key;
+}
+
+// ---- Scanning: scores of a tile of queries with one tile of items after the other ----
+
+// The tiles of a round, in an order that spreads neighbours over all rounds: catalogues are often sorted.
+struct Round {
+    int64_t begin, end, tiles,
+        stride;  // positions [begin, end) of all tiles; stride has no factor in common with tiles
+
+    __device__ __forceinline__ int64_t operator[](int64_t position) const { return position * stride % tiles; }
+};
+
+template <class T, int kRows>
+struct ScanShared {
+    using Panel = Tile<kRows, 64>;  // 64 columns of the queries
+    using ItemPanel = Tile<kTileItems, 64>;
+
+    uint32_t base;
+    int panels;
+    __host__ __device__ static int bytes(int panels) { return panels * Panel::kBytes + kStages * ItemPanel::kBytes; }
+    __device__ Panel query(int panel) const { return {base + panel * Panel::kBytes}; }
+    __device__ ItemPanel items(int stage) const { return {base + panels * Panel::kBytes + stage * ItemPanel::kBytes}; }
+};
+
+// One block: kRows queries, which stay in shared memory, and every gridDim.y-th tile of the round. Panels of 64 columns
+// of the items come through a ring of kStages; one barrier a panel publishes the one that has landed and frees the one
+// to be refilled. Scores are fp32 accumulators; a row is looked at element by element only where its best one qualifies.
+template <class T, int kRows, int kWarpsM>
+__global__ void __launch_bounds__(kThreads, 2) topk_scan_kernel(const __grid_constant__ TopkScan p, Round round) {
+    using Shared = ScanShared<T, kRows>;
+    using Grid = WarpGrid<kRows, kTileItems, kWarpsM, 8 / kWarpsM>;
+    extern __shared__ __align__(128) unsigned char shared_memory[];
+    const int dim = static_cast<int>(p.dim), panels = ceil_div(dim, 64);
+    const Shared shared{static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory)), panels};
+
+    const int64_t row0 = int64_t{blockIdx.x} * kRows;
+    const int rows = static_cast<int>(min_of<int64_t>(kRows, p.rows - row0));
+    const T* const query = static_cast<const T*>(p.query.data) + row0 * p.query.stride;
+    const T* const catalogue = static_cast<const T*>(p.catalogue.data);
+    for (int panel = 0; panel < panels; ++panel)
+        load_tile<kThreads>(shared.query(panel), query + panel * 64, p.query.stride, rows, dim - panel * 64);
+
+    // What is loaded next: panel `next_panel` of the tile at `next`.
+    int64_t next = round.begin + blockIdx.y;
+    int next_panel = 0, next_stage = 0;
+    const auto load_next = [&] {
+        if (next < round.end) {
+            const int64_t item0 = round[next] * kTileItems;
+            load_tile<kThreads>(shared.items(next_stage), catalogue + item0 * p.catalogue.stride + next_panel * 64,
+                                p.catalogue.stride, static_cast<int>(min_of<int64_t>(kTileItems, p.items - item0)),
+                                dim - next_panel * 64);
+            if (++next_panel == panels) next_panel = 0, next += gridDim.y;
+            next_stage = next_stage + 1 == kStages ? 0 : next_stage + 1;
+        }
+        cute::cp_async_fence();
+    };
+    for (int i = 0; i < kStages - 1; ++i) load_next();
+
+    float least[Grid::kM * 2];
+#pragma unroll
+    for (int i = 0; i < Grid::kM * 2; ++i) {
+        const int row = Grid::row() + i * 8 + lane() / 4;
+        least[i] = row < rows ? least_score(p.thresholds[row0 + row]) : INFINITY;
+    }
+
+    int stage = 0;
+    for (int64_t position = round.begin + blockIdx.y; position < round.end; position += gridDim.y) {
+        typename Grid::Acc scores;
+        scores.clear();
+        for (int panel = 0; panel < panels; ++panel) {
+            cute::cp_async_wait<kStages - 2>();
+            __syncthreads();
+            load_next();
+            matmul<T, 4>(scores, LeftRows<typename Shared::Panel>(shared.query(panel), Grid::row()),
+                         RightRows<typename Shared::ItemPanel>(shared.items(stage), Grid::col()));
+            stage = stage + 1 == kStages ? 0 : stage + 1;
+        }
+        const int64_t item0 = round[position] * kTileItems;
+#pragma unroll
+        for (int m = 0; m < Grid::kM; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float best = -INFINITY;
+#pragma unroll
+                for (int n = 0; n < Grid::kN; ++n)
+                    best = fmaxf(best, fmaxf(scores.x[m][n][half * 2], scores.x[m][n][half * 2 + 1]));
+                if (!(best >= least[m * 2 + half])) continue;
+                const int64_t row = row0 + Grid::row() + m * 16 + half * 8 + lane() / 4;
+                if (row >= p.rows) continue;
+#pragma unroll
+                for (int n = 0; n < Grid::kN; ++n) {
+#pragma unroll
+                    for (int c = 0; c < 2; ++c) {
+                        const int64_t item = item0 + Grid::col() + n * 8 + lane() % 4 * 2 + c;
+                        const float score = scores.x[m][n][half * 2 + c];
+                        if (score >= least[m * 2 + half] && item < p.items) offer(p, row, item, score);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// The same for scores that are there already: one thread an element.
+__global__ void __launch_bounds__(kThreads)
+    topk_offer_kernel(const __grid_constant__ TopkScan p, const __grid_constant__ TopkScores tile) {
+    const int64_t row = blockIdx.x, step = int64_t{gridDim.y} * kThreads;
+    const float* const scores = static_cast<const float*>(tile.scores.data) + row * tile.scores.stride;
+    const float least = least_score(p.thresholds[row]);
+    for (int64_t col = int64_t{blockIdx.y} * kThreads + threadIdx.x; col < tile.cols; col += step)
+        if (scores[col] >= least) offer(p, row, tile.col0 + col, scores[col]);
+}
+
+// ---- Selection ----
+
+// Sorts keys[0, size) in shared memory, the largest first. size is a power of two.
+__device__ __forceinline__ void sort_descending(uint64_t* keys, int size) {
+    for (int run = 2; run <= size; run *= 2) {
+        for (int distance = run / 2; distance > 0; distance /= 2) {
+            __syncthreads();
+            for (int i = threadIdx.x; i < size / 2; i += kSelectThreads) {
+                const int low = i / distance * 2 * distance + i % distance, high = low + distance;
+                const bool descending = (low & run) == 0;
+                if ((keys[low] < keys[high]) == descending) {
+                    const uint64_t key = keys[low];
+                    keys[low] = keys[high];
+                    keys[high] = key;
+                }
+            }
+        }
+    }
+    __syncthreads();
+}
+
+// Sorts keys[0, count), kept candidates and new ones; returns how many are left and sets the threshold.
+__device__ __forceinline__ int select(uint64_t* keys, int count, int k, uint64_t& threshold) {
+    int size = 2;
+    while (size < count) size *= 2;
+    __syncthreads();
+    for (int i = count + threadIdx.x; i < size; i += kSelectThreads) keys[i] = 0;
+    sort_descending(keys, size);
+    if (count >= k) threshold = keys[k - 1];
+    return min_of(count, k);
+}
+
+// Scores of a row with the items of a round, in groups of at most kTileItems: a warp an item.
+template <class T>
+struct DotProducts {
+    Round round;
+    __device__ __forceinline__ int64_t groups() const { return round.end - round.begin; }
+    __device__ __forceinline__ int64_t first(int64_t group, const TopkScan&) const {
+        return round[round.begin + group] * kTileItems;
+    }
+    __device__ __forceinline__ int64_t end(const TopkScan& p) const { return p.items; }
+    __device__ __forceinline__ float score(const TopkScan& p, int64_t row, int64_t item) const {
+        const T* const query = static_cast<const T*>(p.query.data) + row * p.query.stride;
+        const T* const other = static_cast<const T*>(p.catalogue.data) + item * p.catalogue.stride;
+        float sum = 0.0f;
+        for (int64_t d = lane(); d < p.dim; d += 32) sum += static_cast<float>(query[d]) * static_cast<float>(other[d]);
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        return sum;
+    }
+};
+
+struct TileScores {
+    TopkScores tile;
+    __device__ __forceinline__ int64_t groups() const { return ceil_div<int64_t>(tile.cols, kTileItems); }
+    __device__ __forceinline__ int64_t first(int64_t group, const TopkScan&) const {
+        return tile.col0 + group * kTileItems;
+    }
+    __device__ __forceinline__ int64_t end(const TopkScan&) const { return tile.col0 + tile.cols; }
+    __device__ __forceinline__ float score(const TopkScan&, int64_t row, int64_t item) const {
+        return static_cast<const float*>(tile.scores.data)[row * tile.scores.stride + item - tile.col0];
+    }
+};
+
+// A round whose candidates did not fit, once more from the kept keys [0, kept), selecting whenever the room is full.
+template <class Scores>
+__device__ __forceinline__ int rescan(const TopkScan& p, const Scores& scores, int64_t row, uint64_t* keys, int kept,
+                                      uint64_t& threshold) {
+    __shared__ int count;
+    if (threadIdx.x == 0) count = kept;
+    __syncthreads();
+    for (int64_t group = 0; group < scores.groups(); ++group) {
+        const int64_t first = scores.first(group, p), end = min_of(first + kTileItems, scores.end(p));
+        for (int64_t item = first + warp(); item < end; item += kSelectThreads / 32) {
+            const float score = scores.score(p, row, item);
+            const uint64_t key = lane() == 0 ? candidate(p, row, item, score, threshold) : 0;
+            if (key != 0) keys[atomicAdd(&count, 1)] = key;
+        }
+        __syncthreads();
+        const int now = count;
+        __syncthreads();
+        if (now > p.capacity - kTileItems) {
+            const int left = select(keys, now, p.k, threshold);
+            if (threadIdx.x == 0) count = left;
+            __syncthreads();
+        }
+    }
+    __syncthreads();
+    return count;
+}
+
+// One block a row.
+template <class Scores>
+__global__ void __launch_bounds__(kSelectThreads)
+    topk_select_kernel(const __grid_constant__ TopkScan p, Scores scores, bool last) {
+    extern __shared__ __align__(16) unsigned char shared_memory[];
+    uint64_t* const keys = reinterpret_cast<uint64_t*>(shared_memory);
+    const int64_t row = blockIdx.x;
+    uint64_t* const stored = p.keys + row * p.capacity;
+    uint64_t threshold = p.thresholds[row];
+    const int offered = p.counts[row], kept = p.kept[row];
+    if (offered == kept && !last) return;  // nothing new
+
+    int count = offered > p.capacity ? kept : offered;
+    for (int i = threadIdx.x; i < count; i += kSelectThreads) keys[i] = stored[i];
+    __syncthreads();
+    if (offered > p.capacity) count = rescan(p, scores, row, keys, kept, threshold);
+    const int left = select(keys, count, p.k, threshold);
+    if (last) {
+        for (int i = threadIdx.x; i < p.k; i += kSelectThreads) {
+            p.values[row * p.k + i] = i < left ? score_of(keys[i]) : -INFINITY;
+            p.indices[row * p.k + i] = i < left ? item_of(keys[i]) : -1;
+        }
+        return;
+    }
+    for (int i = threadIdx.x; i < left; i += kSelectThreads) stored[i] = keys[i];
+    if (threadIdx.x == 0) {
+        p.thresholds[row] = threshold;
+        p.counts[row] = p.kept[row] = left;
+    }
+}
+
+template <class Scores>
+void launch_select(const TopkScan& p, const Scores& scores, bool last, cudaStream_t stream) {
+    launch<topk_select_kernel<Scores>>(p.rows, kSelectThreads, p.capacity * static_cast<int>(sizeof(uint64_t)),
+                                       p.device, stream, p, scores, last);
+}
+
+template <class T, int kRows, int kWarpsM>
+void scan_round(const TopkScan& p, const Round& round, cudaStream_t stream) {
+    const int64_t row_tiles = ceil_div<int64_t>(p.rows, kRows);
+    const int64_t blocks = 2 * multiprocessors(p.device);
+    const int64_t splits = clamp_to<int64_t>(blocks / row_tiles, 1, round.end - round.begin);
+    const int shared_bytes = ScanShared<T, kRows>::bytes(static_cast<int>(ceil_div<int64_t>(p.dim, 64)));
+    launch_grid<topk_scan_kernel<T, kRows, kWarpsM>>(
+        dim3(static_cast<unsigned>(row_tiles), static_cast<unsigned>(splits)), kThreads, shared_bytes, p.device, stream,
+        p, round);
+}
+
+template <class T>
+void scan(const TopkScan& p, cudaStream_t stream) {
+    const int64_t tiles = ceil_div<int64_t>(p.items, kTileItems);
+    int64_t stride = max_of<int64_t>(1, static_cast<int64_t>(0.618 * static_cast<double>(tiles)));
+    while (std::gcd(stride, tiles) != 1) ++stride;
+    const bool wide = topk_scan_rows(p) == 128;
+    for (int64_t done = 0; done < tiles;) {
+        const int64_t expected = done == 0 ? p.capacity / kTileItems : done * (p.capacity - p.k) / (2 * p.k);
+        const Round round{done, min_of(tiles, done + max_of<int64_t>(1, expected)), tiles, stride};
+        if (wide)
+            scan_round<T, 128, 4>(p, round, stream);
+        else
+            scan_round<T, 32, 1>(p, round, stream);
+        launch_select(p, DotProducts<T>{round}, round.end == tiles, stream);
+        done = round.end;
+    }
+}
+
+}  // namespace
+
+int topk_scan_rows(const TopkScan& p) {
+    const auto aligned = [](const Matrix& x) {
+        return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride % 8 == 0;
+    };
+    if (p.dim % 8 != 0 || !aligned(p.query) || !aligned(p.catalogue) || p.dim > (1 << 20)) return 0;
+    const int panels = static_cast<int>(ceil_div<int64_t>(p.dim, 64)), limit = max_shared_bytes(p.device);
+    if (p.rows > 32 && ScanShared<bf16, 128>::bytes(panels) <= limit) return 128;
+    return ScanShared<bf16, 32>::bytes(panels) <= limit ? 32 : 0;
+}
+
+void topk_scan(const TopkScan& p, DType dtype, void* stream) {
+    if (dtype == DType::kBFloat16)
+        scan<bf16>(p, static_cast<cudaStream_t>(stream));
+    else
+        scan<fp16>(p, static_cast<cudaStream_t>(stream));
+}
+
+void topk_merge(const TopkScan& p, const TopkScores& tile, bool last, void* stream_handle) {
+    const auto stream = static_cast<cudaStream_t>(stream_handle);
+    const int64_t wanted = ceil_div<int64_t>(8 * multiprocessors(p.device), p.rows);
+    const int64_t blocks = clamp_to<int64_t>(ceil_div<int64_t>(tile.cols, 4 * kThreads), 1, max_of<int64_t>(1, wanted));
+    launch_grid<topk_offer_kernel>(dim3(static_cast<unsigned>(p.rows), static_cast<unsigned>(blocks)), kThreads, 0,
+                                   p.device, stream, p, tile);
+    launch_select(p, TileScores{tile}, last, stream);
+}
+
+}  // namespace hstu::similarity::sm80
