@@ -202,7 +202,7 @@ def test_topk_neither_waits_nor_is_uncapturable(dtype: torch.dtype) -> None:
 
 def test_topk_bad_input() -> None:
     query, items = torch.randn(2, 8, device="cuda"), torch.randn(9, 8, device="cuda")
-    with pytest.raises(ValueError, match="query must be torch.float32, torch.float16 or .* on a GPU"):
+    with pytest.raises(ValueError, match=r"query must be torch.float32, torch.float16 or .* on a GPU"):
         topk_dot(query.double(), items.double(), 2)
     with pytest.raises(ValueError, match="items must be on cuda:"):
         topk_dot(query, items.cpu(), 2)

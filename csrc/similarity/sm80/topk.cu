@@ -32,7 +32,6 @@ __device__ __forceinline__ int64_t item_of(uint64_t key) { return 0xffffffffu - 
 __device__ __forceinline__ float least_score(uint64_t threshold) { return threshold ? score_of(threshold) : -INFINITY; }
 
 __device__ __forceinline__ bool is_excluded(const TopkScan& p, int64_t row, int64_t item) {
-    if (p.valid && !p.valid[item]) return true;
     if (!p.excluded) return false;
     int64_t low = clamp_to<int64_t>(p.excluded_offsets[row], 0, p.excluded_count);
     int64_t high = clamp_to<int64_t>(p.excluded_offsets[row + 1], low, p.excluded_count);
@@ -47,18 +46,14 @@ __device__ __forceinline__ bool is_excluded(const TopkScan& p, int64_t row, int6
     return low < end && p.excluded[low] == item;
 }
 
-// The key of an item that may be returned and beats the threshold, else 0. NaN beats nothing.
-__device__ __forceinline__ uint64_t candidate(const TopkScan& p, int64_t row, int64_t item, float score,
-                                              uint64_t threshold) {
-    if (!(score > -INFINITY)) return 0;
+// The key of an item that beats the threshold, else 0. NaN beats nothing.
+__device__ __forceinline__ uint64_t candidate(const TopkScan& p, int64_t item, float score, uint64_t threshold) {
+    if (!(score > -INFINITY) || item >= p.items || (p.valid && !p.valid[item])) return 0;
     const uint64_t key = key_of(score, item);
-    return key > threshold && !is_excluded(p, row, item) ? key : 0;
+    return key > threshold ? key : 0;
 }
 
-__device__ __forceinline__ void offer(const TopkScan& p, int64_t row, int64_t item, float score) {
-    const uint64_t key = candidate(p, row, item, score, p.thresholds[row]);
-    if (key == 0) return;
-    const int slot = atomicAdd(p.counts + row, 1);
+__device__ __forceinline__ void append(const TopkScan& p, int64_t row, int slot, uint64_t key) {
     if (slot < p.capacity) p.keys[row * p.capacity + slot] = key;
 }
 
@@ -83,6 +78,28 @@ struct ScanShared {
     __device__ Panel query(int panel) const { return {base + panel * Panel::kBytes}; }
     __device__ ItemPanel items(int stage) const { return {base + panels * Panel::kBytes + stage * ItemPanel::kBytes}; }
 };
+
+// Appends what four neighbouring lanes found in one row, with one addition to its count. Score i is that of item
+// item0 + i / 2 * 8 + i % 2.
+template <int kScores>
+__device__ __forceinline__ void offer_row(const TopkScan& p, int64_t row, int64_t item0, const float (&scores)[kScores],
+                                          bool qualifies) {
+    const auto item = [&](int i) { return item0 + i / 2 * 8 + i % 2; };
+    uint32_t found = 0;
+    if (qualifies) {
+        const uint64_t threshold = p.thresholds[row];
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) found |= candidate(p, item(i), scores[i], threshold) ? 1u << i : 0;
+    }
+    const int count = __popc(found), neighbour = __shfl_xor_sync(0xffffffffu, count, 1);
+    const int pair = count + neighbour, other_pair = __shfl_xor_sync(0xffffffffu, pair, 2);
+    int slot = 0;
+    if (lane() % 4 == 0 && pair + other_pair > 0) slot = atomicAdd(p.counts + row, pair + other_pair);
+    slot = __shfl_sync(0xffffffffu, slot, lane() & ~3) + (lane() & 1 ? neighbour : 0) + (lane() & 2 ? other_pair : 0);
+#pragma unroll
+    for (int i = 0; i < kScores; ++i)
+        if (found >> i & 1) append(p, row, slot++, key_of(scores[i], item(i)));
+}
 
 // One block: kRows queries, which stay in shared memory, and every gridDim.y-th tile of the round. Panels of 64 columns
 // of the items come through a ring of kStages; one barrier a panel publishes the one that has landed and frees the one
@@ -137,58 +154,80 @@ __global__ void __launch_bounds__(kThreads, 2) topk_scan_kernel(const __grid_con
                          RightRows<typename Shared::ItemPanel>(shared.items(stage), Grid::col()));
             stage = stage + 1 == kStages ? 0 : stage + 1;
         }
-        const int64_t item0 = round[position] * kTileItems;
+        const int64_t item0 = round[position] * kTileItems + Grid::col() + lane() % 4 * 2;
 #pragma unroll
         for (int m = 0; m < Grid::kM; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float best = -INFINITY;
+                float row_scores[Grid::kN * 2], best = -INFINITY;
 #pragma unroll
-                for (int n = 0; n < Grid::kN; ++n)
-                    best = fmaxf(best, fmaxf(scores.x[m][n][half * 2], scores.x[m][n][half * 2 + 1]));
-                if (!(best >= least[m * 2 + half])) continue;
-                const int64_t row = row0 + Grid::row() + m * 16 + half * 8 + lane() / 4;
-                if (row >= p.rows) continue;
-#pragma unroll
-                for (int n = 0; n < Grid::kN; ++n) {
-#pragma unroll
-                    for (int c = 0; c < 2; ++c) {
-                        const int64_t item = item0 + Grid::col() + n * 8 + lane() % 4 * 2 + c;
-                        const float score = scores.x[m][n][half * 2 + c];
-                        if (score >= least[m * 2 + half] && item < p.items) offer(p, row, item, score);
-                    }
+                for (int i = 0; i < Grid::kN * 2; ++i) {
+                    row_scores[i] = scores.x[m][i / 2][half * 2 + i % 2];
+                    best = fmaxf(best, row_scores[i]);
                 }
+                const bool qualifies = best >= least[m * 2 + half];
+                if (__any_sync(0xffffffffu, qualifies))
+                    offer_row(p, row0 + Grid::row() + m * 16 + half * 8 + lane() / 4, item0, row_scores, qualifies);
             }
         }
     }
 }
 
-// The same for scores that are there already: one thread an element.
+// The same for scores that are there already: a warp takes kAhead x 32 columns of a row with one addition to its count.
 __global__ void __launch_bounds__(kThreads)
     topk_offer_kernel(const __grid_constant__ TopkScan p, const __grid_constant__ TopkScores tile) {
-    const int64_t row = blockIdx.x, step = int64_t{gridDim.y} * kThreads;
+    constexpr int kAhead = 8;
+    const int64_t row = blockIdx.x, step = int64_t{gridDim.y} * kThreads * kAhead;
     const float* const scores = static_cast<const float*>(tile.scores.data) + row * tile.scores.stride;
-    const float least = least_score(p.thresholds[row]);
-    for (int64_t col = int64_t{blockIdx.y} * kThreads + threadIdx.x; col < tile.cols; col += step)
-        if (scores[col] >= least) offer(p, row, tile.col0 + col, scores[col]);
+    const uint64_t threshold = p.thresholds[row];
+    const float least = least_score(threshold);
+    for (int64_t col0 = (int64_t{blockIdx.y} * kThreads + warp() * 32) * kAhead; col0 < tile.cols; col0 += step) {
+        uint32_t found[kAhead];
+        float score[kAhead];
+        int count = 0;
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            const int64_t col = col0 + i * 32 + lane();
+            score[i] = col < tile.cols ? scores[col] : -INFINITY;
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            const bool beats =
+                score[i] >= least && candidate(p, tile.col0 + col0 + i * 32 + lane(), score[i], threshold);
+            found[i] = __ballot_sync(0xffffffffu, beats);
+            count += __popc(found[i]);
+        }
+        if (count == 0) continue;
+        int slot = 0;
+        if (lane() == 0) slot = atomicAdd(p.counts + row, count);
+        slot = __shfl_sync(0xffffffffu, slot, 0);
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (found[i] >> lane() & 1)
+                append(p, row, slot + __popc(found[i] & ((1u << lane()) - 1)),
+                       key_of(score[i], tile.col0 + col0 + i * 32 + lane()));
+            slot += __popc(found[i]);
+        }
+    }
 }
 
 // ---- Selection ----
 
-// Sorts keys[0, size) in shared memory, the largest first. size is a power of two.
+// Sorts keys[0, size) in shared memory, the largest first. size is a power of two. Exchanges over at most 32 stay within
+// the 64 keys of a warp, so that only the longer ones need the block's barrier.
 __device__ __forceinline__ void sort_descending(uint64_t* keys, int size) {
+    __syncthreads();
     for (int run = 2; run <= size; run *= 2) {
         for (int distance = run / 2; distance > 0; distance /= 2) {
-            __syncthreads();
             for (int i = threadIdx.x; i < size / 2; i += kSelectThreads) {
-                const int low = i / distance * 2 * distance + i % distance, high = low + distance;
-                const bool descending = (low & run) == 0;
-                if ((keys[low] < keys[high]) == descending) {
-                    const uint64_t key = keys[low];
-                    keys[low] = keys[high];
-                    keys[high] = key;
-                }
+                const int low = (i & ~(distance - 1)) * 2 + (i & (distance - 1)), high = low + distance;
+                const uint64_t a = keys[low], b = keys[high];
+                if ((a < b) == ((low & run) == 0)) keys[low] = b, keys[high] = a;
             }
+            if (distance > 32 || (distance == 1 && run >= 64))
+                __syncthreads();
+            else
+                __syncwarp();
         }
     }
     __syncthreads();
@@ -248,8 +287,8 @@ __device__ __forceinline__ int rescan(const TopkScan& p, const Scores& scores, i
         const int64_t first = scores.first(group, p), end = min_of(first + kTileItems, scores.end(p));
         for (int64_t item = first + warp(); item < end; item += kSelectThreads / 32) {
             const float score = scores.score(p, row, item);
-            const uint64_t key = lane() == 0 ? candidate(p, row, item, score, threshold) : 0;
-            if (key != 0) keys[atomicAdd(&count, 1)] = key;
+            const uint64_t key = lane() == 0 ? candidate(p, item, score, threshold) : 0;
+            if (key != 0 && !is_excluded(p, row, item)) keys[atomicAdd(&count, 1)] = key;
         }
         __syncthreads();
         const int now = count;
@@ -277,14 +316,16 @@ __global__ void __launch_bounds__(kSelectThreads)
     if (offered == kept && !last) return;  // nothing new
 
     int count = offered > p.capacity ? kept : offered;
-    for (int i = threadIdx.x; i < count; i += kSelectThreads) keys[i] = stored[i];
+    for (int i = threadIdx.x; i < count; i += kSelectThreads)
+        keys[i] = i >= kept && is_excluded(p, row, item_of(stored[i])) ? 0 : stored[i];
     __syncthreads();
     if (offered > p.capacity) count = rescan(p, scores, row, keys, kept, threshold);
     const int left = select(keys, count, p.k, threshold);
     if (last) {
         for (int i = threadIdx.x; i < p.k; i += kSelectThreads) {
-            p.values[row * p.k + i] = i < left ? score_of(keys[i]) : -INFINITY;
-            p.indices[row * p.k + i] = i < left ? item_of(keys[i]) : -1;
+            const uint64_t key = i < left ? keys[i] : 0;  // 0: nothing, or an excluded item
+            p.values[row * p.k + i] = key ? score_of(key) : -INFINITY;
+            p.indices[row * p.k + i] = key ? item_of(key) : -1;
         }
         return;
     }
@@ -319,8 +360,8 @@ void scan(const TopkScan& p, cudaStream_t stream) {
     while (std::gcd(stride, tiles) != 1) ++stride;
     const bool wide = topk_scan_rows(p) == 128;
     for (int64_t done = 0; done < tiles;) {
-        const int64_t expected = done == 0 ? p.capacity / kTileItems : done * (p.capacity - p.k) / (2 * p.k);
-        const Round round{done, min_of(tiles, done + max_of<int64_t>(1, expected)), tiles, stride};
+        const int64_t length = topk_round(p.items, done * kTileItems, p.k) / kTileItems;
+        const Round round{done, min_of(tiles, done + length), tiles, stride};
         if (wide)
             scan_round<T, 128, 4>(p, round, stream);
         else

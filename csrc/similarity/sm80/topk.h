@@ -1,9 +1,8 @@
 // Exact top-k of dot products on the GPU, without the matrix of scores (compute capability 8.0 and later).
 //
 // Items are taken in rounds. A round appends every item whose score beats the row's threshold to the row's candidates,
-// and a block per row then sorts them, keeps the best k and makes the k-th the new threshold. A round is as long as its
-// expected candidates (k times its share of the items seen so far) leave half of the room free. Where they do not fit all
-// the same, the row's block goes through the round again item by item, so the result is exact whatever the order.
+// and a block per row then sorts them, keeps the best k and makes the k-th the new threshold. Where a round's candidates do
+// not fit, the row's block goes through the round again item by item, so the result is exact whatever the order.
 //
 // A candidate is a 64-bit key: the score as an unsigned integer of the same order, then the complement of the item's
 // index. Keys are distinct, a larger key is a better candidate, and ties go to the lower index.
@@ -45,6 +44,16 @@ struct TopkScores {
     Matrix scores;
     int64_t col0, cols;
 };
+
+// Items of the round after `done` of them, whole tiles. A share k / done of them is expected to beat the threshold: some
+// 800, or 3.5 k, but never more than half of the room.
+constexpr int64_t topk_round(int64_t items, int64_t done, int64_t k) {
+    const int64_t room = topk_capacity(k);
+    if (items <= room) return room;
+    if (done == 0) return clamp_to<int64_t>(9 * k / 2 / kTopkTileItems * kTopkTileItems, 1024, room);
+    const int64_t candidates = min_of(max_of<int64_t>(800, 7 * k / 2), (room - k) / 2);
+    return max_of<int64_t>(1, done * candidates / k / kTopkTileItems) * kTopkTileItems;
+}
 
 // Rows of the tile of queries that the fused scan would use, 0 where this D does not fit or is not aligned.
 int topk_scan_rows(const TopkScan& p);

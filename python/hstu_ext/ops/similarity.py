@@ -497,21 +497,21 @@ def _topk_on_gpu(
             arguments: tuple[Any, ...] = (*inputs, *state, *execution(part))
             _C.topk_scan(*arguments)
             continue
-        for cols, scores in _scores_in_rounds(part, items, k, capacity):
+        for cols, scores in _scores_in_rounds(part, items, k):
             arguments = (*inputs, scores, cols.start, cols.stop == items.shape[0], *state, *execution(part))
             _C.topk_merge_scores(*arguments)
     return values, indices
 
 
-def _scores_in_rounds(query: Tensor, items: Tensor, k: int, capacity: int) -> Iterator[tuple[slice, Tensor]]:
+def _scores_in_rounds(query: Tensor, items: Tensor, k: int) -> Iterator[tuple[slice, Tensor]]:
     """float32 scores of all items, each round as long as its candidates are expected to fit (sm80/topk.h)."""
     query, count = query.float(), items.shape[0]
-    limit = max(capacity, min(_GPU_TILE_ELEMENTS // query.shape[0], _GPU_TILE_ITEM_ELEMENTS // items.shape[1]))
+    limit = min(_GPU_TILE_ELEMENTS // query.shape[0], _GPU_TILE_ITEM_ELEMENTS // items.shape[1])
+    limit = max(limit, _C.topk_round(count, 0, k))
     buffer = query.new_empty((query.shape[0], min(limit, count)))
     done = 0
     while done < count:
-        wanted = capacity if done == 0 else max(1, done * (capacity - k) // (2 * k))
-        cols = slice(done, min(count, done + min(wanted, limit)))
+        cols = slice(done, min(count, done + min(limit, _C.topk_round(count, done, k))))
         yield cols, torch.mm(query, items[cols].float().t(), out=buffer[:, : cols.stop - cols.start])
         done = cols.stop
 
