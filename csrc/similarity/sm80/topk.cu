@@ -12,6 +12,7 @@ namespace {
 using namespace hstu::attention::sm80;  // tiles and warp-level products
 
 constexpr int kTileItems = kTopkTileItems, kStages = 3, kThreads = 256, kSelectThreads = 512;
+constexpr int kListed = 64;  // candidates that a block of the scan collects before it appends them
 
 // ---- Candidates ----
 
@@ -67,6 +68,14 @@ struct Round {
     __device__ __forceinline__ int64_t operator[](int64_t position) const { return position * stride % tiles; }
 };
 
+// Candidates on their way from a block of the scan to their rows. An addition to a row's count in global memory takes as
+// long as a tenth of a tile's products, so they are made together, once in a few tiles.
+struct List {
+    int count;
+    uint8_t rows[kListed];
+    uint64_t keys[kListed];
+};
+
 template <class T, int kRows>
 struct ScanShared {
     using Panel = Tile<kRows, 64>;  // 64 columns of the queries
@@ -74,23 +83,33 @@ struct ScanShared {
 
     uint32_t base;
     int panels;
-    __host__ __device__ static int bytes(int panels) { return panels * Panel::kBytes + kStages * ItemPanel::kBytes; }
+    __host__ __device__ static int bytes(int panels) {
+        return panels * Panel::kBytes + kStages * ItemPanel::kBytes + static_cast<int>(sizeof(List));
+    }
     __device__ Panel query(int panel) const { return {base + panel * Panel::kBytes}; }
     __device__ ItemPanel items(int stage) const { return {base + panels * Panel::kBytes + stage * ItemPanel::kBytes}; }
 };
 
-// Appends what four neighbouring lanes found in one row, with one addition to its count. Score i is that of item
-// item0 + i / 2 * 8 + i % 2.
+// The scores of one row in one lane; score i is that of item item0 + i / 2 * 8 + i % 2.
 template <int kScores>
-__device__ __forceinline__ void offer_row(const TopkScan& p, int64_t row, int64_t item0, const float (&scores)[kScores],
-                                          bool qualifies) {
-    const auto item = [&](int i) { return item0 + i / 2 * 8 + i % 2; };
-    uint32_t found = 0;
-    if (qualifies) {
-        const uint64_t threshold = p.thresholds[row];
+struct RowScores {
+    float x[kScores];
+    int64_t item0;
+
+    __device__ __forceinline__ int64_t item(int i) const { return item0 + i / 2 * 8 + i % 2; }
+    // Bit i: score i beats the threshold.
+    __device__ __forceinline__ uint32_t beat(const TopkScan& p, uint64_t threshold) const {
+        uint32_t found = 0;
 #pragma unroll
-        for (int i = 0; i < kScores; ++i) found |= candidate(p, item(i), scores[i], threshold) ? 1u << i : 0;
+        for (int i = 0; i < kScores; ++i) found |= candidate(p, item(i), x[i], threshold) ? 1u << i : 0;
+        return found;
     }
+};
+
+// Appends what four neighbouring lanes found in one row, with one addition to its count.
+template <int kScores>
+__device__ __forceinline__ void append_row(const TopkScan& p, int64_t row, const RowScores<kScores>& scores,
+                                           uint32_t found) {
     const int count = __popc(found), neighbour = __shfl_xor_sync(0xffffffffu, count, 1);
     const int pair = count + neighbour, other_pair = __shfl_xor_sync(0xffffffffu, pair, 2);
     int slot = 0;
@@ -98,12 +117,42 @@ __device__ __forceinline__ void offer_row(const TopkScan& p, int64_t row, int64_
     slot = __shfl_sync(0xffffffffu, slot, lane() & ~3) + (lane() & 1 ? neighbour : 0) + (lane() & 2 ? other_pair : 0);
 #pragma unroll
     for (int i = 0; i < kScores; ++i)
-        if (found >> i & 1) append(p, row, slot++, key_of(scores[i], item(i)));
+        if (found >> i & 1) append(p, row, slot++, key_of(scores.x[i], scores.item(i)));
+}
+
+// Puts them on the block's list, or where that is full appends them one by one.
+template <int kScores>
+__device__ __forceinline__ void list_row(const TopkScan& p, List& list, int64_t row0, int row,
+                                         const RowScores<kScores>& scores, uint32_t found) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+        if (!(found >> i & 1)) continue;
+        const uint64_t key = key_of(scores.x[i], scores.item(i));
+        const int slot = atomicAdd(&list.count, 1);
+        if (slot < kListed) {
+            list.rows[slot] = static_cast<uint8_t>(row);
+            list.keys[slot] = key;
+        } else {
+            append(p, row0 + row, atomicAdd(p.counts + row0 + row, 1), key);
+        }
+    }
+}
+
+// By the whole block, while nobody adds to the list.
+__device__ __forceinline__ void empty_list(const TopkScan& p, List& list, int64_t row0) {
+    if (threadIdx.x < min_of(list.count, kListed)) {
+        const int64_t row = row0 + list.rows[threadIdx.x];
+        append(p, row, atomicAdd(p.counts + row, 1), list.keys[threadIdx.x]);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) list.count = 0;
+    __syncthreads();
 }
 
 // One block: kRows queries, which stay in shared memory, and every gridDim.y-th tile of the round. Panels of 64 columns
 // of the items come through a ring of kStages; one barrier a panel publishes the one that has landed and frees the one
 // to be refilled. Scores are fp32 accumulators; a row is looked at element by element only where its best one qualifies.
+// The first barrier of a tile also closes the list of candidates of the tile before.
 template <class T, int kRows, int kWarpsM>
 __global__ void __launch_bounds__(kThreads, 2) topk_scan_kernel(const __grid_constant__ TopkScan p, Round round) {
     using Shared = ScanShared<T, kRows>;
@@ -134,6 +183,8 @@ __global__ void __launch_bounds__(kThreads, 2) topk_scan_kernel(const __grid_con
         cute::cp_async_fence();
     };
     for (int i = 0; i < kStages - 1; ++i) load_next();
+    List& list = *reinterpret_cast<List*>(shared_memory + Shared::bytes(panels) - sizeof(List));
+    if (threadIdx.x == 0) list.count = 0;
 
     float least[Grid::kM * 2];
 #pragma unroll
@@ -150,6 +201,7 @@ __global__ void __launch_bounds__(kThreads, 2) topk_scan_kernel(const __grid_con
             cute::cp_async_wait<kStages - 2>();
             __syncthreads();
             load_next();
+            if (panel == 0 && list.count > kListed / 2) empty_list(p, list, row0);
             matmul<T, 4>(scores, LeftRows<typename Shared::Panel>(shared.query(panel), Grid::row()),
                          RightRows<typename Shared::ItemPanel>(shared.items(stage), Grid::col()));
             stage = stage + 1 == kStages ? 0 : stage + 1;
@@ -159,18 +211,26 @@ __global__ void __launch_bounds__(kThreads, 2) topk_scan_kernel(const __grid_con
         for (int m = 0; m < Grid::kM; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float row_scores[Grid::kN * 2], best = -INFINITY;
+                RowScores<Grid::kN * 2> row_scores{{}, item0};
+                float best = -INFINITY;
 #pragma unroll
                 for (int i = 0; i < Grid::kN * 2; ++i) {
-                    row_scores[i] = scores.x[m][i / 2][half * 2 + i % 2];
-                    best = fmaxf(best, row_scores[i]);
+                    row_scores.x[i] = scores.x[m][i / 2][half * 2 + i % 2];
+                    best = fmaxf(best, row_scores.x[i]);
                 }
                 const bool qualifies = best >= least[m * 2 + half];
-                if (__any_sync(0xffffffffu, qualifies))
-                    offer_row(p, row0 + Grid::row() + m * 16 + half * 8 + lane() / 4, item0, row_scores, qualifies);
+                if (!__any_sync(0xffffffffu, qualifies)) continue;
+                const int row = Grid::row() + m * 16 + half * 8 + lane() / 4;
+                const uint32_t found = qualifies ? row_scores.beat(p, p.thresholds[row0 + row]) : 0;
+                if (round.is_dense)
+                    append_row(p, row0 + row, row_scores, found);
+                else
+                    list_row(p, list, row0, row, row_scores, found);
             }
         }
     }
+    __syncthreads();
+    empty_list(p, list, row0);
 }
 
 // The same for scores that are there already: a warp takes kAhead x 32 columns of a row with one addition to its count.
@@ -233,8 +293,41 @@ __device__ __forceinline__ void sort_descending(uint64_t* keys, int size) {
     __syncthreads();
 }
 
-// Sorts keys[0, count), kept candidates and new ones; returns how many are left and sets the threshold.
-__device__ __forceinline__ int select(uint64_t* keys, int count, int k, uint64_t& threshold) {
+// Of many keys, moves those to the front that are above a pivot from a sorted sample, at least the best k; returns their
+// number.
+__device__ __forceinline__ int narrow(uint64_t* keys, uint64_t* sample, int count, int k) {
+    constexpr int kMost = 8192 / kSelectThreads;  // keys of a thread
+    __shared__ int above;
+    const float share = static_cast<float>(k) / static_cast<float>(count) * kSelectThreads;
+    const int rank = static_cast<int>(share + 3.0f * sqrtf(share)) + 1;
+    if (count <= 2 * kSelectThreads || rank >= kSelectThreads) return count;
+    __syncthreads();
+    sample[threadIdx.x] = keys[threadIdx.x * count / kSelectThreads];
+    if (threadIdx.x == 0) above = 0;
+    sort_descending(sample, kSelectThreads);
+    const uint64_t pivot = sample[rank];
+
+    uint64_t mine[kMost];
+    uint32_t taken = 0;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+        const int at = i * kSelectThreads + threadIdx.x;
+        mine[i] = at < count ? keys[at] : 0;
+        if (mine[i] > pivot) taken |= 1u << i;
+    }
+    int slot = taken ? atomicAdd(&above, __popc(taken)) : 0;
+    __syncthreads();
+    const int left = above;
+    if (left < k) return count;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i)
+        if (taken >> i & 1) keys[slot++] = mine[i];
+    return left;
+}
+
+// Sorts the best of keys[0, count), kept candidates and new ones; returns how many are left and sets the threshold.
+__device__ __forceinline__ int select(uint64_t* keys, uint64_t* sample, int count, int k, uint64_t& threshold) {
+    count = narrow(keys, sample, count, k);
     int size = 2;
     while (size < count) size *= 2;
     __syncthreads();
@@ -278,8 +371,8 @@ struct TileScores {
 
 // A round whose candidates did not fit, once more from the kept keys [0, kept), selecting whenever the room is full.
 template <class Scores>
-__device__ __forceinline__ int rescan(const TopkScan& p, const Scores& scores, int64_t row, uint64_t* keys, int kept,
-                                      uint64_t& threshold) {
+__device__ __forceinline__ int rescan(const TopkScan& p, const Scores& scores, int64_t row, uint64_t* keys,
+                                      uint64_t* sample, int kept, uint64_t& threshold) {
     __shared__ int count;
     if (threadIdx.x == 0) count = kept;
     __syncthreads();
@@ -294,7 +387,7 @@ __device__ __forceinline__ int rescan(const TopkScan& p, const Scores& scores, i
         const int now = count;
         __syncthreads();
         if (now > p.capacity - kTileItems) {
-            const int left = select(keys, now, p.k, threshold);
+            const int left = select(keys, sample, now, p.k, threshold);
             if (threadIdx.x == 0) count = left;
             __syncthreads();
         }
@@ -308,7 +401,8 @@ template <class Scores>
 __global__ void __launch_bounds__(kSelectThreads)
     topk_select_kernel(const __grid_constant__ TopkScan p, Scores scores, bool last) {
     extern __shared__ __align__(16) unsigned char shared_memory[];
-    uint64_t* const keys = reinterpret_cast<uint64_t*>(shared_memory);
+    uint64_t* const keys = reinterpret_cast<uint64_t*>(shared_memory);  // [capacity], then a sample of kSelectThreads
+    uint64_t* const sample = keys + p.capacity;
     const int64_t row = blockIdx.x;
     uint64_t* const stored = p.keys + row * p.capacity;
     uint64_t threshold = p.thresholds[row];
@@ -319,8 +413,8 @@ __global__ void __launch_bounds__(kSelectThreads)
     for (int i = threadIdx.x; i < count; i += kSelectThreads)
         keys[i] = i >= kept && is_excluded(p, row, item_of(stored[i])) ? 0 : stored[i];
     __syncthreads();
-    if (offered > p.capacity) count = rescan(p, scores, row, keys, kept, threshold);
-    const int left = select(keys, count, p.k, threshold);
+    if (offered > p.capacity) count = rescan(p, scores, row, keys, sample, kept, threshold);
+    const int left = select(keys, sample, count, p.k, threshold);
     if (last) {
         for (int i = threadIdx.x; i < p.k; i += kSelectThreads) {
             const uint64_t key = i < left ? keys[i] : 0;  // 0: nothing, or an excluded item
@@ -361,7 +455,8 @@ void scan(const TopkScan& p, cudaStream_t stream) {
     const bool wide = topk_scan_rows(p) == 128;
     for (int64_t done = 0; done < tiles;) {
         const int64_t length = topk_round(p.items, done * kTileItems, p.k) / kTileItems;
-        const Round round{done, min_of(tiles, done + length), tiles, stride};
+        const bool is_dense = p.k * int64_t{kTileItems * 128} > kListed / 2 * done * kTileItems;
+        const Round round{done, min_of(tiles, done + length), tiles, stride, is_dense};
         if (wide)
             scan_round<T, 128, 4>(p, round, stream);
         else
