@@ -62,8 +62,9 @@ __device__ __forceinline__ void append(const TopkScan& p, int64_t row, int slot,
 
 // The tiles of a round, in an order that spreads neighbours over all rounds: catalogues are often sorted.
 struct Round {
-    int64_t begin, end, tiles,
-        stride;  // positions [begin, end) of all tiles; stride has no factor in common with tiles
+    int64_t begin, end;     // positions [begin, end) of all tiles
+    int64_t tiles, stride;  // have no factor in common
+    bool is_dense;          // more candidates than a list takes are expected of a tile
 
     __device__ __forceinline__ int64_t operator[](int64_t position) const { return position * stride % tiles; }
 };
@@ -199,9 +200,9 @@ __global__ void __launch_bounds__(kThreads, 2) topk_scan_kernel(const __grid_con
         scores.clear();
         for (int panel = 0; panel < panels; ++panel) {
             cute::cp_async_wait<kStages - 2>();
-            __syncthreads();
+            const bool is_full = __syncthreads_or(panel == 0 && list.count > kListed / 2);
             load_next();
-            if (panel == 0 && list.count > kListed / 2) empty_list(p, list, row0);
+            if (is_full) empty_list(p, list, row0);
             matmul<T, 4>(scores, LeftRows<typename Shared::Panel>(shared.query(panel), Grid::row()),
                          RightRows<typename Shared::ItemPanel>(shared.items(stage), Grid::col()));
             stage = stage + 1 == kStages ? 0 : stage + 1;
