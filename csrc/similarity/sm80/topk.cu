@@ -401,7 +401,7 @@ __device__ __forceinline__ int rescan(const TopkScan& p, const Scores& scores, i
 template <class Scores>
 __global__ void __launch_bounds__(kSelectThreads)
     topk_select_kernel(const __grid_constant__ TopkScan p, Scores scores, bool last) {
-    extern __shared__ __align__(16) unsigned char shared_memory[];
+    extern __shared__ __align__(128) unsigned char shared_memory[];
     uint64_t* const keys = reinterpret_cast<uint64_t*>(shared_memory);  // [capacity], then a sample of kSelectThreads
     uint64_t* const sample = keys + p.capacity;
     const int64_t row = blockIdx.x;
