@@ -433,8 +433,8 @@ __global__ void __launch_bounds__(kSelectThreads)
 
 template <class Scores>
 void launch_select(const TopkScan& p, const Scores& scores, bool last, cudaStream_t stream) {
-    launch<topk_select_kernel<Scores>>(p.rows, kSelectThreads, p.capacity * static_cast<int>(sizeof(uint64_t)),
-                                       p.device, stream, p, scores, last);
+    const int shared_bytes = (p.capacity + kSelectThreads) * static_cast<int>(sizeof(uint64_t));
+    launch<topk_select_kernel<Scores>>(p.rows, kSelectThreads, shared_bytes, p.device, stream, p, scores, last);
 }
 
 template <class T, int kRows, int kWarpsM>
