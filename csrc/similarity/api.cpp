@@ -11,6 +11,7 @@
 #if HSTU_EXT_CUDA
 #include "common/cuda.h"
 #include "similarity/sm80/in_batch_softmax.h"
+#include "similarity/sm80/l2norm.h"
 #include "similarity/sm80/topk.h"
 #endif
 
@@ -102,7 +103,12 @@ void l2norm(const Tensor& x, const Tensor& out, double eps, Execution execution)
     checks.rows("x", x, "[..., dim]");
     checks.contiguous_rows("x", x);
     checks.positive("eps", eps);
-    cpu::l2norm({x.shape[0], x.shape[1], eps, matrix(x), {}, matrix(out), execution.num_threads}, x.dtype);
+    const L2NormParams p{x.shape[0], x.shape[1], eps, matrix(x), {}, matrix(out), execution.num_threads};
+    if (x.device < 0) return cpu::l2norm(p, x.dtype);
+#if HSTU_EXT_CUDA
+    const DeviceGuard guard(x.device);
+    sm80::l2norm(p, x.dtype, x.device, execution.stream);
+#endif
 }
 
 void l2norm_backward(const Tensor& dout, const Tensor& x, const Tensor& dx, double eps, Execution execution) {
@@ -110,8 +116,12 @@ void l2norm_backward(const Tensor& dout, const Tensor& x, const Tensor& dx, doub
     checks.rows("dout", dout, "[..., dim]");
     checks.contiguous_rows("dout", dout);
     checks.like("dout", dout, "x", x);
-    cpu::l2norm_backward({x.shape[0], x.shape[1], eps, matrix(x), matrix(dout), matrix(dx), execution.num_threads},
-                         x.dtype);
+    const L2NormParams p{x.shape[0], x.shape[1], eps, matrix(x), matrix(dout), matrix(dx), execution.num_threads};
+    if (x.device < 0) return cpu::l2norm_backward(p, x.dtype);
+#if HSTU_EXT_CUDA
+    const DeviceGuard guard(x.device);
+    sm80::l2norm_backward(p, x.dtype, x.device, execution.stream);
+#endif
 }
 
 void check_l2norm_dot(const Tensor& q, const Tensor& items, double eps) {
