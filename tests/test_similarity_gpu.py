@@ -1,4 +1,4 @@
-"""topk_dot, l2norm_dot and in_batch_softmax_loss on a GPU, against the oracles of test_similarity.py."""
+"""l2norm, topk_dot, l2norm_dot and in_batch_softmax_loss on a GPU, against the oracles of test_similarity.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu_ext import in_batch_softmax_loss, l2norm_dot, topk_dot
+from hstu_ext import in_batch_softmax_loss, l2norm, l2norm_dot, topk_dot
 from hstu_ext.ops import similarity
 from test_similarity import (
     TEMPERATURE,
@@ -46,6 +46,38 @@ def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def integers(*shape: int, dtype: torch.dtype) -> Tensor:
     """Products of these are exact in every dtype, and many are equal."""
     return torch.randint(-2, 3, shape, device="cuda").to(dtype)
+
+
+# l2norm
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [1, 7, 50, 64, 200, 1000, 4096])
+def test_l2norm(dtype: torch.dtype, dim: int) -> None:
+    x, dout = (torch.randn(3, 5, dim, device="cuda").to(dtype) for _ in range(2))
+
+    def run(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        out = function(x)
+        return out.detach(), torch.autograd.grad(out, x, dout.to(out.dtype))[0]
+
+    ours, eager, exact = run(l2norm, x), run(lambda x: F.normalize(x, dim=-1), x), run(unit, x.double())
+    assert ours[0].dtype == dtype
+    assert_as_good_as_eager(ours[0], eager[0], exact[0], 2)
+    assert_as_good_as_eager(ours[1], eager[1], exact[1], 3)
+
+
+def test_l2norm_below_eps_strides_and_no_rows() -> None:
+    x = torch.tensor([[0.0, 0.0], [3e-4, 4e-4], [3.0, 4.0]], device="cuda", requires_grad=True)
+    out = l2norm(x, 1e-2)
+    assert torch.allclose(out.cpu(), torch.tensor([[0, 0], [0.03, 0.04], [0.6, 0.8]]))
+    (dx,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert torch.allclose(dx[:2].cpu(), torch.full((2, 2), 100.0))
+    x = torch.randn(6, 4, 12, device="cuda")
+    assert torch.equal(l2norm(x[:, 1:3]), l2norm(x)[:, 1:3])
+    assert torch.allclose(l2norm(x[..., 1:9]), unit(x[..., 1:9]))
+    assert torch.allclose(l2norm(x.transpose(1, 2)), unit(x.transpose(1, 2)))
+    assert l2norm(torch.empty(0, 4, device="cuda")).shape == (0, 4)
 
 
 # topk_dot
