@@ -375,6 +375,8 @@ InBatchParams in_batch_params(const InBatchInputs& in, const InBatchTile& tile, 
     p.query_sequences = static_cast<const int64_t*>(in.sequence_ids.data);
     p.item_sequences = static_cast<const int64_t*>(in.item_sequence_ids.data);
     p.log_q = in.log_q.data;
+    p.query_inverse = in.query_inverse.data;
+    p.item_inverse = in.item_inverse.data;
     p.num_threads = num_threads;
     return p;
 }

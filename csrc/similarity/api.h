@@ -80,6 +80,7 @@ struct InBatchInputs {
     Tensor sequence_ids, item_sequence_ids;  // int64 [T] [X], both or neither
     Tensor log_q;                            // C [X] or undefined
     double temperature;
+    Tensor query_inverse, item_inverse;  // fp32 [T] [X], on a GPU: 1 / max(norm, eps); then tiles hold dot products
 };
 
 struct InBatchTile {

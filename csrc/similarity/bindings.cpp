@@ -188,6 +188,8 @@ InBatchInputs in_batch_inputs(Arguments& args) {
     in.item_sequence_ids = args.tensor("item_sequence_ids");
     in.log_q = args.tensor("log_q");
     in.temperature = args.number("temperature");
+    in.query_inverse = args.tensor("query_inverse");
+    in.item_inverse = args.tensor("item_inverse");
     return in;
 }
 

@@ -82,6 +82,8 @@ struct InBatchParams {
     const int64_t* query_sequences;  // [T] or nullptr
     const int64_t* item_sequences;   // [X], with query_sequences
     const void* log_q;               // C [X] or nullptr
+    const void* query_inverse;       // float [T], item_inverse float [X]: 1 / max(norm, eps), on a GPU, where the
+    const void* item_inverse;        // similarities are products of rows as they are
     void* maximum;                   // C [T], running maximum of the logits
     void* sum;                       // C [T], running sum of exp(logit - maximum)
     void* positive_logit;            // C [T]

@@ -1,5 +1,6 @@
-// The in-batch softmax between its matrix products, on tiles of fp32 similarities:
+// The in-batch softmax between its matrix products, on tiles of fp32 dot products d_ij of queries and items:
 //
+//     s_ij = d_ij / (|query_i| |item_j|), norms at least eps
 //     l_ij = s_ij / temperature - log_q[j]       over the positive and every item j that is kept as a negative
 //     loss_i = log sum_j exp(l_ij) - l_i,positive
 //
@@ -25,6 +26,7 @@ constexpr int kThreads = 256, kRows = 4, kAhead = 4, kStep = kThreads * kAhead;
 struct RowGroup {
     int64_t first;  // in the tile
     int64_t positive[kRows], positive_id[kRows], sequence[kRows];
+    float factor[kRows], positive_inverse[kRows];
     const float* similarity[kRows];
     const float* duplicate[kRows];
     int count;
@@ -36,6 +38,8 @@ struct RowGroup {
             const int64_t row = first + min_of(r, count - 1), t = p.row0 + row;
             positive[r] = clamp_to<int64_t>(p.positives[t], 0, p.items - 1);
             positive_id[r] = p.item_ids[positive[r]];
+            factor[r] = static_cast<const float*>(p.query_inverse)[t] * static_cast<float>(p.inv_temperature);
+            positive_inverse[r] = static_cast<const float*>(p.item_inverse)[positive[r]];
             sequence[r] = p.query_sequences ? p.query_sequences[t] : 0;
             similarity[r] = static_cast<const float*>(p.similarity.data) + row * p.similarity.stride;
             duplicate[r] =
@@ -49,12 +53,13 @@ __device__ __forceinline__ void logits_of(const InBatchParams& p, const RowGroup
                                           float (&logits)[kRows]) {
     const int64_t item = p.col0 + col, id = p.item_ids[item], sequence = p.item_sequences ? p.item_sequences[item] : 0;
     const float log_q = p.log_q ? static_cast<const float*>(p.log_q)[item] : 0.0f;
-    const float inv_temperature = static_cast<float>(p.inv_temperature), threshold = static_cast<float>(p.threshold);
+    const float inverse = static_cast<const float*>(p.item_inverse)[item], threshold = static_cast<float>(p.threshold);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-        const bool masked = id == rows.positive_id[r] || (p.item_sequences && sequence == rows.sequence[r]) ||
-                            (rows.duplicate[r] && rows.duplicate[r][col] > threshold);
-        const float logit = rows.similarity[r][col] * inv_temperature - log_q;
+        const bool masked =
+            id == rows.positive_id[r] || (p.item_sequences && sequence == rows.sequence[r]) ||
+            (rows.duplicate[r] && rows.duplicate[r][col] * inverse * rows.positive_inverse[r] > threshold);
+        const float logit = rows.similarity[r][col] * inverse * rows.factor[r] - log_q;
         logits[r] = masked && item != rows.positive[r] ? -INFINITY : logit;
     }
 }

@@ -12,7 +12,7 @@ namespace {
 using namespace hstu::attention::sm80;  // tiles and warp-level products
 
 constexpr int kTileItems = kTopkTileItems, kStages = 3, kThreads = 256, kSelectThreads = 512;
-constexpr int kListed = 64;  // candidates that a block of the scan collects before it appends them
+constexpr int kListed = 112;  // candidates that a block of the scan collects before it appends them
 
 // ---- Candidates ----
 
@@ -70,11 +70,11 @@ struct Round {
 };
 
 // Candidates on their way from a block of the scan to their rows. An addition to a row's count in global memory takes as
-// long as a tenth of a tile's products, so they are made together, once in a few tiles.
+// long as a tenth of a tile's products, so they are made together, once in a few tiles. An entry is the score, and below
+// it the block's number of the tile, the row and the column.
 struct List {
     int count;
-    uint8_t rows[kListed];
-    uint64_t keys[kListed];
+    uint64_t entries[kListed];
 };
 
 template <class T, int kRows>
@@ -91,59 +91,58 @@ struct ScanShared {
     __device__ ItemPanel items(int stage) const { return {base + panels * Panel::kBytes + stage * ItemPanel::kBytes}; }
 };
 
-// The scores of one row in one lane; score i is that of item item0 + i / 2 * 8 + i % 2.
-template <int kScores>
-struct RowScores {
-    float x[kScores];
-    int64_t item0;
-
-    __device__ __forceinline__ int64_t item(int i) const { return item0 + i / 2 * 8 + i % 2; }
-    // Bit i: score i beats the threshold.
-    __device__ __forceinline__ uint32_t beat(const TopkScan& p, uint64_t threshold) const {
-        uint32_t found = 0;
-#pragma unroll
-        for (int i = 0; i < kScores; ++i) found |= candidate(p, item(i), x[i], threshold) ? 1u << i : 0;
-        return found;
-    }
-};
+// What follows is rare, and small so that it does not push the products out of the instruction cache. A lane has scores
+// of one row: score i is that of column col0 + i / 2 * 8 + i % 2 of the tile, and bit i of `found` says that it qualifies.
+__device__ __forceinline__ int column(int col0, int i) { return col0 + i / 2 * 8 + i % 2; }
 
 // Appends what four neighbouring lanes found in one row, with one addition to its count.
-template <int kScores>
-__device__ __forceinline__ void append_row(const TopkScan& p, int64_t row, const RowScores<kScores>& scores,
-                                           uint32_t found) {
-    const int count = __popc(found), neighbour = __shfl_xor_sync(0xffffffffu, count, 1);
+__device__ __noinline__ void append_row(const TopkScan& p, int64_t row, int64_t item0, int col0, const float* scores,
+                                        uint32_t found) {
+    const uint64_t threshold = found ? p.thresholds[row] : 0;
+    uint32_t beaten = 0;
+    for (uint32_t rest = found; rest; rest &= rest - 1) {
+        const int i = __ffs(rest) - 1;
+        if (candidate(p, item0 + column(col0, i), scores[i], threshold)) beaten |= 1u << i;
+    }
+    __syncwarp();
+    const int count = __popc(beaten), neighbour = __shfl_xor_sync(0xffffffffu, count, 1);
     const int pair = count + neighbour, other_pair = __shfl_xor_sync(0xffffffffu, pair, 2);
     int slot = 0;
     if (lane() % 4 == 0 && pair + other_pair > 0) slot = atomicAdd(p.counts + row, pair + other_pair);
     slot = __shfl_sync(0xffffffffu, slot, lane() & ~3) + (lane() & 1 ? neighbour : 0) + (lane() & 2 ? other_pair : 0);
-#pragma unroll
-    for (int i = 0; i < kScores; ++i)
-        if (found >> i & 1) append(p, row, slot++, key_of(scores.x[i], scores.item(i)));
+    for (; beaten; beaten &= beaten - 1) {
+        const int i = __ffs(beaten) - 1;
+        append(p, row, slot++, key_of(scores[i], item0 + column(col0, i)));
+    }
 }
 
 // Puts them on the block's list, or where that is full appends them one by one.
-template <int kScores>
-__device__ __forceinline__ void list_row(const TopkScan& p, List& list, int64_t row0, int row,
-                                         const RowScores<kScores>& scores, uint32_t found) {
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-        if (!(found >> i & 1)) continue;
-        const uint64_t key = key_of(scores.x[i], scores.item(i));
-        const int slot = atomicAdd(&list.count, 1);
-        if (slot < kListed) {
-            list.rows[slot] = static_cast<uint8_t>(row);
-            list.keys[slot] = key;
-        } else {
+__device__ __noinline__ void list_row(const TopkScan& p, List& list, int64_t row0, int row, int64_t item0, int number,
+                                      int col0, const float* scores, uint32_t found) {
+    const uint64_t threshold = found ? p.thresholds[row0 + row] : 0;
+    for (; found; found &= found - 1) {
+        const int i = __ffs(found) - 1, col = column(col0, i);
+        const uint64_t key = candidate(p, item0 + col, scores[i], threshold);
+        if (key == 0) continue;
+        const int slot = number < 1 << 18 ? atomicAdd(&list.count, 1) : kListed;
+        if (slot < kListed)
+            list.entries[slot] = uint64_t{__float_as_uint(scores[i])} << 32 | static_cast<uint32_t>(number) << 14 |
+                                 static_cast<uint32_t>(row) << 7 | static_cast<uint32_t>(col);
+        else
             append(p, row0 + row, atomicAdd(p.counts + row0 + row, 1), key);
-        }
     }
 }
 
 // By the whole block, while nobody adds to the list.
-__device__ __forceinline__ void empty_list(const TopkScan& p, List& list, int64_t row0) {
+__device__ __noinline__ void empty_list(const TopkScan& p, const Round& round, List& list, int64_t row0) {
+    __syncthreads();
     if (threadIdx.x < min_of(list.count, kListed)) {
-        const int64_t row = row0 + list.rows[threadIdx.x];
-        append(p, row, atomicAdd(p.counts + row, 1), list.keys[threadIdx.x]);
+        const uint64_t entry = list.entries[threadIdx.x];
+        const uint32_t place = static_cast<uint32_t>(entry);
+        const int64_t row = row0 + (place >> 7 & 127);
+        const int64_t position = round.begin + blockIdx.y + int64_t{place >> 14} * gridDim.y;
+        const uint64_t key = key_of(__uint_as_float(entry >> 32), round[position] * kTileItems + (place & 127));
+        append(p, row, atomicAdd(p.counts + row, 1), key);
     }
     __syncthreads();
     if (threadIdx.x == 0) list.count = 0;
@@ -155,7 +154,8 @@ __device__ __forceinline__ void empty_list(const TopkScan& p, List& list, int64_
 // to be refilled. Scores are fp32 accumulators; a row is looked at element by element only where its best one qualifies.
 // The first barrier of a tile also closes the list of candidates of the tile before.
 template <class T, int kRows, int kWarpsM>
-__global__ void __launch_bounds__(kThreads, 2) topk_scan_kernel(const __grid_constant__ TopkScan p, Round round) {
+__global__ void __launch_bounds__(kThreads, 2)
+    topk_scan_kernel(const __grid_constant__ TopkScan p, const __grid_constant__ Round round) {
     using Shared = ScanShared<T, kRows>;
     using Grid = WarpGrid<kRows, kTileItems, kWarpsM, 8 / kWarpsM>;
     extern __shared__ __align__(128) unsigned char shared_memory[];
@@ -194,44 +194,42 @@ __global__ void __launch_bounds__(kThreads, 2) topk_scan_kernel(const __grid_con
         least[i] = row < rows ? least_score(p.thresholds[row0 + row]) : INFINITY;
     }
 
-    int stage = 0;
-    for (int64_t position = round.begin + blockIdx.y; position < round.end; position += gridDim.y) {
+    int stage = 0, number = 0;
+    for (int64_t position = round.begin + blockIdx.y; position < round.end; position += gridDim.y, ++number) {
         typename Grid::Acc scores;
         scores.clear();
         for (int panel = 0; panel < panels; ++panel) {
             cute::cp_async_wait<kStages - 2>();
             const bool is_full = __syncthreads_or(panel == 0 && list.count > kListed / 2);
             load_next();
-            if (is_full) empty_list(p, list, row0);
+            if (is_full) empty_list(p, round, list, row0);
             matmul<T, 4>(scores, LeftRows<typename Shared::Panel>(shared.query(panel), Grid::row()),
                          RightRows<typename Shared::ItemPanel>(shared.items(stage), Grid::col()));
             stage = stage + 1 == kStages ? 0 : stage + 1;
         }
-        const int64_t item0 = round[position] * kTileItems + Grid::col() + lane() % 4 * 2;
+        const int64_t item0 = round[position] * kTileItems;
+        const int col0 = Grid::col() + lane() % 4 * 2;
 #pragma unroll
         for (int m = 0; m < Grid::kM; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                RowScores<Grid::kN * 2> row_scores{{}, item0};
-                float best = -INFINITY;
+                uint32_t found = 0;
 #pragma unroll
-                for (int i = 0; i < Grid::kN * 2; ++i) {
-                    row_scores.x[i] = scores.x[m][i / 2][half * 2 + i % 2];
-                    best = fmaxf(best, row_scores.x[i]);
-                }
-                const bool qualifies = best >= least[m * 2 + half];
-                if (!__any_sync(0xffffffffu, qualifies)) continue;
+                for (int i = 0; i < Grid::kN * 2; ++i)
+                    found |= scores.x[m][i / 2][half * 2 + i % 2] >= least[m * 2 + half] ? 1u << i : 0;
+                if (!__any_sync(0xffffffffu, found != 0)) continue;
+                float row_scores[Grid::kN * 2];
+#pragma unroll
+                for (int i = 0; i < Grid::kN * 2; ++i) row_scores[i] = scores.x[m][i / 2][half * 2 + i % 2];
                 const int row = Grid::row() + m * 16 + half * 8 + lane() / 4;
-                const uint32_t found = qualifies ? row_scores.beat(p, p.thresholds[row0 + row]) : 0;
                 if (round.is_dense)
-                    append_row(p, row0 + row, row_scores, found);
+                    append_row(p, row0 + row, item0, col0, row_scores, found);
                 else
-                    list_row(p, list, row0, row, row_scores, found);
+                    list_row(p, list, row0, row, item0, number, col0, row_scores, found);
             }
         }
     }
-    __syncthreads();
-    empty_list(p, list, row0);
+    empty_list(p, round, list, row0);
 }
 
 // The same for scores that are there already: a warp takes kAhead x 32 columns of a row with one addition to its count.
@@ -456,7 +454,7 @@ void scan(const TopkScan& p, cudaStream_t stream) {
     const bool wide = topk_scan_rows(p) == 128;
     for (int64_t done = 0; done < tiles;) {
         const int64_t length = topk_round(p.items, done * kTileItems, p.k) / kTileItems;
-        const bool is_dense = p.k * int64_t{kTileItems * 128} > kListed / 2 * done * kTileItems;
+        const bool is_dense = p.k * int64_t{128} > kListed / 4 * done;
         const Round round{done, min_of(tiles, done + length), tiles, stride, is_dense};
         if (wide)
             scan_round<T, 128, 4>(p, round, stream);

@@ -22,7 +22,7 @@ _TILE_ROWS = 256  # queries of a tile of scores
 _TILE_ELEMENTS = 1 << 18  # of a tile of scores: 1 MiB of float32 stays in a core's cache
 _TILE_ITEM_ELEMENTS = 1 << 19  # of a tile of items that were normalised or converted
 # On a GPU: few launches, tiles that stay in its L2 cache.
-_GPU_TILE_COLS = 1 << 15
+_GPU_TILE_COLS = 1 << 12
 _GPU_TILE_ELEMENTS = 1 << 23
 _GPU_TILE_ITEM_ELEMENTS = 1 << 24
 _GPU_TOPK_ROWS = 2048  # queries that are served at once: each has its list of candidates
@@ -40,7 +40,7 @@ def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
     Raises:
         TypeError, ValueError: an argument is not as above.
-        MissingKernelError: x is on a GPU.
+        MissingKernelError: x is on a GPU and this build has CPU kernels only.
     """
     _check_tensors("l2norm", x=x)
     if x.dim() == 0 or x.shape[-1] == 0:
@@ -74,7 +74,7 @@ def topk_dot(
 
     Raises:
         TypeError, ValueError: an argument is not as above.
-        MissingKernelError: a tensor is on a GPU.
+        MissingKernelError: a tensor is on a GPU and this build has CPU kernels only.
     """
     values, offsets = exclude if isinstance(exclude, tuple) else (exclude, None)
     _check_tensors("topk_dot", query=query, items=items)
@@ -98,7 +98,7 @@ def l2norm_dot(q: Tensor, items: Tensor, eps: float = 1e-6) -> Tensor:
 
     Raises:
         TypeError, ValueError: an argument is not as above.
-        MissingKernelError: a tensor is on a GPU.
+        MissingKernelError: a tensor is on a GPU and this build has CPU kernels only.
     """
     _check_tensors("l2norm_dot", q=q, items=items)
     scores: Tensor = _dot(q, items, eps)
@@ -204,7 +204,7 @@ def in_batch_softmax_loss(
 
     Raises:
         TypeError, ValueError: an argument is not as above.
-        MissingKernelError: a tensor is on a GPU.
+        MissingKernelError: a tensor is on a GPU and this build has CPU kernels only.
 
     Source: Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations" (RecSys 2019).
     """
@@ -743,20 +743,30 @@ _dot = _differentiable(
 
 
 def _in_batch_tiles(
-    unit_query: Tensor, unit_items: Tensor, positives: Tensor, threshold: float | None
+    query: Tensor, items: Tensor, positives: Tensor, threshold: float | None
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
-    """Similarities of queries with items and, for the threshold, of their positives with items; in two buffers."""
-    rows_step, cols_step = _tile_shape(unit_query.shape[0], unit_items.shape[0], unit_query.is_cuda)
-    dtype = _compute_dtype(unit_query)
-    buffers = [unit_query.new_empty((rows_step, cols_step), dtype=dtype) for _ in range(1 if threshold is None else 2)]
-    for rows in _spans(unit_query.shape[0], rows_step):
-        sides = [unit_query[rows]] + ([] if threshold is None else [unit_items[positives[rows]]])
-        for cols in _spans(unit_items.shape[0], cols_step):
+    """Products of queries with items and, for the threshold, of their positives with items; in two buffers."""
+    rows_step, cols_step = _tile_shape(query.shape[0], items.shape[0], query.is_cuda)
+    dtype = _compute_dtype(query)
+    buffers = [query.new_empty((rows_step, cols_step), dtype=dtype) for _ in range(1 if threshold is None else 2)]
+    for rows in _spans(query.shape[0], rows_step):
+        sides = [query[rows]]
+        if threshold is not None:
+            sides.append(items[positives[rows].clamp(0, max(0, items.shape[0] - 1))])
+        for cols in _spans(items.shape[0], cols_step):
             tiles = []
             for side, buffer in zip(sides, buffers):
                 tile = buffer[: rows.stop - rows.start, : cols.stop - cols.start]
-                tiles.append(_product(side, unit_items[cols].t(), tile))
+                tiles.append(_product(side, items[cols].t(), tile))
             yield rows, cols, tiles[0], tiles[1] if len(tiles) > 1 else None
+
+
+def _in_batch_factors(query: Tensor, items: Tensor, eps: float) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """What is multiplied: unit rows; on a GPU the rows as they are, and 1 / max(norm, eps) of both for the kernel."""
+    if not query.is_cuda:
+        return _unit(query, eps), _unit(items, eps), (None, None)
+    norms = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) for x in (query, items))
+    return _rows(query), _rows(items), tuple(norm.clamp(min=eps).reciprocal() for norm in norms)
 
 
 def _in_batch_run(
@@ -773,14 +783,15 @@ def _in_batch_run(
 ) -> tuple[Tensor, Tensor]:
     """Loss [T] and log-sum-exp [T] of every row."""
     inputs = (query, items, item_ids, positives, sequence_ids, item_sequence_ids, log_q, temperature)
-    _C.in_batch_softmax_check(*inputs, eps)
-    unit_query, unit_items = _unit(query, eps), _unit(items, eps)
-    positive_logit, maximum, total = unit_query.new_empty((3, query.shape[0]), dtype=_compute_dtype(query))
+    _C.in_batch_softmax_check(*inputs, None, None, eps)
+    left, right, inverse = _in_batch_factors(query, items, eps)
+    positive_logit, maximum, total = query.new_empty((3, query.shape[0]), dtype=_compute_dtype(query))
     maximum.fill_(-math.inf)
     total.zero_()
-    for rows, cols, tile, duplicate in _in_batch_tiles(unit_query, unit_items, positives, threshold):
+    for rows, cols, tile, duplicate in _in_batch_tiles(left, right, positives, threshold):
         where = (tile, duplicate, rows.start, cols.start, threshold or 0.0)
-        _C.in_batch_softmax_forward(*inputs, *where, maximum, total, positive_logit, *execution(query))
+        arguments: tuple[Any, ...] = (*inputs, *inverse, *where, maximum, total, positive_logit, *execution(query))
+        _C.in_batch_softmax_forward(*arguments)
     lse = maximum + total.log()
     return lse - positive_logit, lse
 
@@ -804,19 +815,25 @@ _IN_BATCH_INPUTS = (
 def _in_batch_backward(dloss: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *inputs, threshold, eps = args
     query, items, _, positives = inputs[:4]
-    unit_query, unit_items = _unit(query, eps), _unit(items, eps)
+    left, right, inverse = _in_batch_factors(query, items, eps)
+    unit_query, unit_items = (_unit(query, eps), _unit(items, eps)) if query.is_cuda else (left, right)
     dtype = _compute_dtype(query)
     dunit_query, dunit_items = torch.zeros_like(unit_query, dtype=dtype), torch.zeros_like(unit_items, dtype=dtype)
-    dloss = dloss.contiguous()
-    for rows, cols, tile, duplicate in _in_batch_tiles(unit_query, unit_items, positives, threshold):
+    # Gradients of a mean over many rows would underflow in float16.
+    is_narrow = unit_query.dtype == torch.float16 and dloss.numel() > 0
+    scale = 1024 / dloss.abs().amax().clamp(min=1e-30) if is_narrow else None
+    dloss = dloss.contiguous() if scale is None else dloss * scale
+    for rows, cols, tile, duplicate in _in_batch_tiles(left, right, positives, threshold):
         where = (tile, duplicate, rows.start, cols.start, threshold or 0.0)
-        arguments: tuple[Any, ...] = (*inputs, *where, dloss, lse, *execution(query))
+        arguments: tuple[Any, ...] = (*inputs, *inverse, *where, dloss, lse, *execution(query))
         _C.in_batch_softmax_backward(*arguments)
         if tile.dtype != unit_query.dtype:  # narrower gradients, each row in the front of its own memory
             tile = tile.view(unit_query.dtype)[:, : cols.stop - cols.start]
         _add_product(dunit_query[rows], tile, unit_items[cols])
         _add_product(dunit_items[cols], tile.t(), unit_query[rows])
-    del unit_query, unit_items
+    if scale is not None:
+        dunit_query, dunit_items = dunit_query / scale, dunit_items / scale
+    del unit_query, unit_items, left, right
     return _unit_backward(dunit_query, query, eps), _unit_backward(dunit_items, items, eps)
 
 
