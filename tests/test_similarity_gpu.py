@@ -64,7 +64,10 @@ def test_l2norm(dtype: torch.dtype, dim: int) -> None:
     ours, eager, exact = run(l2norm, x), run(lambda x: F.normalize(x, dim=-1), x), run(unit, x.double())
     assert ours[0].dtype == dtype
     assert_as_good_as_eager(ours[0], eager[0], exact[0], 2)
-    assert_as_good_as_eager(ours[1], eager[1], exact[1], 3)
+    if dim > 1:  # the exact gradient of one element is 0
+        assert_as_good_as_eager(ours[1], eager[1], exact[1], 3)
+    else:
+        assert ours[1].abs().max() < 8 * torch.finfo(dtype).eps * (dout / x).abs().max()
 
 
 def test_l2norm_below_eps_strides_and_no_rows() -> None:

@@ -11,7 +11,7 @@ namespace {
 
 using namespace hstu::attention::sm80;  // tiles and warp-level products
 
-constexpr int kTileItems = kTopkTileItems, kStages = 3, kThreads = 256, kSelectThreads = 512;
+constexpr int kTileItems = kTopkTileItems, kStages = 3, kThreads = 128, kSelectThreads = 512;
 constexpr int kListed = 112;  // candidates that a block of the scan collects before it appends them
 
 // ---- Candidates ----
@@ -157,7 +157,7 @@ template <class T, int kRows, int kWarpsM>
 __global__ void __launch_bounds__(kThreads, 2)
     topk_scan_kernel(const __grid_constant__ TopkScan p, const __grid_constant__ Round round) {
     using Shared = ScanShared<T, kRows>;
-    using Grid = WarpGrid<kRows, kTileItems, kWarpsM, 8 / kWarpsM>;
+    using Grid = WarpGrid<kRows, kTileItems, kWarpsM, kThreads / 32 / kWarpsM>;
     extern __shared__ __align__(128) unsigned char shared_memory[];
     const int dim = static_cast<int>(p.dim), panels = ceil_div(dim, 64);
     const Shared shared{static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory)), panels};
@@ -292,48 +292,56 @@ __device__ __forceinline__ void sort_descending(uint64_t* keys, int size) {
     __syncthreads();
 }
 
-// Of many keys, moves those to the front that are above a pivot from a sorted sample, at least the best k; returns their
-// number.
-__device__ __forceinline__ int narrow(uint64_t* keys, uint64_t* sample, int count, int k) {
+// Keeps the best k of keys[0, count) in shared memory, in any order; returns how many are left and sets the threshold.
+// The k-th key is found bit by bit: a bit of it is 1 if at least k keys are not below what that gives.
+__device__ __forceinline__ int select(uint64_t* keys, int count, int k, uint64_t& threshold) {
     constexpr int kMost = 8192 / kSelectThreads;  // keys of a thread
-    __shared__ int above;
-    const float share = static_cast<float>(k) / static_cast<float>(count) * kSelectThreads;
-    const int rank = static_cast<int>(share + 3.0f * sqrtf(share)) + 1;
-    if (count <= 2 * kSelectThreads || rank >= kSelectThreads) return count;
+    __shared__ int totals[3], kept;
+    if (count < k) return count;
+    if (threadIdx.x == 0) totals[0] = kept = 0;
     __syncthreads();
-    sample[threadIdx.x] = keys[threadIdx.x * count / kSelectThreads];
-    if (threadIdx.x == 0) above = 0;
-    sort_descending(sample, kSelectThreads);
-    const uint64_t pivot = sample[rank];
-
     uint64_t mine[kMost];
-    uint32_t taken = 0;
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
         const int at = i * kSelectThreads + threadIdx.x;
         mine[i] = at < count ? keys[at] : 0;
-        if (mine[i] > pivot) taken |= 1u << i;
     }
-    int slot = taken ? atomicAdd(&above, __popc(taken)) : 0;
-    __syncthreads();
-    const int left = above;
-    if (left < k) return count;
+    const auto not_below = [&](uint64_t bound) {
+        int found = 0;
+#pragma unroll
+        for (int i = 0; i < kMost; ++i)
+            if (i * kSelectThreads < count) found += mine[i] >= bound;
+        return found;
+    };
+    uint64_t last = 0;
+    for (int step = 0; step < 64; ++step) {
+        const uint64_t trial = last | uint64_t{1} << (63 - step);
+        const int found = __reduce_add_sync(0xffffffffu, not_below(trial));
+        if (threadIdx.x == 0) totals[(step + 1) % 3] = 0;
+        if (lane() == 0 && found > 0) atomicAdd(totals + step % 3, found);
+        __syncthreads();
+        const int total = totals[step % 3];
+        if (total >= k) last = trial;
+        if (total == k) break;
+    }
+    if (last > 0) threshold = last;
+    last = max_of<uint64_t>(last, 1);  // excluded items have no key: fewer than k are left
+
+    const int found = not_below(last);
+    int slot = found;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const int before = __shfl_up_sync(0xffffffffu, slot, step);
+        if (lane() >= step) slot += before;
+    }
+    int base = 0;
+    if (lane() == 31) base = atomicAdd(&kept, slot);
+    slot += __shfl_sync(0xffffffffu, base, 31) - found;
 #pragma unroll
     for (int i = 0; i < kMost; ++i)
-        if (taken >> i & 1) keys[slot++] = mine[i];
-    return left;
-}
-
-// Sorts the best of keys[0, count), kept candidates and new ones; returns how many are left and sets the threshold.
-__device__ __forceinline__ int select(uint64_t* keys, uint64_t* sample, int count, int k, uint64_t& threshold) {
-    count = narrow(keys, sample, count, k);
-    int size = 2;
-    while (size < count) size *= 2;
+        if (mine[i] >= last) keys[slot++] = mine[i];
     __syncthreads();
-    for (int i = count + threadIdx.x; i < size; i += kSelectThreads) keys[i] = 0;
-    sort_descending(keys, size);
-    if (count >= k) threshold = keys[k - 1];
-    return min_of(count, k);
+    return kept;
 }
 
 // Scores of a row with the items of a round, in groups of at most kTileItems: a warp an item.
@@ -370,8 +378,8 @@ struct TileScores {
 
 // A round whose candidates did not fit, once more from the kept keys [0, kept), selecting whenever the room is full.
 template <class Scores>
-__device__ __forceinline__ int rescan(const TopkScan& p, const Scores& scores, int64_t row, uint64_t* keys,
-                                      uint64_t* sample, int kept, uint64_t& threshold) {
+__device__ __forceinline__ int rescan(const TopkScan& p, const Scores& scores, int64_t row, uint64_t* keys, int kept,
+                                      uint64_t& threshold) {
     __shared__ int count;
     if (threadIdx.x == 0) count = kept;
     __syncthreads();
@@ -386,7 +394,7 @@ __device__ __forceinline__ int rescan(const TopkScan& p, const Scores& scores, i
         const int now = count;
         __syncthreads();
         if (now > p.capacity - kTileItems) {
-            const int left = select(keys, sample, now, p.k, threshold);
+            const int left = select(keys, now, p.k, threshold);
             if (threadIdx.x == 0) count = left;
             __syncthreads();
         }
@@ -400,8 +408,7 @@ template <class Scores>
 __global__ void __launch_bounds__(kSelectThreads)
     topk_select_kernel(const __grid_constant__ TopkScan p, Scores scores, bool last) {
     extern __shared__ __align__(128) unsigned char shared_memory[];
-    uint64_t* const keys = reinterpret_cast<uint64_t*>(shared_memory);  // [capacity], then a sample of kSelectThreads
-    uint64_t* const sample = keys + p.capacity;
+    uint64_t* const keys = reinterpret_cast<uint64_t*>(shared_memory);  // [capacity]
     const int64_t row = blockIdx.x;
     uint64_t* const stored = p.keys + row * p.capacity;
     uint64_t threshold = p.thresholds[row];
@@ -412,9 +419,13 @@ __global__ void __launch_bounds__(kSelectThreads)
     for (int i = threadIdx.x; i < count; i += kSelectThreads)
         keys[i] = i >= kept && is_excluded(p, row, item_of(stored[i])) ? 0 : stored[i];
     __syncthreads();
-    if (offered > p.capacity) count = rescan(p, scores, row, keys, sample, kept, threshold);
-    const int left = select(keys, sample, count, p.k, threshold);
+    if (offered > p.capacity) count = rescan(p, scores, row, keys, kept, threshold);
+    const int left = select(keys, count, p.k, threshold);
     if (last) {
+        int size = 2;
+        while (size < left) size *= 2;
+        for (int i = left + threadIdx.x; i < size; i += kSelectThreads) keys[i] = 0;
+        sort_descending(keys, size);
         for (int i = threadIdx.x; i < p.k; i += kSelectThreads) {
             const uint64_t key = i < left ? keys[i] : 0;  // 0: nothing, or an excluded item
             p.values[row * p.k + i] = key ? score_of(key) : -INFINITY;
@@ -431,7 +442,7 @@ __global__ void __launch_bounds__(kSelectThreads)
 
 template <class Scores>
 void launch_select(const TopkScan& p, const Scores& scores, bool last, cudaStream_t stream) {
-    const int shared_bytes = (p.capacity + kSelectThreads) * static_cast<int>(sizeof(uint64_t));
+    const int shared_bytes = p.capacity * static_cast<int>(sizeof(uint64_t));
     launch<topk_select_kernel<Scores>>(p.rows, kSelectThreads, shared_bytes, p.device, stream, p, scores, last);
 }
 
@@ -457,7 +468,7 @@ void scan(const TopkScan& p, cudaStream_t stream) {
         const bool is_dense = p.k * int64_t{128} > kListed / 4 * done;
         const Round round{done, min_of(tiles, done + length), tiles, stride, is_dense};
         if (wide)
-            scan_round<T, 128, 4>(p, round, stream);
+            scan_round<T, 128, 2>(p, round, stream);
         else
             scan_round<T, 32, 1>(p, round, stream);
         launch_select(p, DotProducts<T>{round}, round.end == tiles, stream);

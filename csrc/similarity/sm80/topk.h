@@ -1,7 +1,7 @@
 // Exact top-k of dot products on the GPU, without the matrix of scores (compute capability 8.0 and later).
 //
 // Items are taken in rounds. A round appends every item whose score beats the row's threshold to the row's candidates,
-// and a block per row then sorts them, keeps the best k and makes the k-th the new threshold. Where a round's candidates do
+// and a block per row then keeps the best k and makes the k-th the new threshold. Where a round's candidates do
 // not fit, the row's block goes through the round again item by item, so the result is exact whatever the order.
 //
 // A candidate is a 64-bit key: the score as an unsigned integer of the same order, then the complement of the item's
