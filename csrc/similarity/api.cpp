@@ -10,6 +10,7 @@
 
 #if HSTU_EXT_CUDA
 #include "common/cuda.h"
+#include "similarity/sm80/in_batch_fused.h"
 #include "similarity/sm80/in_batch_softmax.h"
 #include "similarity/sm80/l2norm.h"
 #include "similarity/sm80/topk.h"
@@ -409,5 +410,60 @@ void in_batch_softmax_backward(const InBatchInputs& in, const InBatchTile& tile,
     sm80::in_batch_softmax_backward(p, in.query.dtype, device, execution.stream);
 #endif
 }
+
+#if HSTU_EXT_CUDA
+namespace {
+
+sm80::InBatchFused fused_params(const InBatchFusedInputs& in) {
+    sm80::InBatchFused p{};
+    p.queries = in.query.shape[0];
+    p.items = in.items.shape[0];
+    p.dim = in.query.shape[1];
+    p.query = matrix(in.query);
+    p.item = matrix(in.items);
+    p.query_records = static_cast<const sm80::QueryRecord*>(in.query_records.data);
+    p.item_records = static_cast<const sm80::ItemRecord*>(in.item_records.data);
+    p.inv_temperature = static_cast<float>(1 / in.temperature);
+    p.device = in.query.device;
+    return p;
+}
+
+}  // namespace
+
+int64_t in_batch_fused_splits(const Tensor& rows, const Tensor& others) {
+    const auto serves = [](const Tensor& x) {
+        const bool is_half = x.dtype == DType::kFloat16 || x.dtype == DType::kBFloat16;
+        return is_half && has_contiguous_rows(x) && matrix(x).stride % 8 == 0 && x.shape[0] <= INT32_MAX &&
+               reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+    };
+    if (!serves(rows) || !serves(others)) return 0;
+    return sm80::in_batch_splits(rows.shape[0], others.shape[0], rows.shape[1], rows.device);
+}
+
+void in_batch_fused_forward(const InBatchFusedInputs& in, const Tensor& maximum, const Tensor& sum,
+                            const Tensor& positive_logit, Execution execution) {
+    sm80::InBatchFused p = fused_params(in);
+    p.splits = static_cast<int>(maximum.shape[0]);
+    p.maximum = static_cast<float*>(maximum.data);
+    p.sum = static_cast<float*>(sum.data);
+    p.positive_logit = static_cast<float*>(positive_logit.data);
+    const DeviceGuard guard(p.device);
+    sm80::in_batch_fused_forward(p, in.query.dtype, execution.stream);
+}
+
+void in_batch_fused_backward(const InBatchFusedInputs& in, const Tensor& lse, const Tensor& gradient, bool of_items,
+                             int64_t splits, Execution execution) {
+    sm80::InBatchFused p = fused_params(in);
+    p.splits = static_cast<int>(splits);
+    p.lse = static_cast<const float*>(lse.data);
+    p.gradient = static_cast<float*>(gradient.data);
+    const DeviceGuard guard(p.device);
+    sm80::in_batch_fused_backward(p, in.query.dtype, of_items, execution.stream);
+}
+#else
+int64_t in_batch_fused_splits(const Tensor&, const Tensor&) { return 0; }
+void in_batch_fused_forward(const InBatchFusedInputs&, const Tensor&, const Tensor&, const Tensor&, Execution) {}
+void in_batch_fused_backward(const InBatchFusedInputs&, const Tensor&, const Tensor&, bool, int64_t, Execution) {}
+#endif
 
 }  // namespace hstu::similarity

@@ -96,4 +96,19 @@ void in_batch_softmax_forward(const InBatchInputs& in, const InBatchTile& tile, 
 void in_batch_softmax_backward(const InBatchInputs& in, const InBatchTile& tile, const Tensor& dloss, const Tensor& lse,
                                Execution execution);
 
+// In half precision on a GPU, fused with the products; see similarity/sm80/in_batch_fused.h.
+struct InBatchFusedInputs {
+    Tensor query, items;                 // [T, D] [X, D]
+    Tensor query_records, item_records;  // int32 [T, 4] [X, 4]
+    double temperature;
+};
+
+// Splits of the other side for blocks of `rows`; 0: there is no fused kernel for these tensors.
+int64_t in_batch_fused_splits(const Tensor& rows, const Tensor& others);
+void in_batch_fused_forward(const InBatchFusedInputs& in, const Tensor& maximum, const Tensor& sum,
+                            const Tensor& positive_logit, Execution execution);
+// Adds to the gradient of the unit items, or of the unit queries.
+void in_batch_fused_backward(const InBatchFusedInputs& in, const Tensor& lse, const Tensor& gradient, bool of_items,
+                             int64_t splits, Execution execution);
+
 }  // namespace hstu::similarity

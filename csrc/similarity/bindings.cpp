@@ -232,6 +232,43 @@ void bind_in_batch_backward(py::args values) {
     in_batch_softmax_backward(in, tile, dloss, lse, execution);
 }
 
+InBatchFusedInputs in_batch_fused_inputs(Arguments& args) {
+    InBatchFusedInputs in;
+    in.query = args.tensor("query");
+    in.items = args.tensor("items");
+    in.query_records = args.tensor("query_records");
+    in.item_records = args.tensor("item_records");
+    in.temperature = args.number("temperature");
+    return in;
+}
+
+int64_t bind_in_batch_fused_splits(py::args values) {
+    Arguments args("in_batch_softmax_loss", std::move(values));
+    const Tensor rows = args.tensor("rows"), others = args.tensor("others");
+    return in_batch_fused_splits(rows, others);
+}
+
+void bind_in_batch_fused_forward(py::args values) {
+    Arguments args("in_batch_softmax_loss", std::move(values));
+    const InBatchFusedInputs in = in_batch_fused_inputs(args);
+    const Tensor maximum = args.tensor("maximum"), sum = args.tensor("sum"),
+                 positive_logit = args.tensor("positive_logit");
+    const Execution execution = args.execution();
+    const py::gil_scoped_release no_gil;
+    in_batch_fused_forward(in, maximum, sum, positive_logit, execution);
+}
+
+void bind_in_batch_fused_backward(py::args values) {
+    Arguments args("in_batch_softmax_loss", std::move(values));
+    const InBatchFusedInputs in = in_batch_fused_inputs(args);
+    const Tensor lse = args.tensor("lse"), gradient = args.tensor("gradient");
+    const bool of_items = args.boolean("of_items");
+    const int64_t splits = args.integer("splits");
+    const Execution execution = args.execution();
+    const py::gil_scoped_release no_gil;
+    in_batch_fused_backward(in, lse, gradient, of_items, splits, execution);
+}
+
 }  // namespace
 
 void register_similarity(py::module_& m) {
@@ -253,6 +290,9 @@ void register_similarity(py::module_& m) {
     m.def("in_batch_softmax_check", &bind_in_batch_check);
     m.def("in_batch_softmax_forward", &bind_in_batch_forward);
     m.def("in_batch_softmax_backward", &bind_in_batch_backward);
+    m.def("in_batch_fused_splits", &bind_in_batch_fused_splits);
+    m.def("in_batch_fused_forward", &bind_in_batch_fused_forward);
+    m.def("in_batch_fused_backward", &bind_in_batch_fused_backward);
 }
 
 }  // namespace hstu::similarity

@@ -323,3 +323,37 @@ def in_batch_softmax_backward(
     /,
 ) -> None:
     """Turns a tile of similarities into their gradient; on a GPU in the dtype of query, in the front of each row."""
+
+def in_batch_fused_splits(rows: Tensor, others: Tensor, /) -> int:
+    """Splits of the other side for blocks of these rows; 0: there is no fused kernel for these tensors."""
+
+def in_batch_fused_forward(
+    query: Tensor,
+    items: Tensor,
+    query_records: Tensor,
+    item_records: Tensor,
+    temperature: float,
+    maximum: Tensor,
+    sum: Tensor,
+    positive_logit: Tensor,
+    stream: int,
+    num_threads: int,
+    /,
+) -> None:
+    """Maximum and sum float32 [splits, T] of every row's share of the items. Records: sm80/in_batch_fused.h."""
+
+def in_batch_fused_backward(
+    query: Tensor,
+    items: Tensor,
+    query_records: Tensor,
+    item_records: Tensor,
+    temperature: float,
+    lse: Tensor,
+    gradient: Tensor,
+    of_items: bool,
+    splits: int,
+    stream: int,
+    num_threads: int,
+    /,
+) -> None:
+    """Adds to the gradient float32 of the unit items [X, D], or of the unit queries [T, D]."""

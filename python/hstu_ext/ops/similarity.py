@@ -761,12 +761,103 @@ def _in_batch_tiles(
             yield rows, cols, tiles[0], tiles[1] if len(tiles) > 1 else None
 
 
+def _inverse_norms(x: Tensor, eps: float) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+    return norms.clamp(min=eps).reciprocal()
+
+
 def _in_batch_factors(query: Tensor, items: Tensor, eps: float) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """What is multiplied: unit rows; on a GPU the rows as they are, and 1 / max(norm, eps) of both for the kernel."""
     if not query.is_cuda:
         return _unit(query, eps), _unit(items, eps), (None, None)
-    norms = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) for x in (query, items))
-    return _rows(query), _rows(items), tuple(norm.clamp(min=eps).reciprocal() for norm in norms)
+    return _rows(query), _rows(items), (_inverse_norms(query, eps), _inverse_norms(items, eps))
+
+
+def _in_batch_is_fused(query: Tensor, items: Tensor, threshold: float | None) -> bool:
+    """Whether the logits stay inside of kernels: half precision on a GPU, without near-duplicates."""
+    return query.is_cuda and threshold is None and query.numel() > 0 and _C.in_batch_fused_splits(query, items) > 0
+
+
+def _fused_splits(rows: Tensor, others: Tensor) -> int:
+    """Several blocks add to one row's gradient in any order, unless that must not be."""
+    return 1 if torch.are_deterministic_algorithms_enabled() else _C.in_batch_fused_splits(rows, others)
+
+
+def _numbered(ids: Tensor) -> Tensor:
+    """int32 numbers from 0 on, equal where the ids are."""
+    values, order = ids.sort()
+    steps = torch.zeros_like(values, dtype=torch.int32)
+    steps[1:] = values[1:] != values[:-1]
+    return torch.empty_like(steps).scatter_(0, order, steps.cumsum(0, dtype=torch.int32))
+
+
+def _records(*columns: Tensor | int) -> Tensor:
+    """int32 [rows, 4] of four columns; float32 ones keep their bits."""
+    model = next(column for column in columns if isinstance(column, Tensor))
+    records = model.new_empty((model.shape[0], 4), dtype=torch.int32)
+    for i, column in enumerate(columns):
+        if isinstance(column, Tensor) and column.is_floating_point():
+            column = column.float().view(torch.int32)
+        records[:, i] = column
+    return records
+
+
+def _in_batch_records(
+    item_ids: Tensor,
+    positives: Tensor,
+    sequence_ids: Tensor | None,
+    item_sequence_ids: Tensor | None,
+    log_q: Tensor | None,
+    scale: Tensor,
+    item_inverse: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """QueryRecord and ItemRecord of sm80/in_batch_fused.h."""
+    ids = _numbered(item_ids)
+    sequences: tuple[Tensor | int, ...] = (-1, -2)
+    positives = positives.clamp(0, item_ids.shape[0] - 1)
+    if sequence_ids is not None and item_sequence_ids is not None:
+        numbered = _numbered(torch.cat([sequence_ids, item_sequence_ids]))
+        rows = sequence_ids.shape[0]
+        sequences = (numbered[:rows], numbered[rows:])
+    log_q = torch.zeros_like(item_inverse) if log_q is None else log_q
+    return _records(ids[positives], sequences[0], positives, scale), _records(ids, sequences[1], log_q, item_inverse)
+
+
+def _in_batch_fused_run(inputs: tuple[Any, ...], eps: float) -> tuple[Tensor, Tensor]:
+    *tensors, temperature = inputs
+    query, items = tensors[:2]
+    query_inverse, item_inverse = _inverse_norms(query, eps), _inverse_norms(items, eps)
+    described: tuple[Any, ...] = (*tensors[2:], query_inverse / temperature, item_inverse)
+    records = _in_batch_records(*described)
+    splits = _C.in_batch_fused_splits(query, items)
+    maximum, total = query_inverse.new_empty((2, splits, query.shape[0]))
+    positive_logit = torch.empty_like(query_inverse)
+    arguments: tuple[Any, ...] = (query, items, *records, temperature, maximum, total, positive_logit)
+    arguments += execution(query)
+    _C.in_batch_fused_forward(*arguments)
+    top = maximum.amax(0)
+    lse = top + (total * (maximum - top).exp()).sum(0).log()
+    return lse - positive_logit, lse
+
+
+def _in_batch_fused_backward(dloss: Tensor, lse: Tensor, inputs: tuple[Any, ...], eps: float) -> tuple[Tensor, Tensor]:
+    *tensors, temperature = inputs
+    query, items = tensors[:2]
+    unit_query, unit_items = _unit(query, eps), _unit(items, eps)
+    # The gradients of the similarities pass through half precision: a mean over many rows would underflow.
+    scale = 1024 / dloss.abs().amax().clamp(min=1e-30)
+    described: tuple[Any, ...] = (*tensors[2:], dloss * scale, torch.ones_like(lse[:1]).expand(items.shape[0]))
+    records = _in_batch_records(*described)
+    gradients = []
+    for of_items, (unit, other) in enumerate(((unit_query, unit_items), (unit_items, unit_query))):
+        gradient = torch.zeros_like(unit, dtype=torch.float32)
+        splits = _fused_splits(unit, other)
+        arguments: tuple[Any, ...] = (unit_query, unit_items, *records, temperature, lse, gradient, of_items, splits)
+        arguments += execution(query)
+        _C.in_batch_fused_backward(*arguments)
+        gradients.append(gradient.mul_(1 / (scale * temperature)).to(query.dtype))
+    del unit_query, unit_items, unit, other
+    return _unit_backward(gradients[0], query, eps), _unit_backward(gradients[1], items, eps)
 
 
 def _in_batch_run(
@@ -784,6 +875,8 @@ def _in_batch_run(
     """Loss [T] and log-sum-exp [T] of every row."""
     inputs = (query, items, item_ids, positives, sequence_ids, item_sequence_ids, log_q, temperature)
     _C.in_batch_softmax_check(*inputs, None, None, eps)
+    if _in_batch_is_fused(query, items, threshold):
+        return _in_batch_fused_run(inputs, eps)
     left, right, inverse = _in_batch_factors(query, items, eps)
     positive_logit, maximum, total = query.new_empty((3, query.shape[0]), dtype=_compute_dtype(query))
     maximum.fill_(-math.inf)
@@ -815,6 +908,8 @@ _IN_BATCH_INPUTS = (
 def _in_batch_backward(dloss: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *inputs, threshold, eps = args
     query, items, _, positives = inputs[:4]
+    if _in_batch_is_fused(query, items, threshold):
+        return _in_batch_fused_backward(dloss, lse, tuple(inputs), eps)
     left, right, inverse = _in_batch_factors(query, items, eps)
     unit_query, unit_items = (_unit(query, eps), _unit(items, eps)) if query.is_cuda else (left, right)
     dtype = _compute_dtype(query)
