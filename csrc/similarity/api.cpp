@@ -8,6 +8,12 @@
 #include "similarity/cpu/similarity.h"
 #include "similarity/params.h"
 
+#if HSTU_EXT_CUDA
+#include "common/cuda.h"
+#include "similarity/sm80/l2norm.h"
+#include "similarity/sm80/sampled_softmax.h"
+#endif
+
 #define CHECK(condition, ...) HSTU_CHECK(condition, "hstu_ext.", op, ": ", __VA_ARGS__)
 
 namespace hstu::similarity {
@@ -26,14 +32,33 @@ Matrix matrix(const Tensor& x) { return {x.data, x.rank == 2 && x.shape[0] > 1 ?
 struct Checks {
     const char* op;
 
-    // A floating point [rows, dim] on the CPU; `form` is how the shape is written in the error.
-    void rows(const char* name, const Tensor& x, const char* form) const {
+    // A floating point [rows, dim]; `form` is how the shape is written in the error.
+    void floating_rows(const char* name, const Tensor& x, const char* form) const {
         CHECK(x, name, " must be a tensor, got None");
         CHECK(x.rank == 2 && x.shape[1] >= 1, name, " must be ", form, ", got ", Shape{x});
         CHECK(is_floating(x.dtype), name, " must be a floating point tensor, got ", x.dtype);
+    }
+
+    // On the CPU.
+    void rows(const char* name, const Tensor& x, const char* form) const {
+        floating_rows(name, x, form);
         if (x.is_cuda())
             fail<MissingKernelError>("hstu_ext.", op, ": this op has CPU kernels only, got a tensor on ",
                                      Device{x.device});
+    }
+
+    // On the CPU, or on a GPU where this build has kernels for it.
+    void rows_anywhere(const char* name, const Tensor& x, const char* form) const {
+        floating_rows(name, x, form);
+        if (!x.is_cuda()) return;
+        CHECK(x.dtype != DType::kFloat64, name,
+              " must be torch.float32, torch.float16 or torch.bfloat16 on a GPU, got ", x.dtype);
+#if !HSTU_EXT_CUDA
+        fail<MissingKernelError>(
+            "hstu_ext.", op, ": ", name,
+            " is on a GPU and this build has CPU kernels only. Install with nvcc on the PATH and `pip install . -C "
+            "cmake.define.HSTU_EXT_CUDA=on` (CMake: -DHSTU_EXT_CUDA=on)");
+#endif
     }
 
     void contiguous_rows(const char* name, const Tensor& x) const {
@@ -50,19 +75,19 @@ struct Checks {
     }
 
     // [n] of the type, contiguous.
-    void vector(const char* name, const Tensor& x, DType dtype, int64_t n) const {
+    void vector(const char* name, const Tensor& x, DType dtype, int64_t n, int device = -1) const {
         CHECK(x, name, " must be a tensor, got None");
         CHECK(x.dtype == dtype, name, " must be ", dtype, ", got ", x.dtype);
         CHECK(x.rank == 1 && x.shape[0] == n, name, " must be [", n, "], got ", Shape{x});
-        CHECK(x.device < 0, name, " must be on cpu, got ", Device{x.device});
+        CHECK(x.device == device, name, " must be on ", Device{device}, ", got ", Device{x.device});
         CHECK(n <= 1 || x.stride[0] == 1, name, " must be contiguous, got a stride of ", x.stride[0]);
     }
 
-    // Contiguous int32 or int64, every value in [low, high).
-    IndexArray indices(const char* name, const Tensor& x, int64_t low, int64_t high) const {
+    // Contiguous int32 or int64, every value in [low, high); what lies on a GPU cannot be read here.
+    IndexArray indices(const char* name, const Tensor& x, int64_t low, int64_t high, int device = -1) const {
         CHECK(x.dtype == DType::kInt32 || x.dtype == DType::kInt64, name, " must be torch.int32 or torch.int64, got ",
               x.dtype);
-        CHECK(x.device < 0, name, " must be on cpu, got ", Device{x.device});
+        CHECK(x.device == device, name, " must be on ", Device{device}, ", got ", Device{x.device});
         int64_t count = 1, elements = 1;
         for (int i = 0; i < x.rank; ++i) elements *= x.shape[i];
         if (elements == 0) return {x.data, x.dtype == DType::kInt64};
@@ -71,6 +96,7 @@ struct Checks {
             count *= x.shape[i];
         }
         const IndexArray array{x.data, x.dtype == DType::kInt64};
+        if (x.is_cuda()) return array;
         for (int64_t i = 0; i < count; ++i)
             CHECK(array[i] >= low && array[i] < high, name, " must hold values from ", low, " to ", high - 1, ", got ",
                   array[i]);
@@ -84,20 +110,30 @@ struct Checks {
 
 }  // namespace
 
-void l2norm(const Tensor& x, const Tensor& out, double eps, int num_threads) {
+void l2norm(const Tensor& x, const Tensor& out, double eps, Execution execution) {
     const Checks checks{"l2norm"};
-    checks.rows("x", x, "[..., dim]");
+    checks.rows_anywhere("x", x, "[..., dim]");
     checks.contiguous_rows("x", x);
     checks.positive("eps", eps);
-    cpu::l2norm({x.shape[0], x.shape[1], eps, matrix(x), {}, matrix(out), num_threads}, x.dtype);
+    const L2NormParams p{x.shape[0], x.shape[1], eps, matrix(x), {}, matrix(out), execution.num_threads};
+    if (!x.is_cuda()) return cpu::l2norm(p, x.dtype);
+#if HSTU_EXT_CUDA
+    const DeviceGuard guard(x.device);
+    sm80::l2norm(p, x.dtype, x.device, execution.stream);
+#endif
 }
 
-void l2norm_backward(const Tensor& dout, const Tensor& x, const Tensor& dx, double eps, int num_threads) {
+void l2norm_backward(const Tensor& dout, const Tensor& x, const Tensor& dx, double eps, Execution execution) {
     const Checks checks{"l2norm"};
-    checks.rows("dout", dout, "[..., dim]");
+    checks.rows_anywhere("dout", dout, "[..., dim]");
     checks.contiguous_rows("dout", dout);
     checks.like("dout", dout, "x", x);
-    cpu::l2norm_backward({x.shape[0], x.shape[1], eps, matrix(x), matrix(dout), matrix(dx), num_threads}, x.dtype);
+    const L2NormParams p{x.shape[0], x.shape[1], eps, matrix(x), matrix(dout), matrix(dx), execution.num_threads};
+    if (!x.is_cuda()) return cpu::l2norm_backward(p, x.dtype);
+#if HSTU_EXT_CUDA
+    const DeviceGuard guard(x.device);
+    sm80::l2norm_backward(p, x.dtype, x.device, execution.stream);
+#endif
 }
 
 void check_l2norm_dot(const Tensor& q, const Tensor& items, double eps) {
@@ -203,31 +239,71 @@ SampledBackwardParams sampled_backward_params(const SampledInputs& in, const Sam
 
 }  // namespace
 
-void sampled_softmax_forward(const SampledInputs& in, const Tensor& loss, const Tensor& lse, const Tensor& similarity,
-                             int num_threads) {
+void sampled_softmax_forward(const SampledInputs& in, const Tensor& loss, const Tensor& of_rows, const Tensor& of_pairs,
+                             Execution execution) {
     const Checks checks{"sampled_softmax_loss"};
     const char* const op = checks.op;
-    checks.rows("query", in.query, "[T, D]");
+    checks.rows_anywhere("query", in.query, "[T, D]");
     checks.contiguous_rows("query", in.query);
-    checks.rows("table", in.table, "[V, D]");
+    checks.rows_anywhere("table", in.table, "[V, D]");
     checks.contiguous_rows("table", in.table);
     checks.like("table", in.table, "query", in.query);
     const int64_t rows = in.query.shape[0], items = in.table.shape[0];
+    const int device = in.query.device;
     CHECK(in.pos_ids && in.pos_ids.rank == 1 && in.pos_ids.shape[0] == rows, "pos_ids must be [", rows, "], got ",
           Shape{in.pos_ids});
     CHECK(in.neg_ids && in.neg_ids.rank == 2 && in.neg_ids.shape[0] == rows, "neg_ids must be [", rows, ", K], got ",
           Shape{in.neg_ids});
-    checks.indices("pos_ids", in.pos_ids, 0, items);
-    checks.indices("neg_ids", in.neg_ids, 0, items);
+    checks.indices("pos_ids", in.pos_ids, 0, items, device);
+    checks.indices("neg_ids", in.neg_ids, 0, items, device);
     checks.positive("temperature", in.temperature);
     checks.positive("eps", in.eps);
-    if (in.log_q) checks.vector("log_q", in.log_q, compute_type(in.query.dtype), items);
+    if (in.log_q) checks.vector("log_q", in.log_q, compute_type(in.query.dtype), items, device);
 
-    SampledParams p = sampled_params(in, num_threads);
+    SampledParams p = sampled_params(in, execution.num_threads);
     p.loss = loss.data;
-    p.lse = lse.data;
-    p.similarity = similarity.data;
-    cpu::sampled_softmax_forward(p, in.query.dtype);
+    if (!in.query.is_cuda()) {
+        p.lse = of_rows.data;
+        p.similarity = of_pairs.data;
+        return cpu::sampled_softmax_forward(p, in.query.dtype);
+    }
+#if HSTU_EXT_CUDA
+    CHECK(items <= INT32_MAX && (items > 0 || rows == 0), "table must have 1 to 2^31 - 1 rows on a GPU, got ", items);
+    const SampledForwardParams gpu{p, static_cast<float*>(of_rows.data), static_cast<float*>(of_pairs.data)};
+    const DeviceGuard guard(device);
+    sm80::sampled_softmax_forward(gpu, in.query.dtype, device, execution.stream);
+#endif
+}
+
+void sampled_softmax_items(const SampledInputs& in, const Tensor& items, Execution execution) {
+    Checks{"sampled_softmax_loss"}.rows_anywhere("query", in.query, "[T, D]");
+#if HSTU_EXT_CUDA
+    const DeviceGuard guard(in.query.device);
+    sm80::sampled_softmax_items(sampled_params(in, 1), static_cast<int32_t*>(items.data), in.query.device,
+                                execution.stream);
+#endif
+}
+
+void sampled_softmax_table(const SampledInputs& in, const SampledTableGradient& gradient, Execution execution) {
+    Checks{"sampled_softmax_loss"}.rows_anywhere("query", in.query, "[T, D]");
+#if HSTU_EXT_CUDA
+    SampledTableParams p{};
+    static_cast<SampledParams&>(p) = sampled_params(in, 1);
+    p.dloss = static_cast<const float*>(gradient.dloss.data);
+    p.dsimilarity = static_cast<const float*>(gradient.dsimilarity.data);
+    p.pairs = gradient.pair_items.shape[0];
+    p.pair_items = static_cast<const int32_t*>(gradient.pair_items.data);
+    p.order = static_cast<const int64_t*>(gradient.order.data);
+    p.pair_rows = static_cast<const int64_t*>(gradient.pair_rows.data);
+    p.row_items = static_cast<const int64_t*>(gradient.row_items.data);
+    p.chunk = gradient.chunk;
+    p.partial = static_cast<float*>(gradient.partial.data);
+    p.sums = static_cast<float*>(gradient.sums.data);
+    p.dtable = matrix(gradient.dtable);
+    p.table_rows = gradient.dtable.shape[0];
+    const DeviceGuard guard(in.query.device);
+    sm80::sampled_softmax_table(p, in.query.dtype, in.query.device, execution.stream);
+#endif
 }
 
 void sampled_softmax_group(const SampledInputs& in, const Tensor& starts, const Tensor& order) {
