@@ -13,6 +13,7 @@
 #include "similarity/sm80/in_batch_fused.h"
 #include "similarity/sm80/in_batch_softmax.h"
 #include "similarity/sm80/l2norm.h"
+#include "similarity/sm80/sampled_softmax.h"
 #include "similarity/sm80/topk.h"
 #endif
 
@@ -291,8 +292,8 @@ SampledBackwardParams sampled_backward_params(const SampledInputs& in, const Sam
 
 }  // namespace
 
-void sampled_softmax_forward(const SampledInputs& in, const Tensor& loss, const Tensor& lse, const Tensor& similarity,
-                             int num_threads) {
+void sampled_softmax_forward(const SampledInputs& in, const Tensor& loss, const Tensor& of_rows, const Tensor& of_pairs,
+                             Execution execution) {
     const Checks checks{"sampled_softmax_loss"};
     const char* const op = checks.op;
     checks.rows("query", in.query, "[T, D]");
@@ -301,21 +302,61 @@ void sampled_softmax_forward(const SampledInputs& in, const Tensor& loss, const 
     checks.contiguous_rows("table", in.table);
     checks.like("table", in.table, "query", in.query);
     const int64_t rows = in.query.shape[0], items = in.table.shape[0];
+    const int device = in.query.device;
     CHECK(in.pos_ids && in.pos_ids.rank == 1 && in.pos_ids.shape[0] == rows, "pos_ids must be [", rows, "], got ",
           Shape{in.pos_ids});
     CHECK(in.neg_ids && in.neg_ids.rank == 2 && in.neg_ids.shape[0] == rows, "neg_ids must be [", rows, ", K], got ",
           Shape{in.neg_ids});
-    checks.indices("pos_ids", in.pos_ids, 0, items);
-    checks.indices("neg_ids", in.neg_ids, 0, items);
+    checks.indices("pos_ids", in.pos_ids, 0, items, device);
+    checks.indices("neg_ids", in.neg_ids, 0, items, device);
     checks.positive("temperature", in.temperature);
     checks.positive("eps", in.eps);
-    if (in.log_q) checks.vector("log_q", in.log_q, compute_type(in.query.dtype), items);
+    if (in.log_q) checks.vector("log_q", in.log_q, compute_type(in.query.dtype), items, device);
 
-    SampledParams p = sampled_params(in, num_threads);
+    SampledParams p = sampled_params(in, execution.num_threads);
     p.loss = loss.data;
-    p.lse = lse.data;
-    p.similarity = similarity.data;
-    cpu::sampled_softmax_forward(p, in.query.dtype);
+    if (!in.query.is_cuda()) {
+        p.lse = of_rows.data;
+        p.similarity = of_pairs.data;
+        return cpu::sampled_softmax_forward(p, in.query.dtype);
+    }
+#if HSTU_EXT_CUDA
+    CHECK(items <= INT32_MAX && (items > 0 || rows == 0), "table must have 1 to 2^31 - 1 rows on a GPU, got ", items);
+    const SampledForwardParams gpu{p, static_cast<float*>(of_rows.data), static_cast<float*>(of_pairs.data)};
+    const DeviceGuard guard(device);
+    sm80::sampled_softmax_forward(gpu, in.query.dtype, device, execution.stream);
+#endif
+}
+
+void sampled_softmax_items(const SampledInputs& in, const Tensor& items, Execution execution) {
+    Checks{"sampled_softmax_loss"}.rows("query", in.query, "[T, D]");
+#if HSTU_EXT_CUDA
+    const DeviceGuard guard(in.query.device);
+    sm80::sampled_softmax_items(sampled_params(in, 1), static_cast<int32_t*>(items.data), in.query.device,
+                                execution.stream);
+#endif
+}
+
+void sampled_softmax_table(const SampledInputs& in, const SampledTableGradient& gradient, Execution execution) {
+    Checks{"sampled_softmax_loss"}.rows("query", in.query, "[T, D]");
+#if HSTU_EXT_CUDA
+    SampledTableParams p{};
+    static_cast<SampledParams&>(p) = sampled_params(in, 1);
+    p.dloss = static_cast<const float*>(gradient.dloss.data);
+    p.dsimilarity = static_cast<const float*>(gradient.dsimilarity.data);
+    p.pairs = gradient.pair_items.shape[0];
+    p.pair_items = static_cast<const int32_t*>(gradient.pair_items.data);
+    p.order = static_cast<const int64_t*>(gradient.order.data);
+    p.pair_rows = static_cast<const int64_t*>(gradient.pair_rows.data);
+    p.row_items = static_cast<const int64_t*>(gradient.row_items.data);
+    p.chunk = gradient.chunk;
+    p.partial = static_cast<float*>(gradient.partial.data);
+    p.sums = static_cast<float*>(gradient.sums.data);
+    p.dtable = matrix(gradient.dtable);
+    p.table_rows = gradient.dtable.shape[0];
+    const DeviceGuard guard(in.query.device);
+    sm80::sampled_softmax_table(p, in.query.dtype, in.query.device, execution.stream);
+#endif
 }
 
 void sampled_softmax_group(const SampledInputs& in, const Tensor& starts, const Tensor& order) {

@@ -66,8 +66,23 @@ struct SampledGradients {
     Tensor dquery;                  // [T, D], written; or undefined
 };
 
-void sampled_softmax_forward(const SampledInputs& in, const Tensor& loss, const Tensor& lse, const Tensor& similarity,
-                             int num_threads);
+// A GPU's backward: from the pairs (t, j), which torch has sorted by item, and what the forward left of them.
+struct SampledTableGradient {
+    Tensor dloss, dsimilarity;     // float [T] [T, K + 1], read
+    Tensor pair_items, order;      // int32 [pairs], ascending, and int64 [pairs]: t * (K + 1) + j
+    Tensor pair_rows, row_items;   // int64 [pairs] [rows of dtable], for the rows of a sparse gradient; or undefined
+    int64_t chunk;                 // pairs that are added up in one go
+    Tensor partial, sums, dtable;  // float [2 * chunks, D], scratch; float like dtable, zeroed, may be dtable; written
+};
+
+// Of every row and of every pair it writes, on the CPU, the log-sum-exp [T] and the similarity [T, K + 1], and on a GPU
+// loss[t]'s gradients: by query t [T, D], and by the similarities, over max(|query t|, eps), [T, K + 1].
+void sampled_softmax_forward(const SampledInputs& in, const Tensor& loss, const Tensor& of_rows, const Tensor& of_pairs,
+                             Execution execution);
+// On a GPU only.
+void sampled_softmax_items(const SampledInputs& in, const Tensor& items, Execution execution);
+void sampled_softmax_table(const SampledInputs& in, const SampledTableGradient& gradient, Execution execution);
+// On the CPU only.
 void sampled_softmax_group(const SampledInputs& in, const Tensor& starts, const Tensor& order);
 void sampled_softmax_backward_query(const SampledInputs& in, const SampledGradients& gradients, int num_threads);
 // `ids` [entries] gives the items of dtable's rows; undefined: every item of the table.

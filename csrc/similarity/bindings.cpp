@@ -144,10 +144,38 @@ SampledGradients sampled_gradients(Arguments& args) {
 void bind_sampled_forward(py::args values) {
     Arguments args("sampled_softmax_loss", std::move(values));
     const SampledInputs in = sampled_inputs(args);
-    const Tensor loss = args.tensor("loss"), lse = args.tensor("lse"), similarity = args.tensor("similarity");
-    const int num_threads = threads(args);
+    const Tensor loss = args.tensor("loss"), of_rows = args.tensor("of_rows"), of_pairs = args.tensor("of_pairs");
+    const Execution execution = args.execution();
     const py::gil_scoped_release no_gil;
-    sampled_softmax_forward(in, loss, lse, similarity, num_threads);
+    sampled_softmax_forward(in, loss, of_rows, of_pairs, execution);
+}
+
+void bind_sampled_items(py::args values) {
+    Arguments args("sampled_softmax_loss", std::move(values));
+    const SampledInputs in = sampled_inputs(args);
+    const Tensor items = args.tensor("items");
+    const Execution execution = args.execution();
+    const py::gil_scoped_release no_gil;
+    sampled_softmax_items(in, items, execution);
+}
+
+void bind_sampled_table(py::args values) {
+    Arguments args("sampled_softmax_loss", std::move(values));
+    const SampledInputs in = sampled_inputs(args);
+    SampledTableGradient gradient;
+    gradient.dloss = args.tensor("dloss");
+    gradient.dsimilarity = args.tensor("dsimilarity");
+    gradient.pair_items = args.tensor("pair_items");
+    gradient.order = args.tensor("order");
+    gradient.pair_rows = args.tensor("pair_rows");
+    gradient.row_items = args.tensor("row_items");
+    gradient.chunk = args.integer("chunk");
+    gradient.partial = args.tensor("partial");
+    gradient.sums = args.tensor("sums");
+    gradient.dtable = args.tensor("dtable");
+    const Execution execution = args.execution();
+    const py::gil_scoped_release no_gil;
+    sampled_softmax_table(in, gradient, execution);
 }
 
 void bind_sampled_group(py::args values) {
@@ -284,6 +312,8 @@ void register_similarity(py::module_& m) {
     m.def("topk_merge", &bind_topk_merge);
     m.def("topk_finish", &bind_topk_finish);
     m.def("sampled_softmax_forward", &bind_sampled_forward);
+    m.def("sampled_softmax_items", &bind_sampled_items);
+    m.def("sampled_softmax_table", &bind_sampled_table);
     m.def("sampled_softmax_group", &bind_sampled_group);
     m.def("sampled_softmax_backward_query", &bind_sampled_backward_query);
     m.def("sampled_softmax_backward_table", &bind_sampled_backward_table);

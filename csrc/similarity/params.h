@@ -56,6 +56,8 @@ struct SampledParams {
     HSTU_HOST_DEVICE int64_t item(int64_t t, int64_t j) const {
         return j == 0 ? positive[t] : negative[t * samples + j - 1];
     }
+    // As GPU kernels, which cannot refuse an id, take it: one outside of the table stands for the nearest inside.
+    HSTU_HOST_DEVICE int inside(int64_t id) const { return static_cast<int>(clamp_to<int64_t>(id, 0, items - 1)); }
 };
 
 struct SampledBackwardParams : SampledParams {
@@ -68,6 +70,28 @@ struct SampledBackwardParams : SampledParams {
     int64_t entries;        // rows of dtable
     const int64_t* starts;  // [V + 1]: the pairs of item v are order[starts[v]] ... order[starts[v + 1] - 1]
     const int64_t* order;   // [T * (K + 1)]: t * (K + 1) + j, ascending within an item
+};
+
+// A forward on a GPU, where C is float: instead of similarity and lse it writes the gradients of every loss.
+struct SampledForwardParams : SampledParams {
+    float* dquery;       // [T, D]: of loss[t] with respect to query t
+    float* dsimilarity;  // [T, K + 1]: of loss[t] with respect to similarity j, over max(|query t|, eps)
+};
+
+// The gradient of the table on a GPU, from the pairs (t, j) sorted by item.
+struct SampledTableParams : SampledParams {
+    const float* dloss;         // [T]
+    const float* dsimilarity;   // [T, K + 1], as above
+    int64_t pairs;              // T * (K + 1), below 2^31
+    const int32_t* pair_items;  // [pairs], ascending
+    const int64_t* order;       // [pairs]: t * (K + 1) + j, ascending within an item
+    const int64_t* pair_rows;   // [pairs]: the item's row of dtable; or nullptr, then it is the item
+    const int64_t* row_items;   // [table_rows]: the item of a row of dtable; or nullptr, then it is the row
+    int64_t chunk;              // pairs that a warp adds up
+    float* partial;             // [2 * chunks, D]: sums of items that do not lie in one chunk
+    float* sums;                // [table_rows, D], zeroed; where dtable is float, its memory
+    Matrix dtable;              // [table_rows, D]
+    int64_t table_rows;
 };
 
 // One tile of similarities of unit rows: queries [row0, row0 + rows) against items [col0, col0 + cols).

@@ -198,12 +198,54 @@ def sampled_softmax_forward(
     eps: float,
     log_q: Tensor | None,
     loss: Tensor,
-    lse: Tensor,
-    similarity: Tensor,
+    of_rows: Tensor,
+    of_pairs: Tensor,
+    stream: int,
     num_threads: int,
     /,
 ) -> None:
-    """Writes loss C [T], lse C [T] and similarity C [T, K + 1]."""
+    """Writes loss C [T] and what the backward needs: on the CPU lse C [T] and similarity C [T, K + 1], on a GPU
+    dquery C [T, D] and dsimilarity C [T, K + 1], over max(|query|, eps), with dloss = 1."""
+
+def sampled_softmax_items(
+    query: Tensor,
+    table: Tensor,
+    pos_ids: Tensor,
+    neg_ids: Tensor,
+    temperature: float,
+    eps: float,
+    log_q: Tensor | None,
+    items: Tensor,
+    stream: int,
+    num_threads: int,
+    /,
+) -> None:
+    """GPU: writes items int32 [T * (K + 1)], what the kernels take the ids for."""
+
+def sampled_softmax_table(
+    query: Tensor,
+    table: Tensor,
+    pos_ids: Tensor,
+    neg_ids: Tensor,
+    temperature: float,
+    eps: float,
+    log_q: Tensor | None,
+    dloss: Tensor,
+    dsimilarity: Tensor,
+    pair_items: Tensor,
+    order: Tensor,
+    pair_rows: Tensor | None,
+    row_items: Tensor | None,
+    chunk: int,
+    partial: Tensor,
+    sums: Tensor,
+    dtable: Tensor,
+    stream: int,
+    num_threads: int,
+    /,
+) -> None:
+    """GPU: writes dtable, [V, D] or with row_items [rows] and pair_rows [pairs] [rows, D], from sorted pair_items and
+    their order. partial is C [2 * ceil(pairs / chunk), D]; sums is C, zeroed and like dtable, or dtable itself."""
 
 def sampled_softmax_group(
     query: Tensor,

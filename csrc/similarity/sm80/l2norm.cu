@@ -1,6 +1,9 @@
 // out = x / n with n = max(|x|, eps), and dx = (dout - out (out . dout)) / n; below eps only dx = dout / eps.
 //
-// A warp a row, 16 bytes a lane where rows are aligned. The row is read twice, the second time from the first cache.
+// A row belongs to a group of kLanes threads: 8, a warp or a block, by the number of its vectors. A thread takes every
+// kLanes-th vector of the row and keeps the first kCached of them in registers, all their loads under way at once; it
+// reads the rest of a longer row a second time, from the cache. Sums go over the group by shuffles, over a block by way
+// of shared memory too, in an order that the row's length alone decides. Nothing is shared between groups.
 #include "similarity/sm80/l2norm.h"
 
 #include "common/cuda_launch.h"
@@ -9,104 +12,153 @@
 namespace hstu::similarity::sm80 {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kThreads = 256, kWarps = kThreads / 32, kCached = 4;
 
-// Calls visit(column) for this lane's chunks of a row.
-template <int kSize, class Visit>
-__device__ __forceinline__ void for_chunks(int64_t dim, const Visit& visit) {
-#pragma unroll 4
-    for (int64_t col = threadIdx.x % 32 * kSize; col < dim; col += 32 * kSize) visit(col);
+// Every thread of the block calls it.
+template <int kLanes>
+__device__ __forceinline__ float sum_over_group(float x) {
+    if constexpr (kLanes <= 32) {
+        return sum_over<kLanes>(x);
+    } else {
+        static_assert(kLanes == kThreads, "a group of several warps is the block");
+        __shared__ float sums[kWarps];
+        x = sum_over<32>(x);
+        __syncthreads();  // the sums of the call before have been read
+        if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+        __syncthreads();
+        x = 0;
+#pragma unroll
+        for (int warp = 0; warp < kWarps; ++warp) x += sums[warp];
+        return x;
+    }
 }
 
-__device__ __forceinline__ int64_t row_of_warp() { return int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; }
+// A thread's place: its row, the part of it that is kept in registers, and the columns after that part.
+template <class T, int kWidth, int kLanes>
+struct Place {
+    using Group = RowGroup<T, kWidth, kLanes, kCached>;
 
-template <class T, int kSize>
-__global__ void __launch_bounds__(kWarps * 32) l2norm_kernel(const __grid_constant__ L2NormParams p) {
-    using Elements = Chunk<T, kSize>;
-    const int64_t row = row_of_warp();
-    if (row >= p.rows) return;
-    const T* const x = row_of<const T>(p.x, row);
-    T* const out = row_of<T>(p.out, row);
-    float square = 0.0f;
-    for_chunks<kSize>(p.dim, [&](int64_t col) {
-        const Elements from = Elements::load(x + col);
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) square += from[i] * from[i];
+    int64_t row, dim, rest;
+    bool inside;  // a group past the last row repeats it and writes nothing
+    Group group;
+
+    __device__ __forceinline__ explicit Place(const L2NormParams& p) {
+        constexpr int64_t kColumns = int64_t{kCached} * kLanes * kWidth;
+        const int lane = threadIdx.x % kLanes;
+        row = blockIdx.x * int64_t{kThreads / kLanes} + threadIdx.x / kLanes;
+        inside = row < p.rows;
+        row = min_of(row, p.rows - 1);
+        dim = p.dim;
+        rest = kColumns + lane * kWidth;
+        group = {static_cast<int>(min_of(dim, kColumns)), lane};
+    }
+
+    // body(column) for every vector that is not in registers.
+    template <class Body>
+    __device__ __forceinline__ void for_rest(const Body& body) const {
+        for (int64_t d = rest; d < dim; d += kLanes * kWidth) body(d);
+    }
+};
+
+template <class T, int kWidth, int kLanes>
+__global__ void __launch_bounds__(kThreads) l2norm_kernel(const L2NormParams p, float inverse_eps) {
+    const Place<T, kWidth, kLanes> place(p);
+    const T* const from = row_of<const T>(p.x, place.row);
+    T* const to = row_of<T>(p.out, place.row);
+
+    typename decltype(place.group)::Row x;
+    place.group.load(from, x);
+    float square = dot(x, x);
+    place.for_rest([&](int64_t d) {
+        float more[kWidth];
+        load<kWidth>(from + d, more);
+        square += dot(more, more);
     });
-    const InverseNorm norm(warp_sum(square), static_cast<float>(p.eps));
-    for_chunks<kSize>(p.dim, [&](int64_t col) {
-        Elements chunk = Elements::load(x + col);
+    const float inverse = Norm(sum_over_group<kLanes>(square), inverse_eps).inverse;
+    if (!place.inside) return;
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) chunk.set(i, chunk[i] * norm.value);
-        chunk.store(out + col);
+    for (float& value : x) value *= inverse;
+    place.group.store(x, to);
+    place.for_rest([&](int64_t d) {
+        float more[kWidth];
+        load<kWidth>(from + d, more);
+#pragma unroll
+        for (float& value : more) value *= inverse;
+        store<kWidth>(more, to + d);
     });
 }
 
-template <class T, int kSize>
-__global__ void __launch_bounds__(kWarps * 32) l2norm_backward_kernel(const __grid_constant__ L2NormParams p) {
-    using Elements = Chunk<T, kSize>;
-    const int64_t row = row_of_warp();
-    if (row >= p.rows) return;
-    const T* const x = row_of<const T>(p.x, row);
-    const T* const dout = row_of<const T>(p.dout, row);
-    T* const dx = row_of<T>(p.out, row);
-    float square = 0.0f, product = 0.0f;
-    for_chunks<kSize>(p.dim, [&](int64_t col) {
-        const Elements from = Elements::load(x + col), gradient = Elements::load(dout + col);
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-            square += from[i] * from[i];
-            product += from[i] * gradient[i];
-        }
+template <class T, int kWidth, int kLanes>
+__global__ void __launch_bounds__(kThreads) l2norm_backward_kernel(const L2NormParams p, float inverse_eps) {
+    const Place<T, kWidth, kLanes> place(p);
+    const T* const from = row_of<const T>(p.x, place.row);
+    const T* const dout = row_of<const T>(p.dout, place.row);
+    T* const to = row_of<T>(p.out, place.row);
+
+    typename decltype(place.group)::Row x, dx;
+    place.group.load(from, x);
+    place.group.load(dout, dx);
+    float square = dot(x, x), product = dot(x, dx);
+    place.for_rest([&](int64_t d) {
+        float more[kWidth], dmore[kWidth];
+        load<kWidth>(from + d, more);
+        load<kWidth>(dout + d, dmore);
+        square += dot(more, more);
+        product += dot(more, dmore);
     });
-    const InverseNorm norm(warp_sum(square), static_cast<float>(p.eps));
-    product = warp_sum(product);
-    const float along = norm.clamped ? 0.0f : -product * norm.value * norm.value * norm.value;
-    for_chunks<kSize>(p.dim, [&](int64_t col) {
-        const Elements from = Elements::load(x + col);
-        Elements gradient = Elements::load(dout + col);
+    const Norm norm(sum_over_group<kLanes>(square), inverse_eps);
+    product = sum_over_group<kLanes>(product);
+    if (!place.inside) return;
+    const float along = norm.clamped ? 0.0f : -product * norm.inverse * norm.inverse * norm.inverse;
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) gradient.set(i, norm.value * gradient[i] + along * from[i]);
-        gradient.store(dx + col);
+    for (int i = 0; i < place.group.kElements; ++i) dx[i] = dx[i] * norm.inverse + x[i] * along;
+    place.group.store(dx, to);
+    place.for_rest([&](int64_t d) {
+        float more[kWidth], dmore[kWidth];
+        load<kWidth>(from + d, more);
+        load<kWidth>(dout + d, dmore);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) dmore[i] = dmore[i] * norm.inverse + more[i] * along;
+        store<kWidth>(dmore, to + d);
     });
 }
 
-template <class T>
-void forward(const L2NormParams& p, int device, cudaStream_t stream) {
-    const int64_t blocks = ceil_div<int64_t>(p.rows, kWarps);
-    if (has_aligned_rows<T>(p.x, p.dim) && has_aligned_rows<T>(p.out, p.dim))
-        launch<l2norm_kernel<T, kChunk<T>>>(blocks, kWarps * 32, 0, device, stream, p);
-    else
-        launch<l2norm_kernel<T, 1>>(blocks, kWarps * 32, 0, device, stream, p);
+template <bool kBackward, class T, int kWidth, int kLanes>
+void launch_rows(const L2NormParams& p, int device, void* stream) {
+    constexpr auto kKernel = kBackward ? &l2norm_backward_kernel<T, kWidth, kLanes> : &l2norm_kernel<T, kWidth, kLanes>;
+    const int64_t blocks = ceil_div<int64_t>(p.rows, kThreads / kLanes);
+    launch<kKernel>(blocks, kThreads, 0, device, static_cast<cudaStream_t>(stream), p, static_cast<float>(1 / p.eps));
 }
 
-template <class T>
-void backward(const L2NormParams& p, int device, cudaStream_t stream) {
-    const int64_t blocks = ceil_div<int64_t>(p.rows, kWarps);
-    if (has_aligned_rows<T>(p.x, p.dim) && has_aligned_rows<T>(p.dout, p.dim) && has_aligned_rows<T>(p.out, p.dim))
-        launch<l2norm_backward_kernel<T, kChunk<T>>>(blocks, kWarps * 32, 0, device, stream, p);
-    else
-        launch<l2norm_backward_kernel<T, 1>>(blocks, kWarps * 32, 0, device, stream, p);
+template <bool kBackward, class T, int kWidth>
+void launch_vectors(const L2NormParams& p, int device, void* stream) {
+    const int64_t vectors = ceil_div<int64_t>(p.dim, kWidth);
+    if (vectors <= 8 * kCached) return launch_rows<kBackward, T, kWidth, 8>(p, device, stream);
+    if (vectors <= 32 * kCached) return launch_rows<kBackward, T, kWidth, 32>(p, device, stream);
+    launch_rows<kBackward, T, kWidth, kThreads>(p, device, stream);
+}
+
+template <bool kBackward>
+void launch_l2norm(const L2NormParams& p, DType dtype, int device, void* stream) {
+    with_element_type(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        constexpr int kWidth = 16 / sizeof(T);
+        const bool vectors = has_vectors(p.x, p.dim, kWidth, sizeof(T)) &&
+                             has_vectors(p.dout, p.dim, kWidth, sizeof(T)) &&
+                             has_vectors(p.out, p.dim, kWidth, sizeof(T));
+        vectors ? launch_vectors<kBackward, T, kWidth>(p, device, stream)
+                : launch_vectors<kBackward, T, 1>(p, device, stream);
+    });
 }
 
 }  // namespace
 
-void l2norm(const L2NormParams& p, DType dtype, int device, void* stream_handle) {
-    const auto stream = static_cast<cudaStream_t>(stream_handle);
-    switch (dtype) {
-        case DType::kBFloat16: return forward<__nv_bfloat16>(p, device, stream);
-        case DType::kFloat16: return forward<__half>(p, device, stream);
-        default: return forward<float>(p, device, stream);
-    }
+void l2norm(const L2NormParams& p, DType dtype, int device, void* stream) {
+    launch_l2norm<false>(p, dtype, device, stream);
 }
 
-void l2norm_backward(const L2NormParams& p, DType dtype, int device, void* stream_handle) {
-    const auto stream = static_cast<cudaStream_t>(stream_handle);
-    switch (dtype) {
-        case DType::kBFloat16: return backward<__nv_bfloat16>(p, device, stream);
-        case DType::kFloat16: return backward<__half>(p, device, stream);
-        default: return backward<float>(p, device, stream);
-    }
+void l2norm_backward(const L2NormParams& p, DType dtype, int device, void* stream) {
+    launch_l2norm<true>(p, dtype, device, stream);
 }
 
 }  // namespace hstu::similarity::sm80

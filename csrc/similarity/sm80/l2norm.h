@@ -1,3 +1,4 @@
+// l2norm and its gradient on a GPU, for float32, float16 and bfloat16. `stream` is a cudaStream_t.
 #pragma once
 
 #include "common/dtype.h"
@@ -5,7 +6,7 @@
 
 namespace hstu::similarity::sm80 {
 
-void l2norm(const L2NormParams& p, DType dtype, int device, void* stream);
-void l2norm_backward(const L2NormParams& p, DType dtype, int device, void* stream);
+void l2norm(const L2NormParams& params, DType dtype, int device, void* stream);
+void l2norm_backward(const L2NormParams& params, DType dtype, int device, void* stream);
 
 }  // namespace hstu::similarity::sm80

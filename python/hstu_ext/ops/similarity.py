@@ -26,13 +26,16 @@ _GPU_TILE_COLS = 1 << 12
 _GPU_TILE_ELEMENTS = 1 << 23
 _GPU_TILE_ITEM_ELEMENTS = 1 << 24
 _GPU_TOPK_ROWS = 2048  # queries that are served at once: each has its list of candidates
+_SORTED_PAIRS = (1 << 31) - 1  # that torch sorts at once
+_CHUNK_PAIRS = 128  # sorted pairs that a warp adds up
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Rows of unit length: x / max(|x|, eps) over the last dimension, differentiable in x.
 
     Args:
-        x: [..., dim], float32, float64, float16 or bfloat16; norms are summed in float32 (float64 for float64).
+        x: [..., dim], float32, float64 (on the CPU), float16 or bfloat16; norms are summed in float32 (float64 for
+            float64).
         eps: the least divisor, positive.
 
     Returns:
@@ -130,16 +133,17 @@ def sampled_softmax_loss(
     table and weights; the gradients are the same bit for bit on every run and for any number of threads.
 
     Args:
-        query: [T, D], float32, float64, float16 or bfloat16.
+        query: [T, D], float32, float64 (on the CPU), float16 or bfloat16.
         table: [V, D], dtype of query: the item embeddings.
-        pos_ids: [T], int32 or int64.
-        neg_ids: [T, K], int32 or int64.
+        pos_ids: [T], int32 or int64, from 0 to V - 1. On a GPU, where they cannot be checked, one outside of the table
+            stands for the nearest inside.
+        neg_ids: [T, K], as pos_ids.
         temperature: positive.
         eps: the least divisor of the norms, positive.
         log_q: [V], the log of each item's probability of being sampled.
         weights: [T]; None for ones. The loss is 0 where they sum to 0.
         sparse: a sparse gradient of the table, as from torch.nn.Embedding(sparse=True), coalesced. Not under
-            torch.compile.
+            torch.compile. On a GPU the backward waits for the device then, to know how many items there are.
 
     Returns:
         The loss, a scalar in float32 (float64 for float64).
@@ -576,54 +580,95 @@ def _sampled_run(
     eps: float,
     log_q: Tensor | None,
     sparse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [T], log-sum-exp [T] and similarities [T, K + 1] of every row."""
-    dtype, rows = _compute_dtype(query), query.shape[:1]
-    loss, lse = query.new_empty(rows, dtype=dtype), query.new_empty(rows, dtype=dtype)
-    similarity = query.new_empty((*rows, neg_ids.shape[-1] + 1), dtype=dtype)
+) -> tuple[Tensor, ...]:
+    """Loss [T] and what the backward needs of every row and of every pair.
+
+    On the CPU that is the log-sum-exp [T] and the similarities [T, K + 1]. On a GPU it is the gradients of loss_t: with
+    respect to query_t [T, D], and to the similarities, over max(|query_t|, eps), [T, K + 1].
+    """
+    outputs = _sampled_fake(query, table, pos_ids, neg_ids)
     inputs = (_rows(query), _rows(table), pos_ids.contiguous(), neg_ids.contiguous(), temperature, eps, log_q)
-    _C.sampled_softmax_forward(*inputs, loss, lse, similarity, torch.get_num_threads())
-    return loss, lse, similarity
+    _C.sampled_softmax_forward(*inputs, *outputs, *execution(query))
+    return outputs
 
 
-def _sampled_fake(query: Tensor, table: Tensor, pos_ids: Tensor, neg_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    dtype = _compute_dtype(query)
-    loss = query.new_empty(query.shape[:1], dtype=dtype)
-    return loss, _empty_like(loss), loss.new_empty((query.shape[0], neg_ids.shape[1] + 1))
+def _sampled_fake(
+    query: Tensor, table: Tensor, pos_ids: Tensor, neg_ids: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = query.new_empty(query.shape[:1], dtype=_compute_dtype(query))
+    of_rows = loss.new_empty(query.shape) if query.is_cuda else _empty_like(loss)
+    return loss, of_rows, loss.new_empty((query.shape[0], neg_ids.shape[-1] + 1))
 
 
 def _sampled_backward_run(
     args: tuple[Any, ...], sparse: bool, want_query: bool, want_table: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of query and table; args are those of the custom op below."""
-    dloss, lse, similarity, query, table, pos_ids, neg_ids, temperature, eps, log_q = args
-    threads = torch.get_num_threads()
+    dloss, of_rows, of_pairs, query, table, pos_ids, neg_ids, temperature, eps, log_q = args
+    dloss = dloss.contiguous()
     inputs = (_rows(query), _rows(table), pos_ids.contiguous(), neg_ids.contiguous(), temperature, eps, log_q)
+    if query.is_cuda:
+        dquery = (of_rows * dloss.unsqueeze(1)).to(query.dtype) if want_query else None
+        return dquery, _sampled_table_gradient(inputs, dloss, of_pairs, sparse) if want_table else None
+    threads = torch.get_num_threads()
     dquery = _empty_like(query) if want_query else None
-    weight = _empty_like(similarity)
-    unit_query = query.new_empty(query.shape, dtype=similarity.dtype)
-    gradients = (dloss.contiguous(), lse, similarity, weight, unit_query, dquery)
+    weight = _empty_like(of_pairs)
+    unit_query = query.new_empty(query.shape, dtype=of_pairs.dtype)
+    gradients = (dloss, of_rows, of_pairs, weight, unit_query, dquery)
     _C.sampled_softmax_backward_query(*inputs, *gradients, threads)
     if not want_table:
         return dquery, None
     starts = query.new_empty(table.shape[0] + 1, dtype=torch.int64)
-    order = query.new_empty(similarity.numel(), dtype=torch.int64)
+    order = query.new_empty(of_pairs.numel(), dtype=torch.int64)
     _C.sampled_softmax_group(*inputs, starts, order)
     ids = starts.diff().nonzero().view(-1) if sparse else None
     dtable = table.new_zeros(table.shape if ids is None else (ids.numel(), table.shape[1]))
     _C.sampled_softmax_backward_table(*inputs, *gradients, starts, order, ids, dtable, threads)
-    if ids is not None:
-        dtable = torch.sparse_coo_tensor(
-            ids.unsqueeze(0), dtable, table.shape, check_invariants=False, is_coalesced=True
-        )
-    return dquery, dtable
+    return dquery, dtable if ids is None else _sparse_rows(ids, dtable, table)
+
+
+def _sparse_rows(ids: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+    return torch.sparse_coo_tensor(ids.unsqueeze(0), rows, table.shape, check_invariants=False, is_coalesced=True)
+
+
+def _sampled_table_gradient(inputs: tuple[Any, ...], dloss: Tensor, dsimilarity: Tensor, sparse: bool) -> Tensor:
+    """On a GPU: a sort of the pairs by item, and a sum over each item's. More pairs than torch can sort go in parts."""
+    query, table, pos_ids, neg_ids, *rest = inputs
+    total = None
+    for rows in _spans(max(1, query.shape[0]), max(1, _SORTED_PAIRS // dsimilarity.shape[1])):
+        part = (query[rows], table, pos_ids[rows], neg_ids[rows], *rest)
+        dtable = _sampled_table_part(part, dloss[rows], dsimilarity[rows], sparse)
+        total = dtable if total is None else total + dtable
+        total = total.coalesce() if sparse else total
+    assert total is not None
+    return total
+
+
+def _sampled_table_part(inputs: tuple[Any, ...], dloss: Tensor, dsimilarity: Tensor, sparse: bool) -> Tensor:
+    query, table = inputs[:2]
+    items = query.new_empty(dsimilarity.numel(), dtype=torch.int32)
+    arguments: tuple[Any, ...] = (*inputs, items, *execution(query))
+    _C.sampled_softmax_items(*arguments)
+    items, order = items.sort(stable=True)
+    ids = pair_rows = None
+    if sparse:
+        ids, pair_rows = items.unique_consecutive(return_inverse=True)
+        ids = ids.to(torch.int64)
+    shape = table.shape if ids is None else (ids.numel(), table.shape[1])
+    partial = dsimilarity.new_empty((2 * -(-items.numel() // _CHUNK_PAIRS), table.shape[1]))
+    sums = dsimilarity.new_zeros(shape)
+    dtable = sums if table.dtype == sums.dtype else table.new_empty(shape)
+    gradient = (dloss, dsimilarity, items, order, pair_rows, ids, _CHUNK_PAIRS, partial, sums, dtable)
+    arguments = (*inputs, *gradient, *execution(query))
+    _C.sampled_softmax_table(*arguments)
+    return dtable if ids is None else _sparse_rows(ids, dtable, table)
 
 
 @torch.library.custom_op(
     "hstu_ext::sampled_softmax_backward",
     mutates_args=(),
-    schema="(Tensor dloss, Tensor lse, Tensor similarity, Tensor query, Tensor table, Tensor pos_ids, Tensor neg_ids, "
-    "float temperature, float eps, Tensor? log_q) -> (Tensor, Tensor)",
+    schema="(Tensor dloss, Tensor of_rows, Tensor of_pairs, Tensor query, Tensor table, Tensor pos_ids, "
+    "Tensor neg_ids, float temperature, float eps, Tensor? log_q) -> (Tensor, Tensor)",
 )
 def _sampled_backward(*args: Any) -> tuple[Tensor, Tensor]:
     dquery, dtable = _sampled_backward_run(args, sparse=False, want_query=True, want_table=True)
@@ -633,7 +678,7 @@ def _sampled_backward(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 @_sampled_backward.register_fake
-def _(dloss: Tensor, lse: Tensor, similarity: Tensor, query: Tensor, table: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _(dloss: Tensor, of_rows: Tensor, of_pairs: Tensor, query: Tensor, table: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _empty_like(query), _empty_like(table)
 
 
