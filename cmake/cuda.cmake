@@ -55,7 +55,7 @@ execute_process(
   OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 string(REPLACE "\n" ";" cell_sources "${cell_sources}")
 
-add_library(hstu_gpu OBJECT csrc/attention/cell_table.cpp ${cell_sources})
+add_library(hstu_gpu OBJECT csrc/attention/cell_table.cpp csrc/jagged/cuda.cu ${cell_sources})
 target_include_directories(hstu_gpu PRIVATE csrc ${CMAKE_CURRENT_BINARY_DIR}/include)
 target_compile_definitions(hstu_gpu INTERFACE HSTU_EXT_CUDA=1)
 target_link_libraries(hstu_gpu PRIVATE CUTLASS::CUTLASS PUBLIC CUDA::cudart_static)
