@@ -2,7 +2,7 @@
 #include "common/cuda_launch.h"
 #include "jagged/row_map.h"
 
-static_assert(CUDART_VERSION >= 12010, "hstu_ext: 256 parts are more than 4 KB of kernel parameters, which need nvcc 12.1");
+static_assert(CUDART_VERSION >= 12010, "256 parts are more than 4 KB of kernel parameters, which need nvcc 12.1");
 
 namespace hstu::jagged::cuda {
 namespace {
@@ -30,7 +30,8 @@ __device__ void copy_units(const Tiling& tiling, int units, const char* from, ch
         for (int k = 0; k < kUnroll; ++k) {
             const int i = min_of(first + 32 * k + lane, units - 1);
             const int row = tiling.row_of_unit(i), column = i - row * tiling.columns;
-            values[k] = __ldcs(reinterpret_cast<const Unit*>(shuffled(from, row)) + column);  // read once: not to be kept
+            values[k] =
+                __ldcs(reinterpret_cast<const Unit*>(shuffled(from, row)) + column);  // read once: not to be kept
             targets[k] = reinterpret_cast<Unit*>(shuffled(to, row)) + column;
         }
 #pragma unroll
@@ -102,7 +103,7 @@ __device__ int64_t search_by_warp(const Map& map, const Tile& tile) {
 //   1. finds the sequence of row r from the one found before it, mostly at the first look;
 //   2. asks the map for the row it is a copy of;
 // and all lanes together move the units of the 32 rows, consecutive lanes consecutive units, four loads each before the
-// first store: 2 KB a warp are under way, about 80 KB a multiprocessor.
+// first store: 2 KB a warp are under way, 64 KB a multiprocessor.
 // Where the map is that of a join of a few parts, the threads of the grid also share out the sums of the offsets.
 template <class Map>
 __global__ void __launch_bounds__(kThreads, 4) hstu_jagged_copy(const __grid_constant__ Map map) {

@@ -238,10 +238,7 @@ struct JoinMap {
     uint64_t fill = 0;
 
     JoinMap(const JoinParams& p, const Tiling& tiles)
-        : tiling(tiles),
-          parts(p),
-          joined(p.joined),
-          joined_offsets(static_cast<Offset*>(p.joined_offsets)) {
+        : tiling(tiles), parts(p), joined(p.joined), joined_offsets(static_cast<Offset*>(p.joined_offsets)) {
         tiling.count = tiling.tiles_of(joined.count);
         if (kWritesOffsets) tiling.count = max_of(tiling.count, ceil_div<int64_t>(p.batch + 1, kOffsetsOfTile));
     }
@@ -314,7 +311,8 @@ struct ToDenseMap {
     HSTU_HOST_DEVICE int64_t at(const Tile&, int64_t) const { return 0; }
     HSTU_HOST_DEVICE const char* from(const Tile&, int64_t, int64_t row) const {
         const int64_t b = row / p.max_len, t = row - b * p.max_len;
-        const int64_t begin = clamped<Offset>(p.offsets, b, p.jagged), end = clamped<Offset>(p.offsets, b + 1, p.jagged);
+        const int64_t begin = clamped<Offset>(p.offsets, b, p.jagged),
+                      end = clamped<Offset>(p.offsets, b + 1, p.jagged);
         return t < end - begin ? row_of(p.jagged, begin + t) : nullptr;
     }
     HSTU_HOST_DEVICE char* to(const Tile&, int64_t row) const {
