@@ -63,8 +63,14 @@ def test_strides_of_one_element_dimensions_do_not_matter() -> None:
 
 @pytest.mark.skipif(bool(build_info()["cuda"]), reason="this build has GPU kernels")
 def test_gpu_tensors_in_a_cpu_build() -> None:
-    with pytest.raises(MissingKernelError, match=r"CPU kernels only.*HSTU_EXT_CUDA=on"):
-        forward()
+    rows, offsets = GpuTensor((4, 64), (64, 1)), OFFSETS
+    for call in (
+        forward,
+        lambda: _C.jagged_join(False, False, rows, offsets, 0, 1, 1, rows, offsets),
+        lambda: _C.jagged_dense(True, replace(rows, shape=(1, 4, 64), strides=(256, 64, 1)), rows, offsets, 0, 0, 1),
+    ):
+        with pytest.raises(MissingKernelError, match=r"CPU kernels only.*HSTU_EXT_CUDA=on"):
+            call()
 
 
 def test_only_half_precision_on_gpu() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import cpp_program
 from hstu_ext import (
-    MissingKernelError,
+    _C,
     dense_to_jagged,
     jagged_concat,
     jagged_deinterleave,
@@ -25,6 +28,7 @@ from hstu_ext import (
     lengths_to_offsets,
     offsets_to_lengths,
 )
+from hstu_ext.ops._shared import execution
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool]
 ROW_SHAPES = [(), (1,), (3,), (8,), (64,), (50,), (2, 5), (0,)]
@@ -162,6 +166,26 @@ def assert_same_gradients(
     assert_all_equal(gradients(op), gradients(oracle))
 
 
+On = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def moved(x: Any, device: str) -> Any:
+    """Tensors, also those in lists, with their strides and their place in autograd's graph."""
+    if isinstance(x, (list, tuple)):
+        return type(x)(moved(y, device) for y in x)
+    if not isinstance(x, Tensor) or x.device.type == device:
+        return x
+    if x.is_contiguous() or x.requires_grad:
+        return x.to(device)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+
+
+@pytest.fixture
+def on(device: str) -> On:
+    """on(op) takes tensors on the CPU and gives results on the CPU, as op gives them on the device."""
+    return lambda op: lambda *args: moved(op(*(moved(x, device) for x in args)), "cpu")
+
+
 @pytest.fixture(params=JOINS)
 def join_name(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -171,32 +195,34 @@ def join_name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_join(name: str, join_name: str) -> None:
+def test_join(name: str, join_name: str, on: On) -> None:
     batch, interleave = BATCHES[name], join_name == "interleave"
+    join = on(JOINS[join_name][0])
     values, offsets = batch.values((64,)), batch.offsets()
     total = sum(len(x) for x in values)
-    out, joined_offsets = JOINS[join_name][0](values, offsets)
+    out, joined_offsets = join(values, offsets)
     assert_equal(out, join_oracle(values, offsets, total, interleave))
     assert_equal(joined_offsets, torch.stack(offsets).sum(0))
     assert_same_gradients(
-        lambda *x: JOINS[join_name][0](x, offsets)[0],
+        lambda *x: join(x, offsets)[0],
         lambda *x: join_oracle(x, offsets, total, interleave),
         values,
     )
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_separate(name: str, join_name: str) -> None:
+def test_separate(name: str, join_name: str, on: On) -> None:
     batch, interleave = BATCHES[name], join_name == "interleave"
+    separate = on(JOINS[join_name][1])
     offsets = batch.offsets()
     totals = [sum(part) + sum(batch.slack) for part in batch.lengths]
     values = numbers(sum(totals), 64)
     expected = split_oracle(values, offsets, totals, interleave)
-    assert_all_equal(JOINS[join_name][1](values, offsets, totals), expected)
-    without = JOINS[join_name][1](values, offsets)
+    assert_all_equal(separate(values, offsets, totals), expected)
+    without = separate(values, offsets)
     assert_all_equal(without, [x[: int(end[-1])] for x, end in zip(expected, offsets)])
     assert_same_gradients(
-        lambda x: JOINS[join_name][1](x, offsets, totals),
+        lambda x: separate(x, offsets, totals),
         lambda x: split_oracle(x, offsets, totals, interleave),
         [values],
     )
@@ -204,8 +230,8 @@ def test_separate(name: str, join_name: str) -> None:
 
 @pytest.mark.parametrize("row", ROW_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_and_row(dtype: torch.dtype, row: tuple[int, ...], join_name: str) -> None:
-    join, separate = JOINS[join_name]
+def test_every_dtype_and_row(dtype: torch.dtype, row: tuple[int, ...], join_name: str, on: On) -> None:
+    join, separate = map(on, JOINS[join_name])
     batch = BATCHES["slack"]
     values, offsets = batch.values(row, dtype), batch.offsets(torch.int32)
     out, joined_offsets = join(values, offsets)
@@ -213,47 +239,49 @@ def test_every_dtype_and_row(dtype: torch.dtype, row: tuple[int, ...], join_name
     assert joined_offsets.dtype == torch.int32
     parts = separate(out, offsets, [len(x) for x in values])
     assert_all_equal(parts, split_oracle(out, offsets, [len(x) for x in values], join_name == "interleave"))
-    dense = jagged_to_dense(values[0], offsets[0], 4, 1)
+    dense = on(jagged_to_dense)(values[0], offsets[0], 4, 1)
     assert_equal(dense, dense_oracle(values[0], offsets[0], 4, 1))
-    assert_equal(dense_to_jagged(dense, offsets[0], 12), jagged_oracle(dense, offsets[0], 12))
+    assert_equal(on(dense_to_jagged)(dense, offsets[0], 12), jagged_oracle(dense, offsets[0], 12))
 
 
 @pytest.mark.parametrize("max_len", [0, 1, 2, 3, 10])
 @pytest.mark.parametrize("lengths", [[3, 0, 2], [], [0], [1], [2, 2]], ids=str)
 @pytest.mark.parametrize("slack", [(0, 0), (2, 3)], ids=str)
-def test_dense(lengths: list[int], max_len: int, slack: tuple[int, int]) -> None:
+def test_dense(lengths: list[int], max_len: int, slack: tuple[int, int], on: On) -> None:
     batch = Batch([lengths], slack)
+    to_dense, to_jagged = on(jagged_to_dense), on(dense_to_jagged)
     (values,), (offsets,) = batch.values((2, 3)), batch.offsets()
-    assert_equal(jagged_to_dense(values, offsets, max_len, -2.5), dense_oracle(values, offsets, max_len, -2.5))
+    assert_equal(to_dense(values, offsets, max_len, -2.5), dense_oracle(values, offsets, max_len, -2.5))
     dense = numbers(len(lengths), max_len, 2, 3)
     total = len(values)
-    assert_equal(dense_to_jagged(dense, offsets, total), jagged_oracle(dense, offsets, total))
+    assert_equal(to_jagged(dense, offsets, total), jagged_oracle(dense, offsets, total))
     assert_same_gradients(
-        lambda x: jagged_to_dense(x, offsets, max_len, 7.0), lambda x: dense_oracle(x, offsets, max_len, 7.0), [values]
+        lambda x: to_dense(x, offsets, max_len, 7.0), lambda x: dense_oracle(x, offsets, max_len, 7.0), [values]
     )
     if max_len:
         assert_same_gradients(
-            lambda x: dense_to_jagged(x, offsets, total), lambda x: jagged_oracle(x, offsets, total), [dense]
+            lambda x: to_jagged(x, offsets, total), lambda x: jagged_oracle(x, offsets, total), [dense]
         )
 
 
-def test_sizes_are_read_where_they_are_not_given() -> None:
+def test_sizes_are_read_where_they_are_not_given(on: On) -> None:
     values, offsets = numbers(9, 2), index(1, 4, 4, 6)
-    assert_equal(jagged_to_dense(values, offsets), dense_oracle(values, offsets, 3, 0))
-    assert jagged_to_dense(numbers(3, 2), index(0)).shape == (0, 0, 2)
+    assert_equal(on(jagged_to_dense)(values, offsets), dense_oracle(values, offsets, 3, 0))
+    assert on(jagged_to_dense)(numbers(3, 2), index(0)).shape == (0, 0, 2)
     dense = numbers(3, 3, 2)
-    assert_equal(dense_to_jagged(dense, offsets), jagged_oracle(dense, offsets, 6))
-    parts = jagged_split(values, [offsets, index(0, 1, 2, 3)])
+    assert_equal(on(dense_to_jagged)(dense, offsets), jagged_oracle(dense, offsets, 6))
+    parts = on(jagged_split)(values, [offsets, index(0, 1, 2, 3)])
     assert [len(x) for x in parts] == [6, 3]
 
 
 @pytest.mark.parametrize("join", [jagged_concat, jagged_interleave])
 @pytest.mark.parametrize("total", [9, 10, 15])
-def test_total_of_a_join(join: Callable[..., Any], total: int) -> None:
+def test_total_of_a_join(join: Callable[..., Any], total: int, on: On) -> None:
     """Fewer rows than all parts have, as long as the sequences fit; more are 0."""
     batch = Batch([[3, 0], [2, 2]], slack=(1, 2))
     values, offsets = batch.values(), batch.offsets()
     interleave = join is jagged_interleave
+    join = on(join)
     assert_equal(join(values, offsets, total)[0], join_oracle(values, offsets, total, interleave))
     assert_same_gradients(
         lambda *x: join(x, offsets, total)[0], lambda *x: join_oracle(x, offsets, total, interleave), values
@@ -261,7 +289,7 @@ def test_total_of_a_join(join: Callable[..., Any], total: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES[:6], torch.bool], ids=str)
-def test_padding_value(dtype: torch.dtype) -> None:
+def test_padding_value(dtype: torch.dtype, on: On) -> None:
     """Exactly what torch.full gives, in every element: numbers whose bytes differ, and the limits of the dtype."""
     paddings: list[Any] = [0, 1, True]
     if dtype.is_floating_point:
@@ -270,28 +298,28 @@ def test_padding_value(dtype: torch.dtype) -> None:
         paddings += [-1, 258, torch.iinfo(dtype).min, torch.iinfo(dtype).max]
     values = numbers(2, 3, dtype=dtype)
     for padding in paddings:
-        dense = jagged_to_dense(values, index(0, 2, 2), 3, padding)
+        dense = on(jagged_to_dense)(values, index(0, 2, 2), 3, padding)
         expected = torch.full((2, 3, 3), padding, dtype=dtype)
         expected[0, :2] = values
         assert torch.equal(as_bytes(dense), as_bytes(expected)), padding
     if dtype.is_floating_point:
-        assert jagged_to_dense(values, index(0, 2, 2), 3, float("nan"))[1].isnan().all()
+        assert on(jagged_to_dense)(values, index(0, 2, 2), 3, float("nan"))[1].isnan().all()
 
 
 def as_bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
-def test_nan_and_negative_zero_are_copied_bit_by_bit() -> None:
+def test_nan_and_negative_zero_are_copied_bit_by_bit(on: On) -> None:
     bits = torch.randint(-(2**15), 2**15, (6, 4), dtype=torch.int16)
     values = bits.view(torch.bfloat16)
-    out, _ = jagged_concat([values, values], [index(0, 6), index(0, 6)])
+    out, _ = on(jagged_concat)([values, values], [index(0, 6), index(0, 6)])
     assert torch.equal(out.view(torch.int16), torch.cat([bits, bits]))
 
 
-def test_strided_views(join_name: str) -> None:
+def test_strided_views(join_name: str, on: On) -> None:
     """Views of one fused projection: rows are contiguous, at a stride of their own."""
-    join, separate = JOINS[join_name]
+    join, separate = map(on, JOINS[join_name])
     fused = numbers(7, 3, 4)
     offsets = [index(0, 3, 7), index(0, 5, 7)]
     views = [fused[:, 0], fused[:, 2]]
@@ -300,26 +328,27 @@ def test_strided_views(join_name: str) -> None:
     wide = torch.cat([expected, expected], 1)[:, :4]
     assert not wide.is_contiguous()
     assert_all_equal(separate(wide, offsets, [7, 7]), split_oracle(wide, offsets, [7, 7], join_name == "interleave"))
-    assert_equal(jagged_to_dense(views[0], offsets[0], 5), dense_oracle(views[0], offsets[0], 5, 0))
+    assert_equal(on(jagged_to_dense)(views[0], offsets[0], 5), dense_oracle(views[0], offsets[0], 5, 0))
     dense = numbers(4, 2, 6, 4).transpose(0, 1)[:, :, 1]
-    assert_equal(dense_to_jagged(dense, offsets[0], 7), jagged_oracle(dense, offsets[0], 7))
+    assert_equal(on(dense_to_jagged)(dense, offsets[0], 7), jagged_oracle(dense, offsets[0], 7))
 
 
-def test_expanded_gradient(join_name: str) -> None:
+def test_expanded_gradient(join_name: str, device: str) -> None:
     """The gradient of a sum is one element seen many times."""
     join, separate = JOINS[join_name]
-    values = [x.requires_grad_() for x in BATCHES["two"].values()]
-    offsets = BATCHES["two"].offsets()
+    values = [x.to(device).requires_grad_() for x in BATCHES["two"].values()]
+    offsets = moved(BATCHES["two"].offsets(), device)
     out, _ = join(values, offsets)
     (sum(x.sum() for x in separate(out, offsets)) + out.sum()).backward()
     assert all(x.grad is not None and x.grad.eq(2).all() for x in values)
-    dense = jagged_to_dense(values[0], offsets[0], 3).sum() + dense_to_jagged(numbers(4, 3, 3), offsets[0]).sum()
-    (grad,) = torch.autograd.grad(dense, values[0])
-    assert grad.eq(1).all()
+    dense = jagged_to_dense(values[0], offsets[0], 3)
+    total = dense.sum() + dense_to_jagged(dense, offsets[0]).sum()
+    (grad,) = torch.autograd.grad(total, values[0])
+    assert grad.eq(2).all()
 
 
-def test_only_what_needs_a_gradient_gets_one(join_name: str) -> None:
-    values, offsets = BATCHES["two"].values(), BATCHES["two"].offsets()
+def test_only_what_needs_a_gradient_gets_one(join_name: str, device: str) -> None:
+    values, offsets = moved(BATCHES["two"].values(), device), moved(BATCHES["two"].offsets(), device)
     values[1].requires_grad_()
     out, joined_offsets = JOINS[join_name][0](values, offsets)
     assert out.requires_grad
@@ -332,8 +361,8 @@ def test_only_what_needs_a_gradient_gets_one(join_name: str) -> None:
     assert_equal(grad, JOINS[join_name][0]([torch.ones_like(parts[0]), torch.zeros_like(parts[1])], offsets)[0])
 
 
-def test_gradcheck(join_name: str) -> None:
-    join, separate = JOINS[join_name]
+def test_gradcheck(join_name: str, on: On) -> None:
+    join, separate = map(on, JOINS[join_name])
     batch = BATCHES["slack"]
     offsets = batch.offsets()
     values = [x.requires_grad_() for x in batch.values((2,), torch.float64)]
@@ -342,8 +371,8 @@ def test_gradcheck(join_name: str) -> None:
     checks: list[tuple[Callable[..., Any], tuple[Tensor, ...]]] = [
         (lambda *x: join(x, offsets)[0], tuple(values)),
         (lambda x: tuple(separate(x, offsets, totals)), (joined,)),
-        (lambda x: jagged_to_dense(x, offsets[0], 2, 0.5), (values[0],)),
-        (lambda x: dense_to_jagged(x, offsets[0], 9), (numbers(3, 2, 2, dtype=torch.float64).requires_grad_(),)),
+        (lambda x: on(jagged_to_dense)(x, offsets[0], 2, 0.5), (values[0],)),
+        (lambda x: on(dense_to_jagged)(x, offsets[0], 9), (numbers(3, 2, 2, dtype=torch.float64).requires_grad_(),)),
     ]
     for function, inputs in checks:
         assert torch.autograd.gradcheck(function, inputs)
@@ -459,6 +488,11 @@ def test_interleave_of_equal_lengths_is_stack() -> None:
     items, actions = numbers(6, 4), numbers(6, 4)
     offsets = [index(0, 2, 6)] * 2
     assert_equal(jagged_interleave([items, actions], offsets)[0], torch.stack([items, actions], 1).reshape(12, 4))
+
+
+def test_gpu_row_maps(tmp_path: Path) -> None:
+    """What the GPU kernels compute, done on the host."""
+    cpp_program.run("test_row_map.cpp", tmp_path)
 
 
 # Offsets
@@ -693,13 +727,339 @@ def test_errors_are_the_same_when_gradients_are_wanted(name: str) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_tensors_are_refused() -> None:
-    for call in (concat_of([A.cuda(), B.cuda()], [OA.cuda(), OB.cuda()]), to_dense_of(A.cuda(), OA.cuda())):
-        with pytest.raises(MissingKernelError, match="CPU kernels only, got a tensor on cuda:"):
+def test_bad_input_on_gpu() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    a, b, joined, dense, oa, ob = (x.to(device) for x in (A, B, JOINED, DENSE, OA, OB))
+    bad = {
+        f"jagged_concat: values[1] must be on {device} like values[0], got cpu": concat_of([a, B], [oa, ob]),
+        f"jagged_concat: offsets[1] must be on {device} like values[0], got cpu": concat_of([a, b], [oa, OB]),
+        f"jagged_concat: offsets[0] must be on cpu like values[0], got {device}": concat_of([A, B], [oa, ob]),
+        f"jagged_split: offsets[0] must be on {device} like values, got cpu": split_of(joined),
+        f"jagged_split: offsets[0] must be on cpu like values, got {device}": split_of(offsets=[oa, ob]),
+        f"jagged_split: offsets[1] must be on {device} like offsets[0], got cpu": split_of(joined, [oa, OB]),
+        f"jagged_split: offsets[1] must be on cpu like offsets[0], got {device}": split_of(joined, [OA, ob]),
+        "jagged_split: offsets[1] must be [batch + 1], got [0]": split_of(joined, [oa, ob[:0]]),
+        "jagged_split: offsets[1] must be within the 8 rows, got 9 at the end": split_of(joined, [oa, ob + 6]),
+        "jagged_split: totals[0] must be 0 or more, got -1": split_of(joined, [oa, ob], [-1, 3]),
+        f"jagged_to_dense: offsets must be on {device} like values, got cpu": to_dense_of(a),
+        f"dense_to_jagged: offsets must be on {device} like dense, got cpu": to_jagged_of(dense),
+        "dense_to_jagged: offsets must be within": to_jagged_of(dense, oa - 6, None),
+    }
+    for text, call in bad.items():
+        with pytest.raises(ValueError, match=r"^hstu_ext\." + re.escape(text)):
             call()
-    text = f"offsets[1] must be on cuda:{torch.cuda.current_device()} like values[0], got cpu"
-    with pytest.raises(ValueError, match=re.escape(text)):
-        concat_of([A.cuda(), B.cuda()], [OA.cuda(), OB])()
+
+
+# On a GPU. That the CPU's results are right is tested above, and most of it on both devices.
+
+GPU_OFFSETS = pytest.mark.parametrize("offsets_dtype", [torch.int32, torch.int64], ids=str)
+
+
+def random_batch(parts: int, longest: int, sequences: int = 60) -> Batch:
+    generator = torch.Generator().manual_seed(parts + longest)
+    drawn = torch.randint(0, longest + 1, (parts, sequences), generator=generator)
+    drawn *= torch.rand(parts, sequences, generator=generator) < 0.8
+    return Batch(drawn.tolist(), slack=(1, 2))
+
+
+def results_and_gradients(
+    op: Callable[..., Any], inputs: Sequence[Tensor], offsets: Sequence[Tensor], device: str
+) -> list[Tensor]:
+    """Of op(inputs, offsets), which returns several tensors; gradients are random numbers, the same everywhere."""
+    leaves = [x.to(device).requires_grad_() for x in inputs]
+    outs = list(op(leaves, moved(list(offsets), device)))
+    generator = torch.Generator().manual_seed(2)
+    grads = [torch.randn(x.shape, generator=generator).to(device, x.dtype) for x in outs]
+    return [x.detach().cpu() for x in (*outs, *torch.autograd.grad(outs, leaves, grads))]
+
+
+def assert_same_on_gpu(op: Callable[..., Any], inputs: Sequence[Tensor], offsets: Sequence[Tensor]) -> None:
+    results = [results_and_gradients(op, inputs, offsets, device) for device in ("cuda", "cpu")]
+    for actual, expected in zip(*results):
+        assert actual.shape == expected.shape
+        assert torch.equal(as_bytes(actual), as_bytes(expected))
+
+
+@pytest.mark.gpu
+@GPU_OFFSETS
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 5, 17, 256])
+@pytest.mark.parametrize("width", [1, 3, 24, 50, 64, 256])
+def test_gpu_join_and_separate(width: int, parts: int, offsets_dtype: torch.dtype, join_name: str) -> None:
+    join, separate = JOINS[join_name]
+    batch = random_batch(parts, 2 + 400 // parts)
+    values, offsets = batch.values((width,), torch.bfloat16), batch.offsets(offsets_dtype)
+    totals = [len(x) for x in values]
+    for total in (sum(totals), sum(totals) + 700):
+        assert_same_on_gpu(lambda x, o, total=total: join(x, o, total)[:1], values, offsets)
+    joined = numbers(sum(totals), width, dtype=torch.bfloat16)
+    assert_same_on_gpu(lambda x, o: separate(x[0], o, totals), [joined], offsets)
+
+
+@pytest.mark.gpu
+@GPU_OFFSETS
+@pytest.mark.parametrize("width", [1, 3, 24, 50, 64, 256])
+@pytest.mark.parametrize("max_len", [7, 100, 500])
+def test_gpu_dense(width: int, max_len: int, offsets_dtype: torch.dtype) -> None:
+    batch = random_batch(1, 400)
+    values, offsets = batch.values((width,), torch.float16), batch.offsets(offsets_dtype)
+    assert_same_on_gpu(lambda x, o: [jagged_to_dense(x[0], o[0], max_len, -1.7)], values, offsets)
+    dense = numbers(60, max_len, width, dtype=torch.float16)
+    assert_same_on_gpu(lambda x, o: [dense_to_jagged(x[0], o[0], len(values[0]) + 5)], [dense], offsets)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("width", [511, 1500, 9000, 70001])
+def test_gpu_rows_longer_than_a_tile(width: int, dtype: torch.dtype, join_name: str) -> None:
+    join, separate = JOINS[join_name]
+    batch = Batch([[3, 0, 5], [1, 4, 4]], slack=(1, 1))
+    values, offsets = batch.values((width,), dtype), batch.offsets()
+    assert_same_on_gpu(lambda x, o: join(x, o)[:1], values, offsets)
+    assert_same_on_gpu(lambda x, o: separate(x[0], o, [10, 11]), [numbers(21, width, dtype=dtype)], offsets)
+    assert_same_on_gpu(lambda x, o: [jagged_to_dense(x[0], o[0], 4, 3.0)], values[:1], offsets)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(), (1,), (3,)], ids=str)
+def test_gpu_ids_and_flags(shape: tuple[int, ...], join_name: str) -> None:
+    """Many rows of a few bytes, and many sequences without any."""
+    join, separate = JOINS[join_name]
+    batch = Batch([[(7 * i) % 90 if i % 50 == 0 else 0 for i in range(20000)], [i % 4 for i in range(20000)]])
+    offsets = batch.offsets()
+    for dtype in (torch.int64, torch.bool):
+        values = batch.values(shape, dtype)
+        out, joined_offsets = join(moved(values, "cuda"), moved(offsets, "cuda"))
+        expected = join(values, offsets)
+        assert_all_equal([out.cpu(), joined_offsets.cpu()], expected)
+        assert_all_equal(moved(separate(out, moved(offsets, "cuda")), "cpu"), values)
+
+
+class Framed(NamedTuple):
+    """Rows of int16 amid others, all of -1. A gap follows each row, and the first is `start` elements further on."""
+
+    whole: Tensor
+    rows: Tensor
+
+    def given(self) -> Tensor:
+        """The rows in a dtype that the ops take."""
+        return self.rows.view(torch.bfloat16)
+
+    def assert_frame_is_intact(self) -> None:
+        frame = self.whole.clone()
+        frame.as_strided(self.rows.shape, self.rows.stride(), self.rows.storage_offset()).fill_(-1)
+        assert frame.eq(-1).all()
+
+
+def framed(rows: int, width: int, gap: int, start: int, values: Tensor | None = None) -> Framed:
+    pitch = width + gap
+    whole = torch.full(((rows + 40) * pitch,), -1, dtype=torch.int16, device="cuda")
+    found = Framed(whole, whole.as_strided((rows, width), (pitch, 1), 20 * pitch + start))
+    if values is not None:
+        found.rows.copy_(values)
+    return found
+
+
+def positive(*shape: int) -> Tensor:
+    return torch.randint(1, 2**15, shape, dtype=torch.int16)
+
+
+def garbage(offsets: Tensor, seed: int) -> Tensor:
+    """Every third one is negative, too large or both in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    limits = torch.iinfo(offsets.dtype)
+    wild = torch.tensor([-1, -40, 10, 70, 10**6, limits.min, limits.min + 1, limits.max, limits.max - 1])
+    drawn = wild[torch.randint(0, len(wild), offsets.shape, generator=generator)].to(offsets.dtype)
+    return torch.where(torch.rand(offsets.shape, generator=generator) < 0.35, drawn, offsets)
+
+
+LAYOUTS = pytest.mark.parametrize(
+    ("width", "gap", "start"), [(64, 0, 0), (64, 8, 8), (64, 4, 0), (64, 2, 4), (48, 16, 1), (50, 3, 1), (7, 3, 0)]
+)
+
+
+@pytest.mark.gpu
+@GPU_OFFSETS
+@LAYOUTS
+@pytest.mark.parametrize("parts", [1, 2, 4, 5, 40])
+def test_gpu_joins_write_and_read_rows_alone(
+    width: int, gap: int, start: int, parts: int, offsets_dtype: torch.dtype, join_name: str
+) -> None:
+    """Strided rows on both sides at every alignment, with offsets that are right and with garbage.
+
+    All rows given are positive, all around them is negative, and so are the results before they are written.
+    """
+    interleave = join_name == "interleave"
+    batch = random_batch(parts, 60)
+    right = batch.offsets(offsets_dtype)
+    values = [positive(sum(part) + 3, width) for part in batch.lengths]
+    totals = [len(x) for x in values]
+    total = sum(totals) + 9
+    joined = positive(total, width)
+    where = execution(torch.empty(0, device="cuda"))
+    for seed in range(6):
+        offsets = [garbage(x, 100 * seed + i) if seed else x for i, x in enumerate(right)]
+        on_gpu = moved(offsets, "cuda")
+        sums = torch.full((62,), -1, dtype=offsets_dtype, device="cuda")
+        inputs, out = [framed(len(x), width, gap, start, x) for x in values], framed(total, width, gap, start)
+        given = [x.given() for x in inputs]
+        _C.jagged_join(False, interleave, out.given(), sums[:61], *where, parts, *given, *on_gpu)
+        whole, separated = framed(total, width, gap, start, joined), [framed(n, width, gap, start) for n in totals]
+        given = [x.given() for x in separated]
+        _C.jagged_join(True, interleave, whole.given(), sums[:61].clone(), *where, parts, *given, *on_gpu)
+        for x in (*inputs, out, whole, *separated):
+            x.assert_frame_is_intact()
+        assert sums[61] == -1
+        for x in (out, *separated):
+            assert x.rows.ge(0).all(), "an element was not written, or comes from outside of the rows"
+        if seed == 0:
+            assert_equal(out.rows.cpu(), join_oracle(values, offsets, total, interleave))
+            assert_equal(sums[:61].cpu(), torch.stack(offsets).sum(0, dtype=offsets_dtype))
+            expected = split_oracle(joined, offsets, totals, interleave)
+            assert_all_equal([x.rows.cpu() for x in separated], expected)
+
+
+@pytest.mark.gpu
+@GPU_OFFSETS
+@LAYOUTS
+def test_gpu_dense_ops_write_and_read_rows_alone(width: int, gap: int, start: int, offsets_dtype: torch.dtype) -> None:
+    batch, max_len = random_batch(1, 60), 41
+    (right,) = batch.offsets(offsets_dtype)
+    values, dense = positive(sum(batch.lengths[0]) + 3, width), positive(60 * max_len, width)
+    where = execution(torch.empty(0, device="cuda"))
+
+    def as_dense(x: Framed) -> Tensor:
+        return x.given().as_strided((60, max_len, width), (max_len * (width + gap), width + gap, 1))
+
+    for seed in range(6):
+        offsets = garbage(right, seed) if seed else right
+        inputs = framed(len(values), width, gap, start, values), framed(len(dense), width, gap, start, dense)
+        jagged, padded = framed(len(values), width, gap, start), framed(len(dense), width, gap, start)
+        _C.jagged_dense(False, as_dense(padded), inputs[0].given(), offsets.cuda(), 77, *where)
+        _C.jagged_dense(True, as_dense(inputs[1]), jagged.given(), offsets.cuda(), 0, *where)
+        for x in (*inputs, padded, jagged):
+            x.assert_frame_is_intact()
+        assert padded.rows.ge(1).all()
+        assert jagged.rows.ge(0).all()
+        if seed == 0:
+            assert_equal(padded.rows.cpu(), dense_oracle(values, offsets, max_len, 77).flatten(0, 1))
+            assert_equal(jagged.rows.cpu(), jagged_oracle(dense.view(60, max_len, width), offsets, len(values)))
+
+
+def everything_with_gradients(values: Sequence[Tensor], offsets: Sequence[Tensor], total: int) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in values]
+    results: list[Tensor] = []
+    for join, separate in JOINS.values():
+        joined, joined_offsets = join(leaves, offsets, total)
+        parts = separate(joined * 2, offsets, [len(x) for x in values])
+        dense = jagged_to_dense(joined, joined_offsets, 50, 2.5)
+        back = dense_to_jagged(dense * 3, joined_offsets, total)
+        gradients = torch.autograd.grad([*parts, back], leaves, [x.detach() + 1 for x in (*parts, back)])
+        results += [joined, joined_offsets, *parts, dense, back, *gradients]
+    return [x.detach() for x in results]
+
+
+def gpu_problem(parts: int) -> tuple[list[Tensor], list[Tensor], int]:
+    batch = random_batch(parts, 120)
+    values = batch.values((24,))
+    return moved(values, "cuda"), moved(batch.offsets(), "cuda"), sum(len(x) for x in values)
+
+
+@pytest.mark.gpu
+@pytest.mark.plain_allocations
+@pytest.mark.parametrize("parts", [2, 7])
+def test_gpu_graph(parts: int) -> None:
+    """Captured, and replayed with other rows and other offsets in the same buffers."""
+    values, offsets, total = gpu_problem(parts)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        everything_with_gradients(values, offsets, total)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = everything_with_gradients(values, offsets, total)
+    for x in values:
+        x.normal_()
+    for x in offsets:
+        x[1:-1] = (x[:-2] + x[2:]) // 2
+    for _ in range(2):
+        graph.replay()
+        expected = everything_with_gradients(values, offsets, total)
+        assert_all_equal(results, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.plain_allocations
+def test_gpu_never_synchronizes() -> None:
+    problem = gpu_problem(3)
+    everything_with_gradients(*problem)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        everything_with_gradients(*problem)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # set_sync_debug_mode sees torch's own calls only; a sleeping stream shows the ops'.
+    torch.cuda.synchronize()
+    torch.cuda._sleep(400_000_000)
+    started = time.perf_counter()
+    everything_with_gradients(*problem)
+    queued = time.perf_counter() - started
+    torch.cuda.synchronize()
+    waited = time.perf_counter() - started
+    assert queued < waited / 2, f"{queued * 1e3:.1f} ms to queue, {waited * 1e3:.1f} ms to run"
+
+
+@pytest.mark.gpu
+def test_gpu_runs_on_the_current_stream(join_name: str) -> None:
+    join, _ = JOINS[join_name]
+    values, offsets, _ = gpu_problem(2)
+    expected, _ = join(values, offsets)
+    late = [torch.zeros_like(x) for x in values]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(20_000_000)
+        for x, y in zip(late, values):
+            x.copy_(y)
+        out, _ = join(late, offsets)
+    torch.cuda.synchronize()
+    assert_equal(out, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.plain_allocations
+@pytest.mark.parametrize(
+    ("rows", "width", "dtype"),
+    [(2**31 + 60, 1, torch.bool), (2**25 + 60, 64, torch.bfloat16)],
+    ids=["rows", "elements"],
+)
+def test_gpu_past_2_to_the_31_elements(rows: int, width: int, dtype: torch.dtype, join_name: str) -> None:
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    join, separate = JOINS[join_name]
+    values = [torch.randint(0, 2, (size, width), dtype=torch.uint8, device="cuda").to(dtype) for size in (rows, 50)]
+    # The second part has its rows in the last sequence.
+    offsets = [x.cuda() for x in (index(0, 5, rows - 30, rows), index(0, 0, 0, 50))]
+    out, joined_offsets = join(values, offsets)
+    assert out.numel() > 2**31
+    assert joined_offsets.tolist() == [0, 5, rows - 30, rows + 50]
+    assert torch.equal(out[: rows - 30], values[0][: rows - 30])
+    tail = [values[0][-30:].cpu(), values[1].cpu()]
+    assert_equal(out[rows - 30 :].cpu(), join(tail, [index(0, 30), index(0, 50)])[0])
+    parts = separate(out, offsets, [rows, 50])
+    assert_all_equal(parts, values)
+    del out, parts
+    # Dense: one sequence cut after the first few rows, one at its whole length.
+    max_len = rows - 35
+    dense = jagged_to_dense(values[0], index(0, 5, rows - 30).cuda(), max_len, 1)
+    assert dense.numel() > 2**31
+    assert torch.equal(dense[0, :5], values[0][:5])
+    assert dense[0, 5:].eq(1).all()
+    assert torch.equal(dense[1], values[0][5 : rows - 30])
+    back = dense_to_jagged(dense, index(0, 5, rows - 30).cuda(), rows)
+    assert torch.equal(back[: rows - 30], values[0][: rows - 30])
+    assert back[rows - 30 :].eq(0).all()
 
 
 # torch.library and torch.compile
@@ -719,26 +1079,26 @@ def everything(a: Tensor, b: Tensor, oa: Tensor, ob: Tensor, totals: list[int], 
     return [joined, offsets, mixed, dense_to_jagged(dense, oa, totals[0]), lengths_to_offsets(offsets_to_lengths(oa))]
 
 
-def run_everything(function: Callable[..., list[Tensor]], batch: Batch) -> list[Tensor]:
+def run_everything(function: Callable[..., list[Tensor]], batch: Batch, device: str) -> list[Tensor]:
     torch.manual_seed(0)
-    a, b = (x.requires_grad_() for x in batch.values((4,)))
-    oa, ob = batch.offsets()
+    a, b = (x.to(device).requires_grad_() for x in batch.values((4,)))
+    oa, ob = moved(batch.offsets(), device)
     results = function(a, b, oa, ob, [len(a), len(b)], max(batch.lengths[0]))
     loss = sum((x * x).sum() for x in results if x.requires_grad)
     return [*(x.detach() for x in results), *torch.autograd.grad(loss, (a, b))]
 
 
-def assert_compiled_is_eager(compiled: Callable[..., list[Tensor]], names: Sequence[str]) -> None:
+def assert_compiled_is_eager(compiled: Callable[..., list[Tensor]], names: Sequence[str], device: str = "cpu") -> None:
     for name in names:
-        expected = run_everything(everything, BATCHES[name])
-        for x, y in zip(run_everything(compiled, BATCHES[name]), expected):
+        expected = run_everything(everything, BATCHES[name], device)
+        for x, y in zip(run_everything(compiled, BATCHES[name], device), expected):
             torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic: bool) -> None:
+def test_compile(dynamic: bool, device: str) -> None:
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    assert_compiled_is_eager(compiled, ["two", "slack"])
+    assert_compiled_is_eager(compiled, ["two", "slack"], device)
 
 
 def test_compile_with_inductor() -> None:
@@ -761,13 +1121,13 @@ def test_export() -> None:
 
 
 @pytest.mark.plain_allocations  # opcheck compares what the op does with what torch does in its place
-def test_opcheck() -> None:
+def test_opcheck(device: str) -> None:
     ops = torch.ops.hstu_ext
     batch = BATCHES["slack"]
-    values, offsets = [x.requires_grad_() for x in batch.values()], batch.offsets()
-    joined = numbers(20, 3).requires_grad_()
+    values, offsets = [x.to(device).requires_grad_() for x in batch.values()], moved(batch.offsets(), device)
+    joined, dense = (x.to(device).requires_grad_() for x in (numbers(20, 3), numbers(3, 4, 3)))
     for interleave in (False, True):
         torch.library.opcheck(ops.jagged_join, (values, offsets, 20, interleave))
         torch.library.opcheck(ops.jagged_separate, (joined, offsets, [10, 10], interleave))
     torch.library.opcheck(ops.jagged_to_dense, (values[0], offsets[0], 4, 0.5))
-    torch.library.opcheck(ops.dense_to_jagged, (numbers(3, 4, 3).requires_grad_(), offsets[0], 10))
+    torch.library.opcheck(ops.dense_to_jagged, (dense, offsets[0], 10))

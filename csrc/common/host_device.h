@@ -4,10 +4,15 @@
 
 #if defined(__CUDACC__)
 #define HSTU_HOST_DEVICE __host__ __device__ __forceinline__
+#define HSTU_PRAGMA(text) _Pragma(#text)
+#define HSTU_UNROLL(count) HSTU_PRAGMA(unroll count)
 #elif defined(__GNUC__)
 #define HSTU_HOST_DEVICE inline __attribute__((always_inline))
 #else
 #define HSTU_HOST_DEVICE inline
+#endif
+#if !defined(HSTU_UNROLL)
+#define HSTU_UNROLL(count)
 #endif
 
 namespace hstu {

@@ -85,10 +85,14 @@ Sizes check_offset_values(const char* op, Name name, const IndexArray& offsets, 
     return {end, longest};
 }
 
-[[noreturn]] void fail_on_cuda(const char* op, int device) {
-    fail<MissingKernelError>("hstu_ext.", op, ": the jagged ops have CPU kernels only, got a tensor on ",
-                             Device{device});
+#if !HSTU_EXT_CUDA
+[[noreturn]] void fail_without_cuda(const char* op) {
+    fail<MissingKernelError>(
+        "hstu_ext.", op,
+        ": the tensors are on a GPU and this build has CPU kernels only. Install with nvcc on the PATH and "
+        "`pip install . -C cmake.define.HSTU_EXT_CUDA=on` (CMake: -DHSTU_EXT_CUDA=on)");
 }
+#endif
 
 void check_joined_offsets(const JoinInputs& in, int64_t rows) {
     const char* const op = in.op;
@@ -151,7 +155,13 @@ void join(const JoinInputs& in, Execution execution) {
     p.joined_offsets = in.joined_offsets.data;
     p.joined_is_int64 = in.joined_offsets.dtype == DType::kInt64;
 
-    if (model.is_cuda()) fail_on_cuda(op, model.device);
+    if (model.is_cuda()) {
+#if HSTU_EXT_CUDA
+        return cuda::join(p, model.device, execution.stream);
+#else
+        fail_without_cuda(op);
+#endif
+    }
     check_join_values(in, p);
     cpu::join(p);
 }
@@ -181,14 +191,20 @@ void dense(const DenseInputs& in, Execution execution) {
     if (bits < 64) p.padding &= (uint64_t{1} << bits) - 1;
     for (int width = bits; width < 64; width *= 2) p.padding |= p.padding << width;
 
-    if (in.dense.is_cuda()) fail_on_cuda(op, in.dense.device);
+    if (in.dense.is_cuda()) {
+#if HSTU_EXT_CUDA
+        return cuda::dense(p, in.dense.device, execution.stream);
+#else
+        fail_without_cuda(op);
+#endif
+    }
     check_offset_values(op, {"offsets"}, p.offsets, p.batch, p.jagged.count);
     cpu::dense(p);
 }
 
 Sizes sizes(const char* op, const char* name, int index, const Tensor& offsets, int64_t rows) {
     const IndexArray values = offsets_of(op, {name, index}, offsets);
-    if (offsets.is_cuda()) fail_on_cuda(op, offsets.device);
+    CHECK(!offsets.is_cuda(), Name({name, index}), " must be on cpu like offsets[0], got ", Device{offsets.device});
     return check_offset_values(op, {name, index}, values, offsets.shape[0] - 1, rows);
 }
 

@@ -37,7 +37,7 @@ struct JoinParams {
     int64_t batch;
     int64_t row_bytes;
     Rows joined;
-    void* joined_offsets;  // [batch + 1], written: sum over the parts
+    void* joined_offsets;  // [batch + 1], written: sum over the parts. Not by a split on a GPU
     bool joined_is_int64;
     int num_threads;
     Part parts[kMaxParts];
@@ -90,5 +90,11 @@ namespace cpu {
 void join(const JoinParams& p);
 void dense(const DenseParams& p);
 }  // namespace cpu
+
+// Enqueued on the stream. What offsets hold is not checked, and nothing outside of the tensors is read or written.
+namespace cuda {
+void join(const JoinParams& p, int device, void* stream);
+void dense(const DenseParams& p, int device, void* stream);
+}  // namespace cuda
 
 }  // namespace hstu::jagged

@@ -9,6 +9,7 @@ that are not plain, it is a custom op (hstu_ext::jagged_join, jagged_separate, j
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Union
@@ -80,8 +81,9 @@ def jagged_concat(
         are 0.
 
     Raises:
-        TypeError, ValueError: an argument is not as above. What offsets hold is checked on the CPU.
-        MissingKernelError: the tensors are on a GPU.
+        TypeError, ValueError: an argument is not as above. What offsets hold is checked on the CPU; on a GPU rows that
+            are not there become 0.
+        MissingKernelError: the tensors are on a GPU, and the build has no GPU kernels.
 
     Differentiable in values: the gradient is jagged_split of the gradient.
     Source: `concat_2D_jagged` of Meta's generative-recommenders, for any number of parts and dimensions.
@@ -118,8 +120,9 @@ def jagged_split(values: Tensor, offsets: Sequence[Tensor], totals: Sequence[int
         One tensor [totals[p], ...] a part. Rows that belong to no sequence are 0.
 
     Raises:
-        TypeError, ValueError: an argument is not as above. What offsets hold is checked on the CPU.
-        MissingKernelError: the tensors are on a GPU.
+        TypeError, ValueError: an argument is not as above. What offsets hold is checked on the CPU; on a GPU rows that
+            are not there become 0.
+        MissingKernelError: the tensors are on a GPU, and the build has no GPU kernels.
 
     Differentiable in values: the gradient is jagged_concat of the gradients.
     Source: `split_2D_jagged` of Meta's generative-recommenders, for any number of parts and dimensions.
@@ -146,8 +149,9 @@ def jagged_to_dense(values: Tensor, offsets: Tensor, max_len: int | None = None,
         [batch, max_len, ...].
 
     Raises:
-        TypeError, ValueError: an argument is not as above. What offsets hold is checked on the CPU.
-        MissingKernelError: the tensors are on a GPU.
+        TypeError, ValueError: an argument is not as above. What offsets hold is checked on the CPU; on a GPU rows that
+            are not there become padding.
+        MissingKernelError: the tensors are on a GPU, and the build has no GPU kernels.
 
     Differentiable in values: the gradient is dense_to_jagged of the gradient.
     Source: `jagged_to_padded_dense` of FBGEMM.
@@ -178,8 +182,9 @@ def dense_to_jagged(dense: Tensor, offsets: Tensor, total: int | None = None) ->
         [total, ...]. Rows past max_len and rows that belong to no sequence are 0.
 
     Raises:
-        TypeError, ValueError: an argument is not as above. What offsets hold is checked on the CPU.
-        MissingKernelError: the tensors are on a GPU.
+        TypeError, ValueError: an argument is not as above. What offsets hold is checked on the CPU; on a GPU rows that
+            are not there become 0.
+        MissingKernelError: the tensors are on a GPU, and the build has no GPU kernels.
 
     Differentiable in dense: the gradient is jagged_to_dense of the gradient, padded with 0.
     Source: `dense_to_jagged` of FBGEMM.
@@ -258,16 +263,33 @@ def _rows(op: str, name: str, x: Tensor) -> int:
     return x.shape[0]
 
 
+def _check_offsets(op: str, named: Sequence[tuple[str, Tensor]]) -> None:
+    first, device = named[0][0], named[0][1].device
+    for name, x in named:
+        _check_index_vector(op, name, "[batch + 1]", x)
+        if x.shape[0] == 0:
+            raise ValueError(f"hstu_ext.{op}: {name} must be [batch + 1], got [0]")
+        if x.device != device:
+            raise ValueError(f"hstu_ext.{op}: {name} must be on {device} like {first}, got {x.device}")
+
+
 def _ends(op: str, offsets: Sequence[Tensor], rows: int, plain: bool, is_list: bool = True) -> list[int]:
     """The end of the last sequence of each of offsets."""
     if plain and not offsets[0].is_cuda:
         return [end for end, _ in _C.jagged_sizes(op, rows, is_list, *offsets)]
-    return [int(end) for end in torch.stack([x[-1] for x in offsets]).tolist()]
+    named = [(f"offsets[{i}]" if is_list else "offsets", x) for i, x in enumerate(offsets)]
+    _check_offsets(op, named)
+    ends = [int(end) for end in torch.stack([x[-1] for x in offsets]).tolist()]
+    for (name, _), end in zip(named, ends):
+        if plain and not 0 <= end <= rows:
+            raise ValueError(f"hstu_ext.{op}: {name} must be within the {rows} rows, got {end} at the end")
+    return ends
 
 
 def _longest(op: str, offsets: Tensor, rows: int, plain: bool) -> int:
     if plain and not offsets.is_cuda:
         return _C.jagged_sizes(op, rows, False, offsets)[0][1]
+    _check_offsets(op, [("offsets", offsets)])
     lengths = offsets_to_lengths(offsets)
     return int(lengths.max().item()) if lengths.shape[0] else 0
 
@@ -275,6 +297,11 @@ def _longest(op: str, offsets: Tensor, rows: int, plain: bool) -> int:
 def _padding_bits(padding_value: Padding, dtype: torch.dtype) -> int:
     if padding_value == 0 and math.copysign(1.0, padding_value) > 0:
         return 0
+    return _bits_of(padding_value, dtype)
+
+
+@functools.lru_cache(maxsize=64)  # takes as long as the rest of a small call; of the zeros only -0.0 comes here
+def _bits_of(padding_value: Padding, dtype: torch.dtype) -> int:
     text = f"hstu_ext.jagged_to_dense: padding_value must be a number that {dtype} can hold, got {padding_value}"
     try:
         element = torch.tensor([padding_value], dtype=dtype, device="cpu")
