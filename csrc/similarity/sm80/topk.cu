@@ -11,7 +11,8 @@ namespace {
 
 using namespace hstu::attention::sm80;  // tiles and warp-level products
 
-constexpr int kTileItems = kTopkTileItems, kStages = 3, kThreads = 128, kSelectThreads = 512;
+constexpr int kTileItems = kTopkTileItems, kStages = 3, kThreads = 256, kSelectThreads = 512;
+constexpr int kNarrowKeys = 32, kNarrowWarps = 4;  // keys of a lane, rows of a block of the narrow selection
 constexpr int kListed = 112;  // candidates that a block of the scan collects before it appends them
 
 // ---- Candidates ----
@@ -66,7 +67,7 @@ struct Round {
     int64_t tiles, stride;  // have no factor in common
     bool is_dense;          // more candidates than a list takes are expected of a tile
 
-    __device__ __forceinline__ int64_t operator[](int64_t position) const { return position * stride % tiles; }
+    HSTU_HOST_DEVICE int64_t operator[](int64_t position) const { return position * stride % tiles; }
 };
 
 // Candidates on their way from a block of the scan to their rows. An addition to a row's count in global memory takes as
@@ -74,6 +75,7 @@ struct Round {
 // it the block's number of the tile, the row and the column.
 struct List {
     int count;
+    int64_t first_items[kStages];  // of the tile in a stage of the ring
     uint64_t entries[kListed];
 };
 
@@ -170,22 +172,27 @@ __global__ void __launch_bounds__(kThreads, 2)
         load_tile<kThreads>(shared.query(panel), query + panel * 64, p.query.stride, rows, dim - panel * 64);
 
     // What is loaded next: panel `next_panel` of the tile at `next`.
-    int64_t next = round.begin + blockIdx.y;
+    int64_t next = round.begin + blockIdx.y, next_tile = round[next];
+    const int64_t tile_step = round[gridDim.y];
     int next_panel = 0, next_stage = 0;
+    List& list = *reinterpret_cast<List*>(shared_memory + Shared::bytes(panels) - sizeof(List));
+    if (threadIdx.x == 0) list.count = 0;
     const auto load_next = [&] {
         if (next < round.end) {
-            const int64_t item0 = round[next] * kTileItems;
+            const int64_t item0 = next_tile * kTileItems;
+            if (threadIdx.x == 0) list.first_items[next_stage] = item0;
             load_tile<kThreads>(shared.items(next_stage), catalogue + item0 * p.catalogue.stride + next_panel * 64,
                                 p.catalogue.stride, static_cast<int>(min_of<int64_t>(kTileItems, p.items - item0)),
                                 dim - next_panel * 64);
-            if (++next_panel == panels) next_panel = 0, next += gridDim.y;
+            if (++next_panel == panels) {
+                next_panel = 0, next += gridDim.y, next_tile += tile_step;
+                if (next_tile >= round.tiles) next_tile -= round.tiles;
+            }
             next_stage = next_stage + 1 == kStages ? 0 : next_stage + 1;
         }
         cute::cp_async_fence();
     };
     for (int i = 0; i < kStages - 1; ++i) load_next();
-    List& list = *reinterpret_cast<List*>(shared_memory + Shared::bytes(panels) - sizeof(List));
-    if (threadIdx.x == 0) list.count = 0;
 
     float least[Grid::kM * 2];
 #pragma unroll
@@ -198,16 +205,17 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int64_t position = round.begin + blockIdx.y; position < round.end; position += gridDim.y, ++number) {
         typename Grid::Acc scores;
         scores.clear();
+        int64_t item0 = 0;
         for (int panel = 0; panel < panels; ++panel) {
             cute::cp_async_wait<kStages - 2>();
             const bool is_full = __syncthreads_or(panel == 0 && list.count > kListed / 2);
             load_next();
+            if (panel == 0) item0 = list.first_items[stage];
             if (is_full) empty_list(p, round, list, row0);
             matmul<T, 4>(scores, LeftRows<typename Shared::Panel>(shared.query(panel), Grid::row()),
                          RightRows<typename Shared::ItemPanel>(shared.items(stage), Grid::col()));
             stage = stage + 1 == kStages ? 0 : stage + 1;
         }
-        const int64_t item0 = round[position] * kTileItems;
         const int col0 = Grid::col() + lane() % 4 * 2;
 #pragma unroll
         for (int m = 0; m < Grid::kM; ++m) {
@@ -274,11 +282,12 @@ __global__ void __launch_bounds__(kThreads)
 
 // Sorts keys[0, size) in shared memory, the largest first. size is a power of two. Exchanges over at most 32 stay within
 // the 64 keys of a warp, so that only the longer ones need the block's barrier.
+template <int kSorters>
 __device__ __forceinline__ void sort_descending(uint64_t* keys, int size) {
     __syncthreads();
     for (int run = 2; run <= size; run *= 2) {
         for (int distance = run / 2; distance > 0; distance /= 2) {
-            for (int i = threadIdx.x; i < size / 2; i += kSelectThreads) {
+            for (int i = threadIdx.x; i < size / 2; i += kSorters) {
                 const int low = (i & ~(distance - 1)) * 2 + (i & (distance - 1)), high = low + distance;
                 const uint64_t a = keys[low], b = keys[high];
                 if ((a < b) == ((low & run) == 0)) keys[low] = b, keys[high] = a;
@@ -344,6 +353,73 @@ __device__ __forceinline__ int select(uint64_t* keys, int count, int k, uint64_t
     return kept;
 }
 
+// The same for rows of at most 32 kNarrowKeys candidates, a warp a row, without a barrier. Of excluded items only those
+// are looked up that would be kept.
+__global__ void __launch_bounds__(kNarrowWarps * 32) topk_narrow_kernel(const __grid_constant__ TopkScan p) {
+    const int64_t row = int64_t{blockIdx.x} * kNarrowWarps + warp();
+    if (row >= p.rows) return;
+    const int offered = p.counts[row], kept = p.kept[row];
+    if (offered == kept || offered > 32 * kNarrowKeys) return;
+    uint64_t* const stored = p.keys + row * p.capacity;
+    uint64_t mine[kNarrowKeys];
+#pragma unroll
+    for (int i = 0; i < kNarrowKeys; ++i) mine[i] = i * 32 + lane() < offered ? stored[i * 32 + lane()] : 0;
+    const auto not_below = [&](uint64_t bound) {
+        int found = 0;
+#pragma unroll
+        for (int i = 0; i < kNarrowKeys; ++i) {
+            if (i * 32 >= offered) break;
+            found += mine[i] >= bound;
+        }
+        return __reduce_add_sync(0xffffffffu, found);
+    };
+    uint64_t last = 0;
+    for (bool is_final = false; !is_final;) {
+        last = 0;
+        for (int bit = 63; bit >= 0; --bit) {
+            const uint64_t trial = last | uint64_t{1} << bit;
+            const int total = not_below(trial);
+            if (total >= p.k) last = trial;
+            if (total == p.k) break;
+        }
+        bool found_excluded = false;
+        if (p.excluded) {
+#pragma unroll
+            for (int i = 0; i < kNarrowKeys; ++i) {
+                if (i * 32 + lane() < kept || mine[i] < max_of<uint64_t>(last, 1)) continue;
+                if (is_excluded(p, row, item_of(mine[i]))) mine[i] = 0, found_excluded = true;
+            }
+        }
+        is_final = !__any_sync(0xffffffffu, found_excluded);
+    }
+    if (lane() == 0 && last > 0) p.thresholds[row] = last;
+    last = max_of<uint64_t>(last, 1);
+    int left = 0;
+#pragma unroll
+    for (int i = 0; i < kNarrowKeys; ++i) {
+        const uint32_t taken = __ballot_sync(0xffffffffu, mine[i] >= last);
+        if (mine[i] >= last) stored[left + __popc(taken & ((1u << lane()) - 1))] = mine[i];
+        left += __popc(taken);
+    }
+    if (lane() == 0) p.counts[row] = p.kept[row] = left;
+}
+
+// The result: the kept keys of a row, sorted.
+__global__ void __launch_bounds__(kThreads) topk_write_kernel(const __grid_constant__ TopkScan p) {
+    __shared__ uint64_t keys[kTopkMaxK];
+    const int64_t row = blockIdx.x;
+    const int left = p.counts[row];
+    int size = 2;
+    while (size < left) size *= 2;
+    for (int i = threadIdx.x; i < size; i += kThreads) keys[i] = i < left ? p.keys[row * p.capacity + i] : 0;
+    sort_descending<kThreads>(keys, size);
+    for (int i = threadIdx.x; i < p.k; i += kThreads) {
+        const uint64_t key = i < left ? keys[i] : 0;  // 0: nothing
+        p.values[row * p.k + i] = key ? score_of(key) : -INFINITY;
+        p.indices[row * p.k + i] = key ? item_of(key) : -1;
+    }
+}
+
 // Scores of a row with the items of a round, in groups of at most kTileItems: a warp an item.
 template <class T>
 struct DotProducts {
@@ -403,36 +479,24 @@ __device__ __forceinline__ int rescan(const TopkScan& p, const Scores& scores, i
     return count;
 }
 
-// One block a row.
+// One block a row, for what is too much for a warp.
 template <class Scores>
 __global__ void __launch_bounds__(kSelectThreads)
-    topk_select_kernel(const __grid_constant__ TopkScan p, Scores scores, bool last) {
+    topk_select_kernel(const __grid_constant__ TopkScan p, const __grid_constant__ Scores scores) {
     extern __shared__ __align__(128) unsigned char shared_memory[];
     uint64_t* const keys = reinterpret_cast<uint64_t*>(shared_memory);  // [capacity]
     const int64_t row = blockIdx.x;
+    const int offered = p.counts[row], kept = p.kept[row];
+    if (offered == kept) return;
+
     uint64_t* const stored = p.keys + row * p.capacity;
     uint64_t threshold = p.thresholds[row];
-    const int offered = p.counts[row], kept = p.kept[row];
-    if (offered == kept && !last) return;  // nothing new
-
     int count = offered > p.capacity ? kept : offered;
     for (int i = threadIdx.x; i < count; i += kSelectThreads)
         keys[i] = i >= kept && is_excluded(p, row, item_of(stored[i])) ? 0 : stored[i];
     __syncthreads();
     if (offered > p.capacity) count = rescan(p, scores, row, keys, kept, threshold);
     const int left = select(keys, count, p.k, threshold);
-    if (last) {
-        int size = 2;
-        while (size < left) size *= 2;
-        for (int i = left + threadIdx.x; i < size; i += kSelectThreads) keys[i] = 0;
-        sort_descending(keys, size);
-        for (int i = threadIdx.x; i < p.k; i += kSelectThreads) {
-            const uint64_t key = i < left ? keys[i] : 0;  // 0: nothing, or an excluded item
-            p.values[row * p.k + i] = key ? score_of(key) : -INFINITY;
-            p.indices[row * p.k + i] = key ? item_of(key) : -1;
-        }
-        return;
-    }
     for (int i = threadIdx.x; i < left; i += kSelectThreads) stored[i] = keys[i];
     if (threadIdx.x == 0) {
         p.thresholds[row] = threshold;
@@ -443,7 +507,9 @@ __global__ void __launch_bounds__(kSelectThreads)
 template <class Scores>
 void launch_select(const TopkScan& p, const Scores& scores, bool last, cudaStream_t stream) {
     const int shared_bytes = p.capacity * static_cast<int>(sizeof(uint64_t));
-    launch<topk_select_kernel<Scores>>(p.rows, kSelectThreads, shared_bytes, p.device, stream, p, scores, last);
+    launch<topk_narrow_kernel>(ceil_div<int64_t>(p.rows, kNarrowWarps), kNarrowWarps * 32, 0, p.device, stream, p);
+    launch<topk_select_kernel<Scores>>(p.rows, kSelectThreads, shared_bytes, p.device, stream, p, scores);
+    if (last) launch<topk_write_kernel>(p.rows, kThreads, 0, p.device, stream, p);
 }
 
 template <class T, int kRows, int kWarpsM>
@@ -468,7 +534,7 @@ void scan(const TopkScan& p, cudaStream_t stream) {
         const bool is_dense = p.k * int64_t{128} > kListed / 4 * done;
         const Round round{done, min_of(tiles, done + length), tiles, stride, is_dense};
         if (wide)
-            scan_round<T, 128, 2>(p, round, stream);
+            scan_round<T, 128, 4>(p, round, stream);
         else
             scan_round<T, 32, 1>(p, round, stream);
         launch_select(p, DotProducts<T>{round}, round.end == tiles, stream);
