@@ -1,6 +1,6 @@
 # make demo       trains a small model on the CPU, in minutes
 # make test       every test that needs no GPU; compiles the `ci` kernels where nvcc is found
-# make gpu-test   every GPU test, then compute-sanitizer over every cell
+# make gpu-test   every GPU test, then compute-sanitizer over every kernel
 # make bench      every benchmark; rows are appended to benchmarks/results
 #
 # Each makes .venv first. OFFLINE=1 takes the machine's own python, torch and build tools instead, asks no package index,

@@ -7,6 +7,7 @@
 Lengths are as in bench_attention.py: 4096xjag400 is a heavy-tailed batch of 4096 sequences up to 400 long. For concat
 and split a uniform draw (seed 1) cuts each sequence into two parts; for interleave they are its items and its actions,
 one fewer where the length is odd. Values are bf16, offsets int64, and sizes are given, so nothing waits for a device.
+Every op is timed on a small batch too, d64:8xu64 of 64 KB, once on the device and once by the host's time a call.
 
 GB/s counts every row once for its read and once for its write, and for the dense ops the dense tensor. Efficiency is
 the time of copying as many bytes, at this run's own copy rate, over the time.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +33,11 @@ from harness import RESULTS, CpuTimer, CudaTimer, Rates, Row, Timer, append_rows
 
 DIMS = (64, 256, 512)
 LENGTHS = ("4096xjag400", "256xjag8192")
-SMALL = "8xu64"  # for the host's time a call
+SMALL = "8xu64"  # 64 KB at a dimension of 64: what a call costs beside the copy
 OPS = ("concat", "split", "interleave", "to_dense", "to_jagged")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LARGEST_DENSE = 1 << 30  # bytes
+LONGEST_CALL = {"cuda": 0.1, "cpu": 5.0}  # seconds; eager forms that take longer are left out
 Call = Callable[..., Sequence[Tensor]]
 
 
@@ -135,17 +138,21 @@ def eager_index(p: Problem) -> Call:
         out = parts[0].new_empty((p.rows, p.dim))
         return [out.index_copy(0, torch.cat(positions()), torch.cat(parts))]
 
-    def mask() -> Tensor:
-        length = p.offsets[0][1:] - p.offsets[0][:-1]
-        return torch.arange(p.max_len, device=length.device) < length[:, None]
+    def places() -> Tensor:
+        """The row of dense.flatten(0, 1) of every jagged row."""
+        end = p.offsets[0]
+        length = end[1:] - end[:-1]
+        before = torch.arange(p.batch, device=end.device) * p.max_len - end[:-1]
+        return before.repeat_interleave(length, output_size=p.rows) + torch.arange(p.rows, device=end.device)
 
     if p.op in ("concat", "interleave"):
         return join
     if p.op == "split":
         return lambda x: [x.index_select(0, place) for place in positions()]
     if p.op == "to_dense":
-        return lambda x: [x.new_zeros((p.batch, p.max_len, p.dim)).index_put((mask(),), x)]
-    return lambda x: [x[mask()]]
+        shape = (p.batch, p.max_len, p.dim)
+        return lambda x: [x.new_zeros((p.batch * p.max_len, p.dim)).index_copy(0, places(), x).view(shape)]
+    return lambda x: [x.flatten(0, 1).index_select(0, places())]
 
 
 PROVIDERS: dict[str, Callable[[Problem], Call]] = {
@@ -165,6 +172,18 @@ def parse_cases(text: str) -> list[Case]:
         dims = [int(match[1])] if match[1] else list(DIMS)
         cases += [Case(dim, name) for dim in dims for name in ([match[2]] if match[2] else LENGTHS)]
     return list(dict.fromkeys(cases))
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    """One call that is not the first."""
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def measure(
@@ -196,6 +215,11 @@ def measure(
             "bwd": lambda outs=outs, douts=douts: torch.autograd.grad(outs, inputs, douts, retain_graph=True),
         }
         for direction, call in calls.items():
+            with timer.context():
+                took = seconds(call, device)
+            if name != "hstu_ext" and took > LONGEST_CALL[device]:
+                print(f"    {name} skipped at {op} {direction} d{case.dim} {case.lengths}: {took:.2f} s a call")
+                continue
             times = timer.measure(call)
             yield row_of(op, direction, name, dtype_name, case, problem.rows) | {
                 "p20_ms": times.p20,
@@ -253,7 +277,7 @@ def run(
     print(f"{common['gpu'] or common.get('cpu')}, torch {common['torch']}, commit {common['commit']}")
     print(f"copy {rates.copy_gbps:.4g} GB/s, providers {', '.join(providers)}")
     for op in ops:
-        for case in cases:
+        for case in dict.fromkeys((*cases, Case(64, SMALL))):
             for row in measure(op, case, providers, dtype_name, device, timer, rates):
                 yield row | common
         for row in host_overhead(op, providers, dtype_name, device, timer):

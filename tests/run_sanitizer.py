@@ -1,4 +1,6 @@
-"""Runs every GPU cell of the installed hstu_ext under NVIDIA's compute-sanitizer and prints a table of cells and tools.
+"""Runs the GPU kernels of the installed hstu_ext under NVIDIA's compute-sanitizer and prints what each tool found.
+
+The kernels are the attention cells, jagged_join (concat, split and their interleaved forms) and jagged_dense.
 
     python tests/run_sanitizer.py [--tools memcheck,racecheck] [--match bf16_d64] [--limit 600] [--jobs 4]
 
@@ -30,6 +32,7 @@ OPTIONS = {
     "initcheck": (),
     "synccheck": OURS,
 }
+JAGGED = ("jagged_join", "jagged_dense")
 EXIT_CODE = 77
 BEGIN, END = "@@ begin ", "@@ end "
 # The first line of a finding: the tool's prefix and a line that is neither indented nor a frame of the report.
@@ -70,6 +73,40 @@ def problems_of(cell: str) -> list[Any]:
     return [case.problem("cuda", dtype) for case in (plain, ragged)]
 
 
+def run_jagged(name: str) -> None:
+    """Rows of whole vectors, of odd bytes and longer than a tile; a few parts and many; right offsets and garbage."""
+    import torch
+
+    import hstu_ext
+
+    def check(*results: torch.Tensor) -> None:
+        torch.cuda.synchronize()
+        for x in results:
+            x.cpu()  # initcheck reports elements that were never written
+
+    lengths = torch.tensor([[130, 1, 0, 65], [3, 0, 70, 9]])
+    for width, stride, parts, offsets_dtype in (
+        (64, 64, 2, torch.int64), (64, 72, 7, torch.int32), (3, 5, 3, torch.int32), (2300, 2300, 2, torch.int64),
+    ):  # fmt: skip
+        offsets = [hstu_ext.lengths_to_offsets(lengths[p % 2], dtype=offsets_dtype).cuda() for p in range(parts)]
+        totals = [int(x[-1]) + 2 for x in offsets]
+        values = [torch.randn(rows, stride, device="cuda").bfloat16()[:, :width] for rows in totals]
+        wild = [x.clone() for x in offsets]
+        for x in wild:
+            x[1], x[3] = -5, torch.iinfo(offsets_dtype).max
+        for given in (offsets, wild):
+            if name == "jagged_join":
+                for join, separate in (
+                    (hstu_ext.jagged_concat, hstu_ext.jagged_split),
+                    (hstu_ext.jagged_interleave, hstu_ext.jagged_deinterleave),
+                ):
+                    joined, joined_offsets = join(values, given, sum(totals))
+                    check(joined, joined_offsets, *separate(joined, given, totals))
+            else:
+                dense = hstu_ext.jagged_to_dense(values[0], given[0], 100, 1.5)
+                check(dense, hstu_ext.dense_to_jagged(dense, given[0], totals[0]))
+
+
 def run_cells(cells: list[str]) -> None:
     """In the process that the sanitizer watches."""
     import torch
@@ -78,7 +115,9 @@ def run_cells(cells: list[str]) -> None:
 
     for cell in cells:
         print(BEGIN + cell, flush=True)
-        for problem in problems_of(cell):
+        if cell in JAGGED:
+            run_jagged(cell)
+        for problem in () if cell in JAGGED else problems_of(cell):
             for deterministic in (False, True) if "_bwd_" in cell else (False,):
                 results = problem.run(
                     hstu_attn_varlen_func,
@@ -157,7 +196,7 @@ def report(runs: list[Run], cells: list[str], verbose: bool) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", default=",".join(TOOLS), help="comma separated, default all four")
-    parser.add_argument("--match", default="", help="only cells whose name this regular expression finds")
+    parser.add_argument("--match", default="", help="only kernels whose name this regular expression finds")
     parser.add_argument("--limit", type=float, default=3600, help="seconds for all of it; begun cells are finished")
     parser.add_argument("--jobs", type=int, default=1, help="tools at a time")
     parser.add_argument("--sanitizer", default="", help="path of compute-sanitizer")
@@ -180,7 +219,7 @@ def main() -> int:
     if not Path(sanitizer).exists():
         print(f"{sanitizer} not found: install the CUDA toolkit or give --sanitizer")
         return 2
-    cells = [cell for cell in hstu_ext.cells() if re.search(options.match, cell)]
+    cells = [cell for cell in (*hstu_ext.cells(), *JAGGED) if re.search(options.match, cell)]
     tools = options.tools.split(",")
     if not cells or not set(tools) <= set(TOOLS):
         print(f"no cell matches {options.match!r}" if not cells else f"tools are {', '.join(TOOLS)}")

@@ -126,10 +126,11 @@ def test_compiled_op_and_eager_agree_enough_to_be_timed() -> None:
 
 @pytest.mark.parametrize("op", bench_jagged.OPS)
 def test_jagged_rows(op: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every provider gives the same rows, and is timed forward and backward and for its overhead."""
+    """Every provider gives the same rows, and is timed forward and backward, on a small batch, and for its overhead."""
     cases = bench_jagged.parse_cases("d4:5xjag20")
     rows = list(bench_jagged.run([op], cases, list(bench_jagged.PROVIDERS), "fp32", "cpu", FakeTimer()))
-    assert len(rows) == len(bench_jagged.PROVIDERS) * 4
+    assert len(rows) == len(bench_jagged.PROVIDERS) * 6
+    assert {row["lengths"] for row in rows} == {"5xjag20", bench_jagged.SMALL}
     forward = rows[0]
     assert set(ROW_KEYS) - {"tflops"} | {"gbps"} <= set(forward)
     lengths = harness.draw_lengths("5xjag20")
@@ -139,6 +140,34 @@ def test_jagged_rows(op: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert forward["efficiency"] == pytest.approx(forward["gbps"])
     bench_jagged.print_table(rows)
     assert "eager_index  1.00x" in capsys.readouterr().out
+
+
+def test_a_slow_jagged_provider_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(bench_jagged.LONGEST_CALL, "cpu", 0.0)
+    cases = bench_jagged.parse_cases("d4:5xjag20")
+    rows = list(bench_jagged.run(["concat"], cases, list(bench_jagged.PROVIDERS), "fp32", "cpu", FakeTimer()))
+    assert {row["provider"] for row in rows if row["direction"] in ("fwd", "bwd")} == {"hstu_ext"}
+    assert "eager_views skipped at concat bwd d4 5xjag20" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", bench_jagged.OPS)
+def test_jagged_rows_of_a_gpu(op: str) -> None:
+    """The op and eager indexing agree, and both can be captured in a graph."""
+    timer = harness.CudaTimer(budget_ms=2.0)
+    cases = bench_jagged.parse_cases("d64:40xjag60")
+    providers = ["hstu_ext", "eager_index"]
+    rows = [
+        row
+        for case in cases
+        for row in bench_jagged.measure(op, case, providers, "bf16", "cuda", timer, FakeTimer().rates())
+    ]
+    assert [(row["provider"], row["direction"]) for row in rows] == [(p, d) for p in providers for d in ("fwd", "bwd")]
+    assert all(row["graph_ms"] > 0 and row["extra_mib"] >= 0 for row in rows)
+    # A forward needs nothing but its result; offsets and the allocator's rounding are all there is beside it.
+    assert rows[0]["extra_mib"] < 0.1
 
 
 def test_jagged_cases_are_parsed() -> None:

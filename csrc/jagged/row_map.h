@@ -1,9 +1,9 @@
 // Which row every row of an output is a copy of: the maps of the GPU kernels, and how outputs are cut into tiles.
 //
 // A map goes from an output to its sources, so each element is written once and by one thread whatever the offsets
-// hold. Offsets on a GPU cannot be checked: they are clamped to the part's rows where they are read, and a source that
-// is not a row of its tensor is none. All of this runs on the host too, where tests/cpp/test_row_map.cpp has it do the
-// copies of small problems.
+// hold. Offsets on a GPU cannot be checked: what is computed from garbage is garbage, but a source that is not a row of
+// its tensor is none. All of this runs on the host too, where tests/cpp/test_row_map.cpp has it do the copies of small
+// problems.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,8 @@ struct Tiling {
     // Tiles are small enough to give each of `warps` one, within their limits.
     Tiling(int unit, int64_t row_bytes, int64_t all_rows, int64_t warps) : unit(unit), row_units(row_bytes / unit) {
         const int64_t wide = max_of<int64_t>(row_units, 1);
-        const int64_t units = clamp_to<int64_t>(all_rows * wide / warps, kLeastUnits, kMostUnits) / 32 * 32;
+        const int64_t share = ceil_div<int64_t>(all_rows * wide, warps * kLeastUnits) * kLeastUnits;
+        const int64_t units = clamp_to<int64_t>(share, kLeastUnits, kMostUnits);
         columns = static_cast<int>(min_of(wide, units));
         rows = static_cast<int>(max_of<int64_t>(units / wide, 1));
         if (rows > 32) rows -= rows % 32;  // the lanes of a warp look up 32 rows at a time
@@ -109,8 +110,21 @@ HSTU_HOST_DEVICE char* row_of(const Rows& rows, int64_t i) {
 
 // Maps have the type of the offsets as a parameter: a choice at every look would keep loads from being under way together.
 template <class Offset>
+HSTU_HOST_DEVICE int64_t offset_at(const IndexArray& offsets, int64_t b) {
+    return static_cast<const Offset*>(offsets.data)[b];
+}
+
+template <class Offset>
 HSTU_HOST_DEVICE int64_t clamped(const IndexArray& offsets, int64_t b, const Rows& rows) {
-    return clamp_to<int64_t>(static_cast<const Offset*>(offsets.data)[b], 0, rows.count);
+    return clamp_to<int64_t>(offset_at<Offset>(offsets, b), 0, rows.count);
+}
+
+// Sums and differences of offsets as they are: what overflows is garbage already.
+HSTU_HOST_DEVICE int64_t wrapping_sum(int64_t a, int64_t b) {
+    return static_cast<int64_t>(static_cast<uint64_t>(a) + static_cast<uint64_t>(b));
+}
+HSTU_HOST_DEVICE int64_t wrapping_difference(int64_t a, int64_t b) {
+    return static_cast<int64_t>(static_cast<uint64_t>(a) - static_cast<uint64_t>(b));
 }
 
 // The parts of a join or split. With a few of them kernel parameters are small and quick to send, and what is summed
@@ -137,15 +151,14 @@ struct Parts {
     HSTU_HOST_DEVICE int64_t joined_begin(int64_t b) const {
         int64_t sum = 0;
         if constexpr (kCapacity <= kFewParts) {
-            Offset of_part[kCapacity];  // all are loaded before one is used
+            int64_t of_part[kCapacity];  // all are loaded before one is used
             HSTU_UNROLL(kCapacity)
-            for (int p = 0; p < kCapacity; ++p)
-                of_part[p] = p < count ? static_cast<const Offset*>(at[p].offsets.data)[b] : 0;
+            for (int p = 0; p < kCapacity; ++p) of_part[p] = p < count ? offset_at<Offset>(at[p].offsets, b) : 0;
             HSTU_UNROLL(kCapacity)
-            for (int p = 0; p < kCapacity; ++p) sum += clamp_to<int64_t>(of_part[p], 0, at[p].rows.count);
+            for (int p = 0; p < kCapacity; ++p) sum = wrapping_sum(sum, of_part[p]);
         } else {
             HSTU_UNROLL(4)
-            for (int p = 0; p < count; ++p) sum += begin(p, b);
+            for (int p = 0; p < count; ++p) sum = wrapping_sum(sum, offset_at<Offset>(at[p].offsets, b));
         }
         return sum;
     }
@@ -249,7 +262,7 @@ struct JoinMap {
         return kWritesOffsets ? parts.joined_begin(b) : joined_offsets[b];
     }
     HSTU_HOST_DEVICE const char* from(const Tile& tile, int64_t b, int64_t row) const {
-        return b >= 0 && b < parts.batch ? parts.part_row(b, row - at(tile, b)) : nullptr;
+        return b >= 0 && b < parts.batch ? parts.part_row(b, wrapping_difference(row, at(tile, b))) : nullptr;
     }
     HSTU_HOST_DEVICE char* to(const Tile&, int64_t row) const { return joined.data + row * joined.stride; }
 
@@ -283,7 +296,9 @@ struct SplitMap {
         return tiling.tile(part, index - first_tile[part], parts.at[part].rows.count);
     }
     HSTU_HOST_DEVICE int64_t boundaries() const { return parts.batch + 1; }
-    HSTU_HOST_DEVICE int64_t at(const Tile& tile, int64_t b) const { return parts.begin(tile.part, b); }
+    HSTU_HOST_DEVICE int64_t at(const Tile& tile, int64_t b) const {
+        return offset_at<Offset>(parts.at[tile.part].offsets, b);
+    }
     HSTU_HOST_DEVICE const char* from(const Tile& tile, int64_t b, int64_t row) const {
         return b >= 0 && b < parts.batch ? row_of(joined, parts.joined_row(tile.part, b, row)) : nullptr;
     }
@@ -335,9 +350,9 @@ struct ToJaggedMap {
 
     HSTU_HOST_DEVICE Tile tile(int64_t index) const { return tiling.tile(0, index, p.jagged.count); }
     HSTU_HOST_DEVICE int64_t boundaries() const { return p.batch + 1; }
-    HSTU_HOST_DEVICE int64_t at(const Tile&, int64_t b) const { return clamped<Offset>(p.offsets, b, p.jagged); }
+    HSTU_HOST_DEVICE int64_t at(const Tile&, int64_t b) const { return offset_at<Offset>(p.offsets, b); }
     HSTU_HOST_DEVICE const char* from(const Tile& tile, int64_t b, int64_t row) const {
-        const int64_t t = b >= 0 && b < p.batch ? row - at(tile, b) : -1;
+        const int64_t t = b >= 0 && b < p.batch ? wrapping_difference(row, at(tile, b)) : -1;
         return t >= 0 && t < p.max_len ? p.dense + b * p.batch_stride + t * p.dense_stride : nullptr;
     }
     HSTU_HOST_DEVICE char* to(const Tile&, int64_t row) const { return p.jagged.data + row * p.jagged.stride; }
