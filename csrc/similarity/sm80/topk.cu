@@ -94,17 +94,23 @@ struct ScanShared {
 };
 
 // What follows is rare, and small so that it does not push the products out of the instruction cache. A lane has scores
-// of one row: score i is that of column col0 + i / 2 * 8 + i % 2 of the tile, and bit i of `found` says that it qualifies.
+// of one row: score i is that of column col0 + i / 2 * 8 + i % 2 of the tile, and bit i of `found` says that it is not
+// below the threshold's.
 __device__ __forceinline__ int column(int col0, int i) { return col0 + i / 2 * 8 + i % 2; }
+
+// Whether a score that is not below `least`, the threshold's, is a candidate. The threshold is read for equal ones alone.
+__device__ __forceinline__ bool qualifies(const TopkScan& p, int64_t row, int64_t item, float score, float least) {
+    if (item >= p.items || (p.valid && !p.valid[item])) return false;
+    return score > least || candidate(p, item, score, p.thresholds[row]) != 0;
+}
 
 // Appends what four neighbouring lanes found in one row, with one addition to its count.
 __device__ __noinline__ void append_row(const TopkScan& p, int64_t row, int64_t item0, int col0, const float* scores,
-                                        uint32_t found) {
-    const uint64_t threshold = found ? p.thresholds[row] : 0;
+                                        uint32_t found, float least) {
     uint32_t beaten = 0;
     for (uint32_t rest = found; rest; rest &= rest - 1) {
         const int i = __ffs(rest) - 1;
-        if (candidate(p, item0 + column(col0, i), scores[i], threshold)) beaten |= 1u << i;
+        if (qualifies(p, row, item0 + column(col0, i), scores[i], least)) beaten |= 1u << i;
     }
     __syncwarp();
     const int count = __popc(beaten), neighbour = __shfl_xor_sync(0xffffffffu, count, 1);
@@ -120,18 +126,16 @@ __device__ __noinline__ void append_row(const TopkScan& p, int64_t row, int64_t 
 
 // Puts them on the block's list, or where that is full appends them one by one.
 __device__ __noinline__ void list_row(const TopkScan& p, List& list, int64_t row0, int row, int64_t item0, int number,
-                                      int col0, const float* scores, uint32_t found) {
-    const uint64_t threshold = found ? p.thresholds[row0 + row] : 0;
+                                      int col0, const float* scores, uint32_t found, float least) {
     for (; found; found &= found - 1) {
         const int i = __ffs(found) - 1, col = column(col0, i);
-        const uint64_t key = candidate(p, item0 + col, scores[i], threshold);
-        if (key == 0) continue;
+        if (!qualifies(p, row0 + row, item0 + col, scores[i], least)) continue;
         const int slot = number < 1 << 18 ? atomicAdd(&list.count, 1) : kListed;
         if (slot < kListed)
             list.entries[slot] = uint64_t{__float_as_uint(scores[i])} << 32 | static_cast<uint32_t>(number) << 14 |
                                  static_cast<uint32_t>(row) << 7 | static_cast<uint32_t>(col);
         else
-            append(p, row0 + row, atomicAdd(p.counts + row0 + row, 1), key);
+            append(p, row0 + row, atomicAdd(p.counts + row0 + row, 1), key_of(scores[i], item0 + col));
     }
 }
 
@@ -231,9 +235,9 @@ __global__ void __launch_bounds__(kThreads, 2)
                 for (int i = 0; i < Grid::kN * 2; ++i) row_scores[i] = scores.x[m][i / 2][half * 2 + i % 2];
                 const int row = Grid::row() + m * 16 + half * 8 + lane() / 4;
                 if (round.is_dense)
-                    append_row(p, row0 + row, item0, col0, row_scores, found);
+                    append_row(p, row0 + row, item0, col0, row_scores, found, least[m * 2 + half]);
                 else
-                    list_row(p, list, row0, row, item0, number, col0, row_scores, found);
+                    list_row(p, list, row0, row, item0, number, col0, row_scores, found, least[m * 2 + half]);
             }
         }
     }
@@ -373,14 +377,23 @@ __global__ void __launch_bounds__(kNarrowWarps * 32) topk_narrow_kernel(const __
         }
         return __reduce_add_sync(0xffffffffu, found);
     };
+    const auto score_not_below = [&](uint32_t bound) {
+        int found = 0;
+#pragma unroll
+        for (int i = 0; i < kNarrowKeys; ++i) {
+            if (i * 32 >= offered) break;
+            found += static_cast<uint32_t>(mine[i] >> 32) >= bound;
+        }
+        return __reduce_add_sync(0xffffffffu, found);
+    };
     uint64_t last = 0;
     for (bool is_final = false; !is_final;) {
         last = 0;
-        for (int bit = 63; bit >= 0; --bit) {
+        int total = -1;
+        for (int bit = 63; bit >= 0 && total != p.k; --bit) {
             const uint64_t trial = last | uint64_t{1} << bit;
-            const int total = not_below(trial);
+            total = bit >= 32 ? score_not_below(static_cast<uint32_t>(trial >> 32)) : not_below(trial);
             if (total >= p.k) last = trial;
-            if (total == p.k) break;
         }
         bool found_excluded = false;
         if (p.excluded) {

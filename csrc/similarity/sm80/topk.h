@@ -46,12 +46,12 @@ struct TopkScores {
 };
 
 // Items of the round after `done` of them, whole tiles. A share k / done of them is expected to beat the threshold: some
-// 700, or 3.5 k, but never more than half of the room.
+// 500, or 2.5 k, but never more than half of the room.
 constexpr int64_t topk_round(int64_t items, int64_t done, int64_t k) {
     const int64_t room = topk_capacity(k);
     if (items <= room) return room;
     if (done == 0) return clamp_to<int64_t>(9 * k / 2 / kTopkTileItems * kTopkTileItems, 1024, room);
-    const int64_t candidates = min_of(max_of<int64_t>(700, 7 * k / 2), (room - k) / 2);
+    const int64_t candidates = min_of(max_of<int64_t>(500, 5 * k / 2), (room - k) / 2);
     return max_of<int64_t>(1, done * candidates / k / kTopkTileItems) * kTopkTileItems;
 }
 
