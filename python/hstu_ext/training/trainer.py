@@ -1,0 +1,294 @@
+"""The training loop: batches in, checkpoints, metrics and a report out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hstu_ext.data import Batch, InteractionLog, SequenceBatches, leave_one_out
+from hstu_ext.models import Catalogue, RetrievalGR
+from hstu_ext.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from hstu_ext.training.config import Config, TrainingConfig
+from hstu_ext.training.evaluation import Evaluator, model_inputs
+from hstu_ext.training.metrics_log import MetricsLog, ProgressBar, table
+from hstu_ext.training.report import check_report, write_report
+
+
+class Trainer:
+    """Trains a RetrievalGR on all events of a log but the held-out ones, and evaluates it on those.
+
+        log = load("ml-100k")
+        trainer = Trainer(load_config("configs/ml-100k/hstu.toml"), log, output="runs/first")
+        results = trainer.fit()
+
+    Results are the same bit for bit on a CPU with the same number of threads, also over an interruption.
+
+    Args:
+        config: of the run.
+        log: the whole of the data.
+        output: directory of the run, for checkpoints, metrics and the report; None for none of them.
+        model: what to train; None builds the configuration's from its seed.
+        write: what prints a line; None prints nothing.
+
+    Raises:
+        ValueError: configuration and data do not fit together.
+        FileExistsError: the directory already holds a run (fit(resume=True) goes on with it).
+        ImportError: an option needs a package that is not installed.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        log: InteractionLog,
+        output: str | Path | None = None,
+        *,
+        model: RetrievalGR | None = None,
+        write: Callable[[str], None] | None = print,
+    ) -> None:
+        training = config.training
+        self.config, self.run = config, None if output is None else Path(output)
+        self.device = choose_device(training.device)
+        self._write: Callable[[str], None] = write or (lambda line: None)
+        if self.run is not None and config.output.report:
+            check_report()
+        split = leave_one_out(log, holdout=config.data.holdout)  # type: ignore[arg-type]
+        self.catalogue = Catalogue.from_log(split.train)
+        torch.manual_seed(training.seed)
+        self.model = (model or RetrievalGR.from_config(config, self.catalogue)).to(self.device)
+        self.evaluator = Evaluator(split, config.evaluation, config.model.max_len, self.device)
+        self.train_log = split.train.to(self.device)
+        self.batches = SequenceBatches(
+            self.train_log,
+            training.batch_size // training.accumulation,
+            config.model.max_len,
+            shuffle=True,
+            seed=training.seed,
+            min_len=2,
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=training.learning_rate,
+            betas=training.betas,
+            weight_decay=training.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        compiled = training.compile == "on" or (training.compile == "auto" and self.device.type == "cuda")
+        self._loss: Callable[..., Tensor] = (
+            torch.compile(self.model.loss, dynamic=True) if compiled else self.model.loss
+        )
+        self.steps_per_epoch = math.ceil(len(self.batches) / training.accumulation)
+        self.epoch, self.step = 0, 0
+        self.results: list[dict[str, float]] = []
+        self.baselines: dict[str, dict[str, float]] = {}
+        # Sum of the losses and number of the steps, of this epoch and since the last line; read only for a line.
+        self._epoch_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._line_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What forward passes run under."""
+        if self.config.training.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def fit(self, resume: bool = False) -> list[dict[str, float]]:
+        """Trains to the configured number of epochs.
+
+        Args:
+            resume: go on from the latest checkpoint of the run.
+
+        Returns:
+            For every epoch: epoch, step, loss, seconds and, where it was evaluated, HR@K, NDCG@K, Recall@K and MRR.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        torch.backends.cuda.matmul.allow_tf32 = self.config.training.tf32
+        metrics = self._start(resume)
+        try:
+            while self.epoch < self.config.training.epochs:
+                self._train_epoch(metrics)
+        finally:
+            metrics.close()
+        if self.run is not None and self.config.output.report:
+            report = write_report(self.run, self.config, self.catalogue, self.results, self.baselines)
+            self._write(f"\nreport: {report}")
+        return self.results
+
+    def evaluate(self) -> dict[str, float]:
+        """HR@K, NDCG@K, Recall@K and MRR of the model as it is."""
+        return self.evaluator(self.model, self.autocast())
+
+    def _start(self, resume: bool) -> MetricsLog:
+        self.baselines = self.evaluator.baselines()
+        resumed_from = None
+        if self.run is not None:
+            if resume:
+                self._resume(find_checkpoint(self.run))
+                resumed_from = self.step
+            elif (self.run / "checkpoints").exists():
+                raise FileExistsError(f"hstu_ext.training: {self.run} must be a new directory, or resumed, got a run")
+            self.run.mkdir(parents=True, exist_ok=True)
+            (self.run / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
+        metrics = MetricsLog(self.run, self.config.output.tensorboard, resumed_from)
+        parameters = sum(each.numel() for each in self.model.parameters())
+        self._write(
+            f"{self.train_log.num_users} users, {self.catalogue.num_items} items, {self.train_log.items.numel()} "
+            f"training events; {parameters} parameters on {self.device}"
+        )
+        self._write(table(self._columns(), [(name, self._cells(each)) for name, each in self.baselines.items()]))
+        if resumed_from is None:
+            for name, values in self.baselines.items():
+                metrics.write(name, 0, values)
+        else:
+            self._write(f"resumed after step {resumed_from}")
+            for result in self.results:
+                self._write_row(result)
+        return metrics
+
+    def _train_epoch(self, metrics: MetricsLog) -> None:
+        options, training = self.config.output, self.config.training
+        begin, line_begin, events = time.perf_counter(), time.perf_counter(), 0
+        self.model.train()
+        self.batches.set_epoch(self.epoch)
+        bar = ProgressBar(f"epoch {self.epoch + 1}", self.steps_per_epoch)
+        text = ""
+        for micro_batches in _grouped(self.batches, training.accumulation):
+            self._train_step(micro_batches)
+            events += sum(batch.items.numel() for batch in micro_batches)
+            if options.log_every and self.step % options.log_every == 0:
+                loss = self._read(self._line_sums)
+                speed = events / (time.perf_counter() - line_begin)
+                line_begin, events = time.perf_counter(), 0
+                text = f"loss {loss:.4f}"
+                rate = self.optimizer.param_groups[0]["lr"]
+                metrics.write("train", self.step, {"loss": loss, "learning_rate": rate, "events_per_second": speed})
+            bar.update(self.step - self.epoch * self.steps_per_epoch, text)
+            if options.checkpoint_steps and self.step % options.checkpoint_steps == 0:
+                self._save()
+        bar.close()
+        self.epoch += 1
+        last = self.epoch == training.epochs
+        result: dict[str, float] = {"epoch": self.epoch, "step": self.step, "loss": self._read(self._epoch_sums)}
+        result["seconds"] = round(time.perf_counter() - begin, 3)
+        every = self.config.evaluation.every
+        if last or (every and self.epoch % every == 0):
+            result.update(self.evaluate())
+        self.results.append(result)
+        metrics.write("epoch", self.step, result)
+        self._write_row(result)
+        if last or (options.checkpoint_every and self.epoch % options.checkpoint_every == 0):
+            self._save()
+
+    def _train_step(self, micro_batches: list[Batch]) -> None:
+        """One step of the optimizer on the mean loss over all positions of the micro-batches. Reads nothing back."""
+        training = self.config.training
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(training, self.step, training.epochs * self.steps_per_epoch)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in micro_batches:
+            with self.autocast():
+                loss = self._loss(**model_inputs(self.model, batch, self.train_log))
+            if len(micro_batches) == 1:
+                loss.backward()  # type: ignore[no-untyped-call]
+                total, loss_sum = total + 1, loss.detach()
+            else:
+                count = self.model.num_predictions(batch.cu_seqlens)
+                (loss * count).backward()
+                total, loss_sum = total + count, loss_sum + loss.detach() * count
+        parameters = [each for each in self.model.parameters() if each.grad is not None]
+        if len(micro_batches) > 1:
+            scale = total.clamp(min=1).reciprocal()
+            for each in parameters:
+                assert each.grad is not None
+                each.grad.mul_(scale)
+        if training.clip_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm)
+        self.optimizer.step()
+        self.step += 1
+        mean = loss_sum / total.clamp(min=1)
+        for sums in (self._epoch_sums, self._line_sums):
+            sums[0] += mean
+            sums[1] += 1
+
+    def _read(self, sums: Tensor) -> float:
+        """The mean loss since the sums were last read, which are 0 afterwards."""
+        total, steps = sums.tolist()
+        sums.zero_()
+        loss = total / max(steps, 1)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"hstu_ext.training: the loss must be finite, got {loss} before step {self.step}; a lower "
+                "training.learning_rate or training.clip_norm may help"
+            )
+        return float(loss)
+
+    def _save(self) -> None:
+        if self.run is None:
+            return
+        progress = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "batches": self.batches.state_dict(),
+            "results": self.results,
+        }
+        tensors = {"epoch_sums": self._epoch_sums, "line_sums": self._line_sums}
+        save_checkpoint(self.run, self.step, self.model, self.config, self.catalogue, self.optimizer, progress, tensors)
+
+    def _resume(self, directory: Path) -> None:
+        progress, tensors = load_checkpoint(directory, self.model, self.optimizer)
+        self.epoch, self.step, self.results = progress["epoch"], progress["step"], progress["results"]
+        self.batches.load_state_dict(progress["batches"])
+        self._epoch_sums.copy_(tensors["epoch_sums"])
+        self._line_sums.copy_(tensors["line_sums"])
+
+    def _columns(self) -> list[str]:
+        ks = self.config.evaluation.ks
+        return ["loss", *(f"HR@{k}" for k in ks), *(f"NDCG@{k}" for k in ks), "MRR", "seconds"]
+
+    def _cells(self, values: dict[str, float]) -> list[float | None]:
+        return [values.get(name) for name in self._columns()]
+
+    def _write_row(self, result: dict[str, float]) -> None:
+        width = max(map(len, self.baselines))
+        row = (f"epoch {result['epoch']}".ljust(width), self._cells(result))
+        self._write(table(self._columns(), [row]).split("\n")[1])
+
+
+def learning_rate(training: TrainingConfig, step: int, steps: int) -> float:
+    """The learning rate of a step, from 0: a linear rise, then constant or half a cosine down to 0."""
+    peak, warmup = training.learning_rate, training.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if training.schedule == "constant":
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name, or for auto the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"hstu_ext.config: training.device must be auto, cpu or cuda, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"hstu_ext.config: training.device must be there, got {name!r} without a CUDA GPU")
+    return device
+
+
+def _grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Lists of `size` batches; the last one may be shorter."""
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
+        yield group
