@@ -19,7 +19,7 @@ class Catalogue:
     item_titles: of every item, or None
     item_features: by name, int64 [num_items] or [num_items, width]
     user_feature_sizes: the number of values of each user feature, by name
-    num_actions: actions are in [0, num_actions); 0 for a log without
+    action_names: of every action; empty for a log without
     """
 
     item_ids: Sequence[str]
@@ -27,7 +27,7 @@ class Catalogue:
     item_titles: Sequence[str] | None = None
     item_features: dict[str, Tensor] = field(default_factory=dict)
     user_feature_sizes: dict[str, int] = field(default_factory=dict)
-    num_actions: int = 0
+    action_names: Sequence[str] = ()
 
     @property
     def num_items(self) -> int:
@@ -42,7 +42,7 @@ class Catalogue:
             log.item_titles,
             {name: values.cpu() for name, values in log.item_features.items()},
             dict(log.user_feature_sizes),
-            log.num_actions,
+            log.action_names,
         )
 
     def title(self, item: int) -> str:

@@ -84,14 +84,14 @@ class RetrievalGR(nn.Module):
                         f"hstu_ext.config: model.{key} must be among the data's ({', '.join(there) or 'none'}), "
                         f"got {name!r}"
                     )
-        if interleave and not catalogue.num_actions:
+        if interleave and not catalogue.action_names:
             raise ValueError("hstu_ext.config: model.actions must be none for data without actions, got 'interleave'")
 
         contexts, actions = None, None
         if model.contexts:
             contexts = ContextTower({name: catalogue.user_feature_sizes[name] for name in model.contexts}, model.dim)
         if interleave:
-            actions = nn.Embedding(catalogue.num_actions, model.dim)
+            actions = nn.Embedding(len(catalogue.action_names), model.dim)
             nn.init.normal_(actions.weight, std=model.dim**-0.5)
         common: dict[str, Any] = {
             "dim": model.dim,

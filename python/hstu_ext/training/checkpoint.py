@@ -54,7 +54,7 @@ def save_model(directory: Path, model: RetrievalGR, config: Config, catalogue: C
         "item_ids": list(catalogue.item_ids),
         "item_titles": None if catalogue.item_titles is None else list(catalogue.item_titles),
         "user_feature_sizes": catalogue.user_feature_sizes,
-        "num_actions": catalogue.num_actions,
+        "action_names": list(catalogue.action_names),
     }
     (directory / "catalogue.json").write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
     features = {f"features.{name}": values for name, values in catalogue.item_features.items()}
@@ -83,7 +83,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Re
         described["item_titles"],
         {name[len(prefix) :]: values for name, values in tensors.items() if name.startswith(prefix)},
         described["user_feature_sizes"],
-        described["num_actions"],
+        described["action_names"],
     )
     model = RetrievalGR.from_config(config, catalogue)
     load_parameters(model, directory)

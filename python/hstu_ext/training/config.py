@@ -198,9 +198,13 @@ def reference() -> Iterator[tuple[str, Any, str]]:
     """Key, default and help of every option, in order, with the limits in words."""
     for section in dataclasses.fields(Config):
         for each in dataclasses.fields(section.default_factory):  # type: ignore[arg-type]
-            default = each.default_factory() if each.default is dataclasses.MISSING else each.default  # type: ignore[misc]
+            default = _default(each)
             limits = _limits(each.metadata)
             yield f"{section.name}.{each.name}", default, each.metadata["help"] + (f" ({limits})" if limits else "")
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return {} if field.default is dataclasses.MISSING else field.default
 
 
 def _read_section(section: str, kind: type, given: Mapping[str, Any]) -> Any:
@@ -214,7 +218,7 @@ def _read_section(section: str, kind: type, given: Mapping[str, Any]) -> Any:
 
 
 def _read(key: str, field: dataclasses.Field[Any], value: Any) -> Any:
-    default = field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
+    default = _default(field)
     expected = _expected(field, default)
     if isinstance(default, tuple):
         # The type of elements is that of the default's, and text where the default has none.
