@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     recommend = commands.add_parser(
         "recommend",
         help="recommend items",
-        description="Prints what a model recommends after some items, or to a user of its data. Seen items are left out.",
+        description="Prints what a model recommends after some items, or to a user of its data.",
     )
     recommend.add_argument("model", type=Path, metavar="RUN", help="a run, a checkpoint or an export")
     history = recommend.add_mutually_exclusive_group(required=True)

@@ -93,7 +93,7 @@ class Evaluator:
         counts = self.split.train.popularity().to(self.targets.device).float()[:, None]
         ranks = torch.zeros_like(self.targets)
         candidates = torch.zeros_like(self.targets)
-        for users in torch.arange(self.log.num_users, device=self.targets.device).split(self.config.batch_size):
+        for users in torch.split(torch.arange(self.log.num_users, device=self.targets.device), self.config.batch_size):
             ranks[users] = self._rank(users, counts.new_ones((users.shape[0], 1)), counts)
             candidates[users] = counts.shape[0] - self._distinct_seen(users)
         depth = min(self.config.depth, counts.shape[0])

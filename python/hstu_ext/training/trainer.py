@@ -199,11 +199,11 @@ class Trainer:
             with self.autocast():
                 loss = self._loss(**model_inputs(self.model, batch, self.train_log))
             if len(micro_batches) == 1:
-                loss.backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward(loss)
                 total, loss_sum = total + 1, loss.detach()
             else:
                 count = self.model.num_predictions(batch.cu_seqlens)
-                (loss * count).backward()
+                torch.autograd.backward(loss * count)
                 total, loss_sum = total + count, loss_sum + loss.detach() * count
         parameters = [each for each in self.model.parameters() if each.grad is not None]
         if len(micro_batches) > 1:
