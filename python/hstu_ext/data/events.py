@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,13 +18,19 @@ MOST_RATING_ACTIONS = 256  # distinct ratings that are taken for actions
 
 
 class Vocabulary(dict[str, int]):
-    """Ids by the order in which they are first looked up. Raises ValueError for an id that is empty or has blanks."""
+    """Ids by the order in which they are first looked up. Raises ValueError for what is no id."""
 
     def __missing__(self, name: str) -> int:
-        if not name or name != name.strip():
-            raise ValueError
+        check_id(name)
         self[name] = index = len(self)
         return index
+
+
+def check_id(name: str) -> None:
+    """Raises ValueError for an id that is empty, has blanks around it or was not UTF-8."""
+    name.encode("utf-8")
+    if not name or name != name.strip():
+        raise ValueError
 
 
 @dataclass
@@ -62,8 +68,7 @@ def integer_vocabulary(ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[
 
 def parse_integers(texts: Sequence[str]) -> NDArray[np.int64]:
     """Raises ValueError unless each is a decimal int64."""
-    if not all(_holds_only(text, b"0123456789-") for text in texts):
-        raise ValueError
+    _check_characters(texts, b"0123456789-,")
     try:
         return np.fromiter(map(int, texts), np.int64, len(texts))
     except OverflowError:
@@ -72,16 +77,17 @@ def parse_integers(texts: Sequence[str]) -> NDArray[np.int64]:
 
 def parse_decimals(texts: Sequence[str]) -> NDArray[np.float32]:
     """Raises ValueError unless each is a finite number."""
-    if not all(_holds_only(text, b"0123456789-+.eE") for text in texts):
-        raise ValueError
+    _check_characters(texts, b"0123456789-+.eE,")
     values = np.fromiter(map(float, texts), np.float64, len(texts))
     if not (np.abs(values) <= np.finfo(np.float32).max).all():
         raise ValueError
     return values.astype(np.float32)
 
 
-def _holds_only(text: str, characters: bytes) -> bool:
-    return text.isascii() and not text.encode().translate(None, characters)
+def _check_characters(texts: Sequence[str], characters: bytes) -> None:
+    """Raises ValueError for characters that int() and float() would let pass, such as blanks and underscores."""
+    if ",".join(texts).encode("ascii").translate(None, characters):
+        raise ValueError
 
 
 def plain_decimal(value: Any) -> str:
@@ -149,7 +155,3 @@ def _without_duplicates(
     dropped = np.zeros(len(together), np.bool_)
     dropped[together[repeats]] = True
     return order[~dropped[order]]
-
-
-def concatenated(parts: Iterable[NDArray[Any]], dtype: Any) -> NDArray[Any]:
-    return np.concatenate([np.empty(0, dtype), *parts])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import os
 import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -86,26 +88,36 @@ def compressed(file: str) -> Iterator[None]:
         raise broken_file(file, "an intact archive", str(error)) from error
 
 
-def text_lines(stream: BinaryIO, file: str) -> Iterator[str]:
-    """Lines of UTF-8, with or without a byte-order mark."""
-    for number, line in enumerate(stream, start=1):
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError:
-            raise broken_row(file, number, "UTF-8", line) from None
-        yield text.lstrip("\ufeff") if number == 1 else text
+def csv_blocks(stream: BinaryIO, file: str, size: int) -> Iterator[tuple[int, list[list[str]]]]:
+    """The rows of a UTF-8 CSV file, `size` at a time, with the line that the first begins on.
+
+    Bytes that are not UTF-8 become lone surrogates, which `check_id` refuses; a byte-order mark is passed over.
+    """
+    line = 1
+    limit = csv.field_size_limit(LONGEST_FIELD)
+    rows: list[list[str]] = []
+    try:
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(text, strict=True)
+        while True:
+            rows = []
+            rows.extend(islice(reader, size))
+            if not rows:
+                return
+            yield line, rows
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise broken_row(file, line_of(line, rows, len(rows)), "a row of CSV", str(error)) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def line_of(first: int, rows: Sequence[Sequence[str]], place: int) -> int:
+    """The line that a row of a block begins on. Quoted fields may hold line ends."""
+    return first + place + sum(field.count("\n") for row in rows[:place] for field in row)
 
 
 def csv_rows(stream: BinaryIO, file: str) -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV file, each with the line that it begins on."""
-    line = 1
-    limit = csv.field_size_limit(LONGEST_FIELD)
-    try:
-        reader = csv.reader(text_lines(stream, file), strict=True)
-        for row in reader:
-            yield line, row
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise broken_row(file, line, "a row of CSV", str(error)) from error
-    finally:
-        csv.field_size_limit(limit)
+    for line, rows in csv_blocks(stream, file, 1):
+        yield line, rows[0]

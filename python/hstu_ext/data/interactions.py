@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hstu_ext.data.errors import DataError, broken_file, broken_row
-from hstu_ext.data.events import Events, Vocabulary, concatenated, parse_decimals, parse_integers
-from hstu_ext.data.files import csv_rows
+from hstu_ext.data.events import Events, Vocabulary, check_id, parse_decimals, parse_integers
+from hstu_ext.data.files import csv_blocks, line_of
 
 ROLES = ("user", "item", "time", "rating", "action")
 DEFAULT_COLUMNS = {
@@ -22,7 +22,9 @@ DEFAULT_COLUMNS = {
     "rating": "rating",
     "action": "action",
 }
-ROWS_AT_A_TIME = 1 << 16
+ROWS_AT_A_TIME = 512  # more of them leave the processor's cache before they are parsed
+ID = "an id in UTF-8 without blanks around it"
+KINDS = {"user": ID, "item": ID, "action": ID, "time": "an integer", "rating": "a number"}
 
 
 def columns_of(file: str, header: Sequence[str], columns: Mapping[str, str] | None) -> dict[str, str]:
@@ -40,59 +42,58 @@ def columns_of(file: str, header: Sequence[str], columns: Mapping[str, str] | No
 
 def read_interactions_csv(stream: BinaryIO, file: str, columns: Mapping[str, str] | None = None) -> Events:
     """A header, then one event a row. Times are integers; ids are any text. Without times, rows are in order."""
-    rows = csv_rows(stream, file)
-    header = next(rows, (1, []))[1]
-    if not header:
+    blocks = csv_blocks(stream, file, ROWS_AT_A_TIME)
+    first_line, first_rows = next(blocks, (1, []))
+    if not first_rows:
         raise broken_file(file, "a header", "an empty file")
+    header = first_rows[0]
+    first_block = line_of(first_line, first_rows, 1), first_rows[1:]
     chosen = columns_of(file, header, columns)
     places = {role: header.index(name) for role, name in chosen.items()}
     vocabularies = {role: Vocabulary() for role in chosen if role in ("user", "item", "action")}
     parts: dict[str, list[NDArray[Any]]] = {role: [] for role in chosen}
-    for lines, block in _blocks(rows, file, header):
-        for role, place in places.items():
-            texts = [row[place] for row in block]
-            parts[role].append(_parse(texts, role, vocabularies.get(role), lines, file))
-    if not parts["user"]:
-        raise broken_file(file, "rows after the header", "none")
-    return Events(
-        users=concatenated(parts["user"], np.int64),
-        items=concatenated(parts["item"], np.int64),
+    for line, rows in chain([first_block], blocks):
+        if set(map(len, rows)) - {len(header)}:
+            place = next(place for place, row in enumerate(rows) if len(row) != len(header))
+            layout = f"{len(header)} columns {','.join(header)}"
+            raise broken_row(file, line_of(line, rows, place), layout, ",".join(rows[place]))
+        for role, column in places.items():
+            texts = [row[column] for row in rows]
+            try:
+                parts[role].append(_parse(texts, role, vocabularies.get(role)))
+            except ValueError:
+                place = _first_broken(texts, role, vocabularies.get(role))
+                raise broken_row(file, line_of(line, rows, place), f"{KINDS[role]} as {role}", texts[place]) from None
+    events = Events(
+        users=np.concatenate(parts["user"]),
+        items=np.concatenate(parts["item"]),
         user_ids=list(vocabularies["user"]),
         item_ids=list(vocabularies["item"]),
-        times=concatenated(parts["time"], np.int64) if "time" in parts else None,
-        ratings=concatenated(parts["rating"], np.float32) if "rating" in parts else None,
-        actions=concatenated(parts["action"], np.int64) if "action" in parts else None,
+        times=np.concatenate(parts["time"]) if "time" in parts else None,
+        ratings=np.concatenate(parts["rating"]) if "rating" in parts else None,
+        actions=np.concatenate(parts["action"]) if "action" in parts else None,
         action_names=list(vocabularies.get("action", ())),
     )
+    if not len(events.users):
+        raise broken_file(file, "rows after the header", "none")
+    return events
 
 
-def _blocks(
-    rows: Iterator[tuple[int, list[str]]], file: str, header: Sequence[str]
-) -> Iterator[tuple[list[int], list[list[str]]]]:
-    """Rows of the header's width by the block, with their lines."""
-    while True:
-        block = list(islice(rows, ROWS_AT_A_TIME))
-        if not block:
-            return
-        for line, row in block:
-            if len(row) != len(header):
-                raise broken_row(file, line, f"{len(header)} columns {','.join(header)}", ",".join(row))
-        yield [line for line, _ in block], [row for _, row in block]
-
-
-def _parse(texts: list[str], role: str, vocabulary: Vocabulary | None, lines: list[int], file: str) -> NDArray[Any]:
+def _parse(texts: Sequence[str], role: str, vocabulary: Vocabulary | None) -> NDArray[Any]:
     """One column of a block."""
-    try:
-        if vocabulary is not None:
-            return np.array([vocabulary[text] for text in texts], np.int64)
-        return parse_integers(texts) if role == "time" else parse_decimals(texts)
-    except ValueError:
-        if len(texts) > 1:
-            for text, line in zip(texts, lines):
-                _parse([text], role, vocabulary, [line], file)
-        kinds = {"time": "an integer", "rating": "a number"}
-        kind = kinds.get(role, "an id without blanks around it")
-        raise broken_row(file, lines[0], f"{kind} as {role}", texts[0]) from None
+    if vocabulary is not None:
+        return np.fromiter(map(vocabulary.__getitem__, texts), np.int64, len(texts))
+    return parse_integers(texts) if role == "time" else parse_decimals(texts)
+
+
+def _first_broken(texts: Sequence[str], role: str, vocabulary: Vocabulary | None) -> int:
+    """The place of the first text that `_parse` refuses."""
+    for place, text in enumerate(texts):
+        try:
+            _parse([text], role, vocabulary)
+        except ValueError:
+            return place
+    raise AssertionError("every text is parsed by itself and not together")
 
 
 def read_interactions_parquet(path: str, columns: Mapping[str, str] | None = None) -> Events:
@@ -140,8 +141,10 @@ def read_interactions_parquet(path: str, columns: Mapping[str, str] | None = Non
             encoded = column.dictionary_encode()
             names = [str(name) for name in encoded.dictionary.to_pylist()]
             for text in names:
-                if not text or text != text.strip():
-                    raise broken_file(f"{path}, column {name}", f"a {role} without blanks around it", repr(text))
+                try:
+                    check_id(text)
+                except ValueError:
+                    raise broken_file(f"{path}, column {name}", f"{ID} as {role}", repr(text)) from None
             read[role] = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
             read["names"][role] = names
     return Events(

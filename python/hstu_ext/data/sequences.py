@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hstu_ext.data.errors import DataError, broken_file, broken_row
-from hstu_ext.data.events import Events, Vocabulary, concatenated, parse_decimals, parse_integers, plain_decimal
+from hstu_ext.data.events import Events, Vocabulary, parse_decimals, parse_integers, plain_decimal
 from hstu_ext.data.files import csv_rows
 from hstu_ext.data.interaction_log import InteractionLog
 
@@ -31,8 +31,7 @@ def read_sequences(stream: BinaryIO, file: str) -> Events:
     if USER not in header or ITEMS not in header:
         raise broken_row(file, 1, f"a header with {USER} and {ITEMS}", ",".join(header))
     place = {name: header.index(name) for name in (USER, ITEMS, RATINGS, TIMES) if name in header}
-    vocabulary = Vocabulary()
-    users: dict[str, int] = {}
+    vocabulary, users = Vocabulary(), Vocabulary()
     items, lengths = array("q"), array("q")
     ratings: list[NDArray[Any]] = []
     times: list[NDArray[Any]] = []
@@ -40,14 +39,17 @@ def read_sequences(stream: BinaryIO, file: str) -> Events:
         if len(row) != len(header):
             raise broken_row(file, line, f"{len(header)} columns {','.join(header)}", ",".join(row))
         user = row[place[USER]]
-        if not user or user != user.strip() or user in users:
-            raise broken_row(file, line, "a user id without blanks around it, on one row alone", user)
-        users[user] = len(users)
+        if user in users:
+            raise broken_row(file, line, f"every {USER} once", user)
+        try:
+            users[user]
+        except ValueError:
+            raise broken_row(file, line, f"an id in UTF-8 without blanks around it as {USER}", user) from None
         ids = row[place[ITEMS]].split(",")
         try:
             items.extend([vocabulary[name] for name in ids])
         except ValueError:
-            raise broken_row(file, line, f"ids without blanks as {ITEMS}", row[place[ITEMS]]) from None
+            raise broken_row(file, line, f"ids in UTF-8 without blanks as {ITEMS}", row[place[ITEMS]]) from None
         lengths.append(len(ids))
         if RATINGS in place:
             ratings.append(_values(row[place[RATINGS]], RATINGS, len(ids), file, line))
@@ -60,8 +62,8 @@ def read_sequences(stream: BinaryIO, file: str) -> Events:
         items=np.frombuffer(items, np.int64),
         user_ids=list(users),
         item_ids=list(vocabulary),
-        times=concatenated(times, np.int64) if TIMES in place else None,
-        ratings=concatenated(ratings, np.float32) if RATINGS in place else None,
+        times=np.concatenate(times) if TIMES in place else None,
+        ratings=np.concatenate(ratings) if RATINGS in place else None,
     )
 
 
