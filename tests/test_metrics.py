@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from hstu_ext import MissingKernelError
 from hstu_ext.data import InteractionLog, leave_one_out
 from hstu_ext.training import Evaluator, hit_rate, mrr, ndcg, rank_targets, ranks_of, recall
 from hstu_ext.training.config import EvaluationConfig
+from hstu_ext.training.evaluation import ranking_device
 from hstu_ext.training.metrics import chance, summary
 
 
@@ -114,6 +116,21 @@ def test_rank_targets_in_a_catalogue_larger_than_a_tile() -> None:
         assert found.tolist() == [rank if rank <= 1000 else 0]
     seen = packed([by_rank[:5].tolist() + by_rank[7:9].tolist()])
     assert rank_targets(torch.ones(1, 1), scores, by_rank[9:10], seen).tolist() == [3]
+
+
+def test_where_the_ranking_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: object) -> None:
+        raise MissingKernelError("hstu_ext.topk_dot: not on this device")
+
+    elsewhere = torch.device("meta")
+    monkeypatch.setattr("hstu_ext.training.evaluation.topk_dot", lambda *arguments: None)
+    assert ranking_device("auto", elsewhere) == elsewhere
+    assert ranking_device("cpu", elsewhere) == torch.device("cpu")
+    monkeypatch.setattr("hstu_ext.training.evaluation.topk_dot", missing)
+    assert ranking_device("auto", elsewhere) == torch.device("cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"evaluation.device must be there, got 'cuda' without a CUDA GPU"):
+            ranking_device("cuda", elsewhere)
 
 
 def test_baselines_by_hand() -> None:

@@ -17,10 +17,10 @@ from hstu_ext.data import InteractionLog, Split, command, leave_one_out, load
 from hstu_ext.models import Catalogue, RetrievalGR
 from hstu_ext.training.checkpoint import find_checkpoint, load_model
 from hstu_ext.training.config import Config, load_config, reference
-from hstu_ext.training.evaluation import Evaluator
+from hstu_ext.training.evaluation import Evaluator, choose_device
 from hstu_ext.training.export import export
 from hstu_ext.training.metrics_log import table
-from hstu_ext.training.trainer import Trainer, choose_device
+from hstu_ext.training.trainer import Trainer
 
 
 class UsageError(ValueError):
@@ -119,8 +119,11 @@ def _train(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     model, config, catalogue = _load_model(options)
+    model = model.to(choose_device("training.device", config.training.device))
     split = _split(config, catalogue)
-    evaluator = Evaluator(split, config.evaluation, config.model.max_len, choose_device(config.training.device))
+    evaluator = Evaluator(
+        split, config.evaluation, config.model.max_len, choose_device("training.device", config.training.device)
+    )
     results = {config.model.encoder: evaluator(model), **evaluator.baselines()}
     if options.json:
         print(json.dumps(results, indent=2))
@@ -202,7 +205,7 @@ def _load_data(config: Config) -> InteractionLog:
 def _load_model(options: argparse.Namespace) -> tuple[RetrievalGR, Config, Catalogue]:
     """The model of --set's configuration, which may change everything but the model itself."""
     config = load_config(find_checkpoint(options.model) / "config.toml", options.set)
-    model, trained, catalogue = load_model(options.model, choose_device(config.training.device))
+    model, trained, catalogue = load_model(options.model)
     if (config.model, config.loss) != (trained.model, trained.loss):
         raise UsageError("hstu_ext.config: model and loss must be those of the checkpoint, got an override of them")
     return model, config, catalogue

@@ -107,6 +107,11 @@ class EvaluationConfig:
     ks: tuple[int, ...] = option((1, 10, 50), "the K of HR@K and NDCG@K", at_least=1)
     depth: int = option(1000, "items that are retrieved for a user; MRR counts nothing past it", at_least=1)
     batch_size: int = option(256, "users at a time", at_least=1)
+    device: str = option(
+        "auto",
+        "where items are ranked; auto is the model's device if topk_dot has a kernel for it, else cpu",
+        choices=("auto", "cpu", "cuda"),
+    )
     every: int = option(1, "epochs between evaluations; the last epoch always is; 0 for that one alone", at_least=0)
 
 

@@ -17,7 +17,7 @@ from hstu_ext.data import Batch, InteractionLog, SequenceBatches, leave_one_out
 from hstu_ext.models import Catalogue, RetrievalGR
 from hstu_ext.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from hstu_ext.training.config import Config, TrainingConfig
-from hstu_ext.training.evaluation import Evaluator, model_inputs
+from hstu_ext.training.evaluation import Evaluator, choose_device, model_inputs
 from hstu_ext.training.metrics_log import MetricsLog, ProgressBar, table
 from hstu_ext.training.report import check_report, write_report
 
@@ -55,7 +55,7 @@ class Trainer:
     ) -> None:
         training = config.training
         self.config, self.run = config, None if output is None else Path(output)
-        self.device = choose_device(training.device)
+        self.device = choose_device("training.device", training.device)
         self._write: Callable[[str], None] = write or (lambda line: None)
         if self.run is not None and config.output.report:
             check_report()
@@ -141,7 +141,7 @@ class Trainer:
         parameters = sum(each.numel() for each in self.model.parameters())
         self._write(
             f"{self.train_log.num_users} users, {self.catalogue.num_items} items, {self.train_log.items.numel()} "
-            f"training events; {parameters} parameters on {self.device}"
+            f"training events; {parameters} parameters on {self.device}, ranking on {self.evaluator.device}"
         )
         self._write(table(self._columns(), [(name, self._cells(each)) for name, each in self.baselines.items()]))
         if resumed_from is None:
@@ -272,19 +272,6 @@ def learning_rate(training: TrainingConfig, step: int, steps: int) -> float:
     if training.schedule == "constant":
         return peak
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a name, or for auto the GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"hstu_ext.config: training.device must be auto, cpu or cuda, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"hstu_ext.config: training.device must be there, got {name!r} without a CUDA GPU")
-    return device
 
 
 def _grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
