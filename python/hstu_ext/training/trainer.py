@@ -21,6 +21,8 @@ from hstu_ext.training.evaluation import Evaluator, choose_device, model_inputs
 from hstu_ext.training.metrics_log import MetricsLog, ProgressBar, table
 from hstu_ext.training.report import check_report, write_report
 
+EPOCH, LINE = 0, 1  # places of the two sums of losses
+
 
 class Trainer:
     """Trains a RetrievalGR on all events of a log but the held-out ones, and evaluates it on those.
@@ -88,9 +90,9 @@ class Trainer:
         self.epoch, self.step = 0, 0
         self.results: list[dict[str, float]] = []
         self.baselines: dict[str, dict[str, float]] = {}
-        # Sum of the losses and number of the steps, of this epoch and since the last line; read only for a line.
-        self._epoch_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self._line_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        # Sums of the steps' losses, of this epoch and since the last line, and the steps that each has.
+        self._loss_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._summed_steps = [0, 0]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What forward passes run under."""
@@ -110,7 +112,8 @@ class Trainer:
         Raises:
             FloatingPointError: the loss is not finite.
         """
-        torch.backends.cuda.matmul.allow_tf32 = self.config.training.tf32
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if self.config.training.tf32 else "highest")
         metrics = self._start(resume)
         try:
             while self.epoch < self.config.training.epochs:
@@ -164,7 +167,7 @@ class Trainer:
             self._train_step(micro_batches)
             events += sum(batch.items.numel() for batch in micro_batches)
             if options.log_every and self.step % options.log_every == 0:
-                loss = self._read(self._line_sums)
+                loss = self._read_loss(LINE)
                 speed = events / (time.perf_counter() - line_begin)
                 line_begin, events = time.perf_counter(), 0
                 text = f"loss {loss:.4f}"
@@ -176,7 +179,7 @@ class Trainer:
         bar.close()
         self.epoch += 1
         last = self.epoch == training.epochs
-        result: dict[str, float] = {"epoch": self.epoch, "step": self.step, "loss": self._read(self._epoch_sums)}
+        result: dict[str, float] = {"epoch": self.epoch, "step": self.step, "loss": self._read_loss(EPOCH)}
         result["seconds"] = round(time.perf_counter() - begin, 3)
         every = self.config.evaluation.every
         if last or (every and self.epoch % every == 0):
@@ -193,44 +196,40 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(training, self.step, training.epochs * self.steps_per_epoch)
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        counts, losses = [], []
         for batch in micro_batches:
             with self.autocast():
                 loss = self._loss(**model_inputs(self.model, batch, self.train_log))
-            if len(micro_batches) == 1:
-                torch.autograd.backward(loss)
-                total, loss_sum = total + 1, loss.detach()
-            else:
-                count = self.model.num_predictions(batch.cu_seqlens)
-                torch.autograd.backward(loss * count)
-                total, loss_sum = total + count, loss_sum + loss.detach() * count
+            if len(micro_batches) > 1:
+                counts.append(self.model.num_predictions(batch.cu_seqlens))
+                loss = loss * counts[-1]
+            torch.autograd.backward(loss)
+            losses.append(loss.detach())
         parameters = [each for each in self.model.parameters() if each.grad is not None]
+        mean = losses[0]
         if len(micro_batches) > 1:
-            scale = total.clamp(min=1).reciprocal()
+            total = torch.stack(counts).sum().clamp(min=1)
+            mean = torch.stack(losses).sum() / total
             for each in parameters:
                 assert each.grad is not None
-                each.grad.mul_(scale)
+                each.grad.div_(total)
         if training.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm)
         self.optimizer.step()
         self.step += 1
-        mean = loss_sum / total.clamp(min=1)
-        for sums in (self._epoch_sums, self._line_sums):
-            sums[0] += mean
-            sums[1] += 1
+        self._loss_sums += mean
+        self._summed_steps = [steps + 1 for steps in self._summed_steps]
 
-    def _read(self, sums: Tensor) -> float:
-        """The mean loss since the sums were last read, which are 0 afterwards."""
-        total, steps = sums.tolist()
-        sums.zero_()
-        loss = total / max(steps, 1)
+    def _read_loss(self, which: int) -> float:
+        """The mean loss of the epoch or since the last line, whose sum begins again at 0. Waits for the device."""
+        loss = float(self._loss_sums[which]) / max(self._summed_steps[which], 1)
+        self._loss_sums[which], self._summed_steps[which] = 0, 0
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"hstu_ext.training: the loss must be finite, got {loss} before step {self.step}; a lower "
                 "training.learning_rate or training.clip_norm may help"
             )
-        return float(loss)
+        return loss
 
     def _save(self) -> None:
         if self.run is None:
@@ -239,17 +238,18 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "batches": self.batches.state_dict(),
+            "summed_steps": self._summed_steps,
             "results": self.results,
         }
-        tensors = {"epoch_sums": self._epoch_sums, "line_sums": self._line_sums}
+        tensors = {"loss_sums": self._loss_sums}
         save_checkpoint(self.run, self.step, self.model, self.config, self.catalogue, self.optimizer, progress, tensors)
 
     def _resume(self, directory: Path) -> None:
         progress, tensors = load_checkpoint(directory, self.model, self.optimizer)
         self.epoch, self.step, self.results = progress["epoch"], progress["step"], progress["results"]
         self.batches.load_state_dict(progress["batches"])
-        self._epoch_sums.copy_(tensors["epoch_sums"])
-        self._line_sums.copy_(tensors["line_sums"])
+        self._loss_sums.copy_(tensors["loss_sums"])
+        self._summed_steps = progress["summed_steps"]
 
     def _columns(self) -> list[str]:
         ks = self.config.evaluation.ks
