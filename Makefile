@@ -1,4 +1,4 @@
-# make demo       trains a small model on the CPU, in minutes
+# make demo       trains, evaluates and queries a small model, in minutes on a CPU
 # make test       every test that needs no GPU; compiles the `ci` kernels where nvcc is found
 # make gpu-test   every GPU test, then compute-sanitizer over every kernel
 # make bench      every benchmark; rows are appended to benchmarks/results
@@ -79,13 +79,13 @@ ifeq ($(OFFLINE),1)
 	$(PYTHON) -m pip install -v . --no-build-isolation --no-deps --no-index --upgrade --target $(STATE) \
 	    $(foreach define,$(DEFINES_$*) $(DEFINES),--config-settings='cmake.define.$(define)')
 else
-	$(PY) -m pip install -v ".[test,dev]" $(foreach define,$(DEFINES_$*) $(DEFINES),--config-settings='cmake.define.$(define)')
+	$(PY) -m pip install -v ".[train,test,dev]" $(foreach define,$(DEFINES_$*) $(DEFINES),--config-settings='cmake.define.$(define)')
 endif
 	touch $@
 
 .venv/ready:
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install "$(TORCH)" matplotlib
+	.venv/bin/python -m pip install "$(TORCH)"
 	touch $@
 
 build/site/ready:

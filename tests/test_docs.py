@@ -23,6 +23,19 @@ def test_readme_example_runs() -> None:
     assert bool(names["qkv"].grad.abs().sum(dim=(1, 2, 3)).gt(0).all())
 
 
+def test_training_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("safetensors")
+    pytest.importorskip("matplotlib")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert len(names["results"]) == 1
+    assert len(names["titles"]) == 5
+    assert all(title.startswith("item ") for title in names["titles"])
+
+
 def test_mask_pictures_are_what_the_masks_say() -> None:
     script = ROOT / "docs" / "make_mask_pictures.py"
     done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)

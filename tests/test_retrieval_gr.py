@@ -1,155 +1,328 @@
-"""The retrieval model, its data and its metrics."""
+"""The retrieval model and its parts against eager copies of themselves, written densely, one sequence at a time."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu_ext.data import InteractionLog, synthetic_log
-from hstu_ext.models import RetrievalGR
-from hstu_ext.training import hit_rate, ndcg, ranks_of
+from hstu_ext.data import InteractionLog
+from hstu_ext.models import (
+    Catalogue,
+    CosineSimilarity,
+    DotProductSimilarity,
+    HSTULayer,
+    ItemTower,
+    L2NormEmbeddingPostprocessor,
+    RetrievalGR,
+    SASRecLayer,
+)
+from hstu_ext.training import Config
+
+NUM_ITEMS, MAX_LEN = 40, 12
+LENGTHS = {"ragged": [7, 1, 12, 2], "one": [5], "empty": [0, 9, 0, 3]}
 
 
-def small_log(lengths: list[int], num_items: int = 40) -> InteractionLog:
+def catalogue() -> Catalogue:
+    generator = torch.Generator().manual_seed(5)
+    return Catalogue(
+        [str(item) for item in range(NUM_ITEMS)],
+        torch.randint(0, 9, (NUM_ITEMS,), generator=generator),
+        item_features={
+            "year": torch.randint(0, 6, (NUM_ITEMS,), generator=generator),
+            "genres": torch.randint(0, 2, (NUM_ITEMS, 3), generator=generator).float(),
+        },
+        user_feature_sizes={"age": 4, "gender": 3},
+        action_names=("low", "middle", "high"),
+    )
+
+
+def model_of(loss: dict[str, Any] | None = None, **model: Any) -> RetrievalGR:
+    torch.manual_seed(0)
+    options = {"dim": 24, "num_heads": 2, "head_dim": 16, "ffn_dim": 20, "max_len": MAX_LEN, "dropout": 0.0}
+    config = Config.from_dict({"model": {**options, **model}, "loss": {"kind": "full", **(loss or {})}})
+    built = RetrievalGR.from_config(config, catalogue()).double()
+    for parameter in built.parameters():  # away from the small ones at the start, which would hide errors
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return built
+
+
+def inputs_of(lengths: list[int], model: RetrievalGR) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
-    sequences = [torch.randperm(num_items, generator=generator)[:length].tolist() for length in lengths]
-    return InteractionLog.from_sequences(sequences, num_items)
+    total = sum(lengths)
+    inputs: dict[str, Any] = {
+        "items": torch.randint(NUM_ITEMS, (total,), generator=generator),
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        "max_seqlen": max(lengths),
+    }
+    if model.actions is not None:
+        inputs["actions"] = torch.randint(3, (total,), generator=generator)
+    if model.contexts is not None:
+        sizes = [embedding.num_embeddings for embedding in model.contexts.embeddings]
+        columns = [torch.randint(size, (len(lengths),), generator=generator) for size in sizes]
+        inputs["contexts"] = torch.stack(columns, dim=1)
+    return inputs
 
 
-def eager_states(model: RetrievalGR, sequence: Tensor) -> Tensor:
-    """The model over one sequence, written out densely from its parameters."""
-    n = sequence.numel()
-    x = model.item_embedding.weight[sequence] + model.position_embedding.weight[:n]
-    causal = torch.ones(n, n, dtype=torch.bool).tril()
-    for layer in model.layers:
-        width = layer.heads * layer.head_dim
-        u, v, q, k = F.silu(layer.uvqk(layer.norm_in(x))).split(width, dim=-1)
-        heads = []
-        for h in range(layer.heads):
-            columns = slice(h * layer.head_dim, (h + 1) * layer.head_dim)
-            scores = q[:, columns] @ k[:, columns].T / math.sqrt(layer.head_dim)
-            heads.append((F.silu(scores) * causal / model.max_len) @ v[:, columns])
-        x = x + layer.out(layer.norm_out(torch.cat(heads, dim=-1)) * u)
+def eager_table(model: RetrievalGR) -> Tensor:
+    table = model.items.embedding.weight
+    if not model.items.names:
+        return table
+    features = catalogue().item_features
+    parts = [features["genres"].double(), model.items.categories["year"].weight[features["year"]]]
+    first, _, second = model.items.network
+    hidden = (torch.cat(parts, dim=1) @ first.weight.T + first.bias).clamp(min=0)
+    return table + hidden @ second.weight.T + second.bias
+
+
+def norm(x: Tensor, eps: float) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
+
+
+def eager_hstu(layer: HSTULayer, x: Tensor, contexts: int) -> Tensor:
+    width, tokens = layer.heads * layer.head_dim, x.shape[0]
+    u, v, q, k = F.silu(norm(x, 1e-6) @ layer.uvqk.weight.T).split(width, dim=-1)
+    keep = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    keep[:contexts] = True  # a context sees all contexts and the history
+    heads = []
+    for h in range(layer.heads):
+        columns = slice(h * layer.head_dim, (h + 1) * layer.head_dim)
+        scores = F.silu(q[:, columns] @ k[:, columns].T * layer.alpha) * keep / layer.max_tokens
+        heads.append(scores @ v[:, columns])
+    return x + (norm(torch.cat(heads, dim=-1), 1e-6) * u) @ layer.out.weight.T + layer.out.bias
+
+
+def eager_sasrec(layer: SASRecLayer, x: Tensor) -> Tensor:
+    width, tokens = layer.heads * layer.head_dim, x.shape[0]
+    normed = norm(x, 1e-5) * layer.norm_attention.weight + layer.norm_attention.bias
+    q, k, v = (normed @ layer.qkv.weight.T + layer.qkv.bias).split(width, dim=-1)
+    hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    heads = []
+    for h in range(layer.heads):
+        columns = slice(h * layer.head_dim, (h + 1) * layer.head_dim)
+        scores = q[:, columns] @ k[:, columns].T / math.sqrt(layer.head_dim)
+        heads.append(scores.masked_fill(hidden, -math.inf).softmax(-1) @ v[:, columns])
+    x = x + torch.cat(heads, dim=-1) @ layer.out.weight.T + layer.out.bias
+    normed = norm(x, 1e-5) * layer.norm_ffn.weight + layer.norm_ffn.bias
+    inner = (normed @ layer.ffn_in.weight.T + layer.ffn_in.bias).clamp(min=0)
+    return x + inner @ layer.ffn_out.weight.T + layer.ffn_out.bias
+
+
+def eager_states(model: RetrievalGR, inputs: dict[str, Any], sequence: int) -> Tensor:
+    """States [length, dim] of one sequence, not normalised."""
+    rows = slice(*inputs["cu_seqlens"][sequence : sequence + 2].tolist())
+    tokens: list[Tensor] = []
+    is_item: list[bool] = []
+    if model.contexts is not None:
+        for value, embedding in zip(inputs["contexts"][sequence], model.contexts.embeddings):
+            tokens.append(embedding.weight[value])
+            is_item.append(False)
+    contexts = len(tokens)
+    for n, item in enumerate(inputs["items"][rows]):
+        tokens.append(eager_table(model)[item] * math.sqrt(model.items.dim))
+        is_item.append(True)
+        if model.actions is not None:
+            tokens.append(model.actions.weight[inputs["actions"][rows][n]])
+            is_item.append(False)
+    if not any(is_item):
+        return torch.zeros(0, model.items.dim, dtype=torch.float64)
+    x = torch.stack(tokens) + model.encoder.positions.weight[: len(tokens)]
+    for layer in model.encoder.layers:
+        x = eager_hstu(layer, x, contexts) if isinstance(layer, HSTULayer) else eager_sasrec(layer, x)
+    return x[torch.tensor(is_item)]
+
+
+def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def eager_loss(model: RetrievalGR, log: InteractionLog) -> Tensor:
-    table = model.item_embedding.weight / model.item_embedding.weight.norm(dim=-1, keepdim=True)
+def eager_loss(model: RetrievalGR, inputs: dict[str, Any], last_only: bool) -> Tensor:
+    """The full softmax."""
+    items = unit(eager_table(model))
+    offsets = inputs["cu_seqlens"].tolist()
     losses = []
-    for sequence in log.items.split(log.lengths.tolist()):
-        logits = eager_states(model, sequence) @ table.T / model.temperature
-        losses += [torch.logsumexp(row, 0) - row[item] for row, item in zip(logits[:-1], sequence[1:])]
+    for sequence in range(len(offsets) - 1):
+        ids = inputs["items"][offsets[sequence] : offsets[sequence + 1]]
+        logits = unit(eager_states(model, inputs, sequence)) @ items.T / 0.05
+        found = [torch.logsumexp(row, 0) - row[item] for row, item in zip(logits[:-1], ids[1:])]
+        losses += found[-1:] if last_only else found
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("lengths", [[7, 1, 12, 2], [5], [0, 9, 0, 3]], ids=["ragged", "one", "empty"])
-def test_model_matches_its_dense_copy(lengths: list[int]) -> None:
-    torch.manual_seed(0)
-    log = small_log(lengths)
-    model = RetrievalGR(log.num_items, dim=24, heads=2, head_dim=16, max_len=12, dropout=0.0).double()
-    states = model(log.items, log.cu_seqlens, log.max_seqlen)
-    expected = torch.cat([eager_states(model, s) for s in log.items.split(log.lengths.tolist()) if s.numel()])
-    torch.testing.assert_close(states, expected, rtol=1e-9, atol=1e-9)
+VARIANTS = {
+    "hstu": {},
+    "hstu-contexts": {"contexts": ["age", "gender"]},
+    "hstu-actions": {"actions": "interleave"},
+    "hstu-all": {"contexts": ["gender"], "actions": "interleave", "item_features": ["year", "genres"]},
+    "sasrec": {"encoder": "sasrec"},
+    "sasrec-all": {
+        "encoder": "sasrec",
+        "contexts": ["age"],
+        "actions": "interleave",
+        "item_features": ["genres", "year"],
+    },
+}
 
-    loss, expected_loss = model.loss(log.items, log.cu_seqlens, log.max_seqlen), eager_loss(model, log)
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("last_only", [False, True], ids=["all", "last"])
+def test_model_matches_its_eager_copy(variant: dict[str, Any], lengths: list[int], last_only: bool) -> None:
+    model = model_of({"supervision": "last" if last_only else "all"}, **variant)
+    inputs = inputs_of(lengths, model)
+    queries = model(**inputs)
+    expected = torch.cat([unit(eager_states(model, inputs, n)) for n in range(len(lengths))])
+    torch.testing.assert_close(queries, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.item_embeddings(), unit(eager_table(model)), rtol=1e-9, atol=1e-9)
+
+    loss, expected_loss = model.loss(**inputs), eager_loss(model, inputs, last_only)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-9, atol=1e-9)
+    named = dict(model.named_parameters())
+    got = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    wanted = torch.autograd.grad(expected_loss, list(named.values()), allow_unused=True)
+    for name, ours, theirs in zip(named, got, wanted):
+        reference = torch.zeros_like(named[name]) if theirs is None else theirs
+        ours = torch.zeros_like(named[name]) if ours is None else ours
+        torch.testing.assert_close(ours, reference, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+    count = sum(length >= 2 if last_only else max(length - 1, 0) for length in lengths)
+    assert int(model.num_predictions(inputs["cu_seqlens"])) == count
+
+
+@pytest.mark.parametrize("encoder", ["hstu", "sasrec"])
+def test_recompute_changes_nothing(encoder: str) -> None:
+    model = model_of(encoder=encoder, dropout=0.5, contexts=["age"])
+    inputs = inputs_of(LENGTHS["ragged"], model)
     parameters = list(model.parameters())
-    for got, wanted in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected_loss, parameters)):
-        torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-9)
+    found = []
+    for recompute in (False, True):
+        model.encoder.recompute = recompute
+        torch.manual_seed(1)
+        loss = model.loss(**inputs)
+        found.append((loss, *torch.autograd.grad(loss, parameters, allow_unused=True)))
+    for plain, again in zip(*found):
+        assert (plain is None and again is None) or torch.equal(plain, again)
 
 
-def test_model_learns_a_tiny_log_by_heart() -> None:
-    torch.manual_seed(0)
-    log = small_log([10, 6, 12, 8])
-    model = RetrievalGR(log.num_items, dim=32, heads=2, head_dim=16, max_len=12, dropout=0.0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
-    for _ in range(150):
-        optimizer.zero_grad()
-        loss = model.loss(log.items, log.cu_seqlens, log.max_seqlen)
-        loss.backward()
-        optimizer.step()
-    history, targets = log.leave_last_out()
-    scores = model.next_item_scores(history.items, history.cu_seqlens, history.max_seqlen)
-    assert scores.argmax(1).tolist() == targets.tolist()
-    assert float(loss.detach()) < 0.1
+@pytest.mark.plain_allocations
+@pytest.mark.parametrize("variant", ["hstu", "hstu-all", "sasrec"])
+def test_compiled_loss_is_the_same(variant: str) -> None:
+    torch._dynamo.reset()
+    model = model_of(**VARIANTS[variant])
+    compiled = torch.compile(model.loss, dynamic=True, fullgraph=True, backend="aot_eager")
+    parameters = list(model.parameters())
+    for lengths in (LENGTHS["ragged"], [3, 8], [5, 2, 12, 6, 9]):
+        inputs = inputs_of(lengths, model)
+        loss, expected = compiled(**inputs), model.loss(**inputs)
+        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+        got = torch.autograd.grad(loss, parameters, allow_unused=True)
+        wanted = torch.autograd.grad(expected, parameters, allow_unused=True)
+        for ours, theirs in zip(got, wanted):
+            torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
-def test_model_states_do_not_see_the_future() -> None:
-    torch.manual_seed(0)
-    log = small_log([9])
-    model = RetrievalGR(log.num_items, max_len=9, dropout=0.0).eval()
-    changed = log.items.clone()
-    changed[-1] = (changed[-1] + 1) % log.num_items
-    before = model(log.items, log.cu_seqlens, 9)
-    after = model(changed, log.cu_seqlens, 9)
-    torch.testing.assert_close(before[:-1], after[:-1])
-    assert not torch.allclose(before[-1], after[-1])
+@pytest.mark.parametrize("encoder", ["hstu", "sasrec"])
+def test_states_see_neither_the_future_nor_the_neighbours(encoder: str) -> None:
+    model = model_of(encoder=encoder)
+    inputs = inputs_of([9, 4], model)
+    changed = inputs["items"].clone()
+    changed[8] = (changed[8] + 1) % NUM_ITEMS
+    before, after = model(**inputs), model(**{**inputs, "items": changed})
+    torch.testing.assert_close(before[:8], after[:8])
+    torch.testing.assert_close(before[9:], after[9:])
+    assert not torch.allclose(before[8], after[8])
 
 
-def test_model_refuses_longer_sequences_than_it_has_positions_for() -> None:
-    log = small_log([9])
-    with pytest.raises(ValueError, match="max_seqlen must be at most 8, got 9"):
-        RetrievalGR(log.num_items, max_len=8)(log.items, log.cu_seqlens, 9)
+def test_encode_query_is_the_last_state() -> None:
+    model = model_of(contexts=["age"])
+    inputs = inputs_of([4, 1, 6], model)
+    torch.testing.assert_close(model.encode_query(**inputs), model(**inputs)[[3, 4, 10]])
 
 
-def test_log_select_and_leave_last_out() -> None:
-    log = InteractionLog.from_sequences([[1, 2, 3], [4, 5], [6, 7, 8, 9]], 10)
-    assert (log.num_users, log.max_seqlen, log.users().tolist()) == (3, 4, [0, 0, 0, 1, 1, 2, 2, 2, 2])
-    chosen = log.select(torch.tensor([2, 0]))
-    assert chosen.items.tolist() == [6, 7, 8, 9, 1, 2, 3]
-    assert chosen.cu_seqlens.tolist() == [0, 4, 7]
-    train, targets = log.leave_last_out()
-    assert (train.items.tolist(), train.cu_seqlens.tolist()) == ([1, 2, 4, 6, 7, 8], [0, 2, 3, 6])
-    assert targets.tolist() == [3, 5, 9]
-    with pytest.raises(ValueError, match="two events"):
-        train.leave_last_out()
+def test_recommend_ranks_the_unseen_by_cosine() -> None:
+    model = model_of().eval()
+    histories = [[3, 7, 1], [5], list(range(15, 30))]  # the last one is longer than max_len
+    scores, items = model.recommend(histories, k=NUM_ITEMS)
+    for user, history in enumerate(histories):
+        read = torch.tensor(history[-MAX_LEN:])
+        query = model.encode_query(read, torch.tensor([0, len(read)], dtype=torch.int32), len(read))
+        cosine = (query @ model.item_embeddings().T)[0]
+        cosine[history] = -math.inf
+        left = NUM_ITEMS - len(history)
+        order = cosine.argsort(descending=True)[:left]
+        assert items[user].tolist() == order.tolist() + [-1] * len(history)
+        torch.testing.assert_close(scores[user, :left], cosine[order])
+    everything = model.recommend(histories[:1], k=NUM_ITEMS, exclude_seen=False)[1]
+    assert sorted(everything[0].tolist()) == list(range(NUM_ITEMS))
+    assert not model.training
 
 
-def test_synthetic_log_is_seeded_and_without_repeats() -> None:
-    log, again, other = (synthetic_log(50, 300, max_len=60, seed=seed) for seed in (7, 7, 8))
-    assert torch.equal(log.items, again.items)
-    assert torch.equal(log.cu_seqlens, again.cu_seqlens)
-    assert not torch.equal(log.items[:100], other.items[:100])
-    assert int(log.lengths.min()) >= 8
-    assert log.max_seqlen <= 60
-    assert int(log.items.min()) >= 0
-    assert int(log.items.max()) < 300
-    for sequence in log.items.split(log.lengths.tolist()):
-        assert sequence.unique().numel() == sequence.numel()
+def test_recommend_takes_actions_and_contexts() -> None:
+    model = model_of(**VARIANTS["hstu-all"])
+    first = model.recommend([[1, 2, 3]], 5, actions=[[0, 1, 2]], contexts=[[1]])
+    other = model.recommend([[1, 2, 3]], 5, actions=[[2, 1, 2]], contexts=[[1]])
+    third = model.recommend([[1, 2, 3]], 5, actions=[[0, 1, 2]], contexts=[[2]])
+    assert not torch.equal(first[0], other[0])
+    assert not torch.equal(first[0], third[0])
+    assert model.training
 
 
-def test_synthetic_log_has_the_structure_it_plants() -> None:
-    def repeated_pairs(structure: float) -> float:
-        """The share of neighbouring pairs that occur more than once."""
-        log = synthetic_log(400, 400, max_len=60, structure=structure)
-        user = log.users()
-        pairs = (log.items[:-1] * log.num_items + log.items[1:])[user[:-1] == user[1:]]
-        counts = pairs.unique(return_counts=True)[1]
-        return float(counts[counts > 1].sum() / pairs.numel())
-
-    assert repeated_pairs(0.75) > 2 * repeated_pairs(0.0)
-
-
-def test_synthetic_log_refuses_lengths_it_cannot_draw() -> None:
-    with pytest.raises(ValueError, match="got 8, 128 and 200 items"):
-        synthetic_log(10, 200)
+def test_similarity_modules() -> None:
+    query, items = torch.randn(5, 8, dtype=torch.float64), torch.randn(30, 8, dtype=torch.float64)
+    postprocess = L2NormEmbeddingPostprocessor()
+    cosine = unit(query) @ unit(items).T
+    torch.testing.assert_close(postprocess(query), unit(query))
+    torch.testing.assert_close(CosineSimilarity()(query, items), cosine)
+    similarity = DotProductSimilarity()
+    torch.testing.assert_close(similarity(postprocess(query), postprocess(items)), cosine)
+    values, indices = similarity.topk(postprocess(query), postprocess(items), 4)
+    assert torch.equal(indices, cosine.topk(4).indices)
+    torch.testing.assert_close(values, cosine.topk(4).values)
 
 
-def test_ranks_leave_out_the_seen_and_break_ties_by_id() -> None:
-    scores = torch.tensor([[0.1, 0.9, 0.5, 0.7], [0.5, 0.5, 0.5, 0.5], [0.4, 0.3, 0.2, 0.1]])
-    targets = torch.tensor([2, 2, 0])
-    assert ranks_of(scores, targets).tolist() == [2, 2, 0]
-    seen = InteractionLog.from_sequences([[1], [], [0, 3]], 4)
-    assert ranks_of(scores, targets, seen).tolist() == [1, 2, 0]
+def test_what_a_model_refuses() -> None:
+    model = model_of()
+    inputs = inputs_of([9], model)
+    with pytest.raises(ValueError, match=r"hstu_ext.models: max_seqlen must be at most 12, got 13"):
+        model(inputs["items"], inputs["cu_seqlens"], 13)
+    with pytest.raises(ValueError, match=r"actions must be None, as the model has none, got a tensor"):
+        model(**inputs, actions=inputs["items"])
+    with pytest.raises(ValueError, match=r"contexts must be given, as the model was built with them, got None"):
+        model_of(contexts=["age"])(**inputs)
+    with pytest.raises(ValueError, match=r"histories\[1\] must be items from 0 to 39, got an empty list"):
+        model.recommend([[1], []])
+    with pytest.raises(ValueError, match=r"histories\[0\] must be items from 0 to 39, got -1 to 40"):
+        model.recommend([[-1, 40]])
+    with pytest.raises(ValueError, match=r"model.contexts must be among the data's \(age, gender\), got 'job'"):
+        model_of(contexts=["job"])
+    with pytest.raises(ValueError, match=r"model.item_features must be among the data's \(year, genres\), got 'x'"):
+        model_of(item_features=["x"])
+    config = Config.from_dict({"model": {"actions": "interleave"}})
+    with pytest.raises(ValueError, match=r"model.actions must be none for data without actions, got 'interleave'"):
+        RetrievalGR.from_config(config, replace(catalogue(), action_names=()))
+    with pytest.raises(
+        ValueError, match=r"'x' must be int64 \[4\] or floating point \[4, width\], got torch.int64 \[3\]"
+    ):
+        ItemTower(4, 8, {"x": torch.zeros(3, dtype=torch.int64)})
+    with pytest.raises(ValueError, match=r"'x' must be 0 or more, got -2"):
+        ItemTower(2, 8, {"x": torch.tensor([-2, 1])})
 
 
-def test_hit_rate_and_ndcg_by_hand() -> None:
-    ranks = torch.tensor([0, 2, 9, 10])
-    assert hit_rate(ranks, 10) == 0.75
-    assert hit_rate(ranks, 1) == 0.25
-    assert ndcg(ranks, 10) == pytest.approx((1.0 + 0.5 + 1.0 / math.log2(11.0)) / 4)
-    assert ndcg(ranks, 2) == 0.25
+def test_catalogue_of_a_log() -> None:
+    log = InteractionLog.from_sequences([[1, 2, 1], [0, 1]], 4)
+    found = Catalogue.from_log(log)
+    assert found.num_items == 4
+    assert found.counts.tolist() == [1, 3, 1, 0]
+    assert found.title(2) == "2"
+    assert replace(found, item_titles=["a", "b", "c", "d"]).title(2) == "c"
+
+
+def test_loss_of_a_log_without_pairs_is_zero() -> None:
+    model = model_of()
+    inputs = inputs_of([1, 1, 1], model)
+    assert model.loss(**inputs).item() == 0.0

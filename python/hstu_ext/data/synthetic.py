@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import accumulate
 
 from hstu_ext.data.interaction_log import InteractionLog
@@ -11,7 +12,7 @@ SUCCESSORS = 3  # items that tend to follow an item
 FOLLOWS_LAST = 2 / 3  # of the structured events; the others follow the event before the last
 
 
-def synthetic_log(
+def synthetic(
     num_users: int = 2000,
     num_items: int = 1000,
     *,
@@ -53,4 +54,8 @@ def synthetic_log(
                 seen.add(item)
                 history.append(item)
         sequences.append(history)
-    return InteractionLog.from_sequences(sequences, num_items)
+    log = InteractionLog.from_sequences(sequences, num_items)
+    return replace(log, item_titles=[f"item {item}" for item in range(num_items)])
+
+
+synthetic_log = synthetic

@@ -1,111 +1,260 @@
-"""RetrievalGR: next-item retrieval with HSTU layers over jagged sequences.
+"""RetrievalGR: next-item retrieval with a sequence encoder over packed events.
 
-The layer follows Zhai et al. 2024, "Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for
-Generative Recommendations", section 3.
+Zhai et al., "Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for Generative
+Recommendations" (ICML 2024), section 4.1.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hstu_ext import hstu_attn_varlen_func
+from hstu_ext.models.hstu import HSTUBlock
+from hstu_ext.models.sasrec import SASRecBlock
+from hstu_ext.models.sequence import SequenceBlock, sequence_ids
+from hstu_ext.models.similarity import DotProductSimilarity, L2NormEmbeddingPostprocessor
+from hstu_ext.models.towers import ContextTower, ItemTower
 
-
-class HSTULayer(nn.Module):
-    """x + W2 (norm(attention(q, k, v)) * u), with u, v, q, k = silu(W1 norm(x)).
-
-    q, k and v go to the attention as views of the one projected tensor. On a GPU the attention of an fp32 model runs in
-    bf16.
-    """
-
-    def __init__(self, dim: int, heads: int, head_dim: int, max_len: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.head_dim, self.max_len = heads, head_dim, max_len
-        self.norm_in = nn.LayerNorm(dim)
-        self.uvqk = nn.Linear(dim, 4 * heads * head_dim, bias=False)
-        self.norm_out = nn.LayerNorm(heads * head_dim)
-        self.out = nn.Linear(heads * head_dim, dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """x [total, dim] -> [total, dim]"""
-        uvqk = F.silu(self.uvqk(self.norm_in(x))).view(-1, 4, self.heads, self.head_dim)
-        gate = uvqk[:, 0].flatten(1)
-        if uvqk.is_cuda and uvqk.dtype == torch.float32:
-            uvqk = uvqk.to(torch.bfloat16)
-        _, v, q, k = uvqk.unbind(1)
-        attended = hstu_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens,
-            cu_seqlens,
-            max_seqlen,
-            max_seqlen,
-            window_size=(-1, 0),
-            alpha=self.head_dim**-0.5,
-            scaling_seqlen=self.max_len,
-        )
-        gated = self.norm_out(attended.flatten(1).to(gate.dtype)) * gate
-        update: Tensor = self.out(self.dropout(gated))
-        return x + update
+if TYPE_CHECKING:
+    from hstu_ext.models.catalogue import Catalogue
+    from hstu_ext.training.config import Config
 
 
 class RetrievalGR(nn.Module):
-    """Scores the whole catalogue by cosine similarity with the state after every event.
+    """Two towers: the state of a user after every event, and the items, met by cosine similarity.
 
-    Every call takes the packed events of a batch: items int64 [total], cu_seqlens int32 [batch + 1], max_seqlen the
-    longest length (at most max_len). There is no padding item.
+        x_t = sqrt(dim) item(t)                 with actions and contexts as tokens of their own
+        h = encoder(x)                          [total, dim], h_t has seen events 0 to t
+        query_t = h_t / |h_t|,  item_j = table_j / |table_j|
+        loss = softmax cross entropy of query_t . item_(t + 1) / temperature
+
+    Every call takes the packed events of a batch, without padding: items int64 [total], cu_seqlens int32
+    [batch + 1], max_seqlen the longest length (at most encoder.max_len), and where the model was built with them
+    actions int64 [total] and contexts int64 [batch, number of features].
+
+    Args:
+        items: the item tower.
+        encoder: HSTUBlock, SASRecBlock, or any SequenceBlock.
+        loss: (query, table, positives, weights) -> scalar, as in hstu_ext.training.losses.
+        actions: embedding of the actions, where the encoder interleaves them.
+        contexts: the tower of user features, where the encoder has contexts.
+        last_only: the loss is that of each sequence's last event, predicted from the one before.
+        eps: the least norm that an embedding is divided by.
     """
 
     def __init__(
         self,
-        num_items: int,
+        items: ItemTower,
+        encoder: SequenceBlock,
+        loss: nn.Module,
         *,
-        dim: int = 64,
-        heads: int = 2,
-        head_dim: int = 32,
-        layers: int = 2,
-        max_len: int = 200,
-        dropout: float = 0.2,
-        temperature: float = 0.05,
+        actions: nn.Embedding | None = None,
+        contexts: ContextTower | None = None,
+        last_only: bool = False,
+        eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.max_len, self.temperature = max_len, temperature
-        self.item_embedding = nn.Embedding(num_items, dim)
-        self.position_embedding = nn.Embedding(max_len, dim)
-        self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(HSTULayer(dim, heads, head_dim, max_len, dropout) for _ in range(layers))
-        for embedding in (self.item_embedding, self.position_embedding):
-            nn.init.normal_(embedding.weight, std=dim**-0.5)
+        self.items, self.encoder, self.criterion = items, encoder, loss
+        self.actions, self.contexts, self.last_only = actions, contexts, last_only
+        self.postprocessor = L2NormEmbeddingPostprocessor(eps)
+        self.similarity = DotProductSimilarity()
 
-    def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """States [total, dim] of unit length; row t has seen the events of its sequence up to and including t."""
-        if max_seqlen > self.max_len:
-            raise ValueError(f"hstu_ext.models: max_seqlen must be at most {self.max_len}, got {max_seqlen}")
-        starts = cu_seqlens.long()
-        position = torch.arange(items.numel(), device=items.device)
-        position = position - torch.repeat_interleave(starts[:-1], starts.diff(), output_size=items.numel())
-        x = self.dropout(self.item_embedding(items) + self.position_embedding(position))
-        for layer in self.layers:
-            x = layer(x, cu_seqlens, max_seqlen)
-        return F.normalize(x, dim=-1)
+    @staticmethod
+    def from_config(config: Config, catalogue: Catalogue) -> RetrievalGR:
+        """The model of a configuration, with fresh parameters from torch's default generator.
 
-    def scores(self, states: Tensor) -> Tensor:
-        """Cosine similarities [rows, num_items] of states [rows, dim]."""
-        return states @ F.normalize(self.item_embedding.weight, dim=-1).T
+        Raises:
+            ValueError: the configuration asks for features or actions that the catalogue does not have.
+        """
+        from hstu_ext.training.losses import loss_from_config
 
-    def loss(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Mean cross entropy of every next item over the whole catalogue, at the model's temperature."""
-        states = self(items, cu_seqlens, max_seqlen)
-        has_next = torch.ones_like(items, dtype=torch.bool)
+        model = config.model
+        interleave = model.actions == "interleave"
+        for key, wanted, there in (
+            ("contexts", model.contexts, list(catalogue.user_feature_sizes)),
+            ("item_features", model.item_features, list(catalogue.item_features)),
+        ):
+            for name in wanted:
+                if name not in there:
+                    raise ValueError(
+                        f"hstu_ext.config: model.{key} must be among the data's ({', '.join(there) or 'none'}), "
+                        f"got {name!r}"
+                    )
+        if interleave and not catalogue.action_names:
+            raise ValueError("hstu_ext.config: model.actions must be none for data without actions, got 'interleave'")
+
+        contexts, actions = None, None
+        if model.contexts:
+            contexts = ContextTower({name: catalogue.user_feature_sizes[name] for name in model.contexts}, model.dim)
+        if interleave:
+            actions = nn.Embedding(len(catalogue.action_names), model.dim)
+            nn.init.normal_(actions.weight, std=model.dim**-0.5)
+        common: dict[str, Any] = {
+            "dim": model.dim,
+            "num_layers": model.num_layers,
+            "heads": model.num_heads,
+            "head_dim": model.head_dim,
+            "max_len": model.max_len,
+            "num_contexts": len(model.contexts),
+            "interleave": interleave,
+            "dropout": model.dropout,
+            "recompute": config.training.recompute,
+        }
+        encoder: SequenceBlock
+        if model.encoder == "hstu":
+            encoder = HSTUBlock(**common, alpha=model.attention_alpha or None)
+        else:
+            encoder = SASRecBlock(**common, ffn_dim=model.ffn_dim)
+        features = {name: catalogue.item_features[name] for name in model.item_features}
+        return RetrievalGR(
+            ItemTower(catalogue.num_items, model.dim, features, model.feature_dim),
+            encoder,
+            loss_from_config(config, catalogue),
+            actions=actions,
+            contexts=contexts,
+            last_only=config.loss.supervision == "last",
+            eps=model.eps,
+        )
+
+    def forward(
+        self,
+        items: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        actions: Tensor | None = None,
+        contexts: Tensor | None = None,
+    ) -> Tensor:
+        """Queries [total, dim] of unit length; row t has seen the events of its sequence up to and including t."""
+        states = self._states(self.items.table(), items, cu_seqlens, max_seqlen, actions, contexts)
+        return self._normalise(states)
+
+    def loss(
+        self,
+        items: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        actions: Tensor | None = None,
+        contexts: Tensor | None = None,
+    ) -> Tensor:
+        """Mean loss over every position that has a next item in its sequence (or the last one, with last_only).
+
+        All shapes follow from those of the arguments and nothing is read back from a device: positions without a next
+        item are there with weight 0.
+        """
+        table = self.items.table()
+        states = self._states(table, items, cu_seqlens, max_seqlen, actions, contexts)
+        if self.last_only:
+            rows = (cu_seqlens[1:].long() - 2).clamp(min=0)
+            following = (rows + 1).clamp(max=items.shape[0] - 1)
+            states, positives, weights = states[rows], items[following], cu_seqlens.diff() >= 2
+        else:
+            sequence = sequence_ids(cu_seqlens, items.shape[0])
+            positives, weights = items.roll(-1), F.pad(sequence[:-1] == sequence[1:], (0, 1))
+        loss: Tensor = self.criterion(states, table.to(states.dtype), positives, weights.to(states.dtype))
+        return loss
+
+    def num_predictions(self, cu_seqlens: Tensor) -> Tensor:
+        """int64 scalar: positions that loss() is the mean over."""
         lengths = cu_seqlens.long().diff()
-        has_next[cu_seqlens.long()[1:][lengths > 0] - 1] = False
-        targets = items.roll(-1)[has_next]
-        return F.cross_entropy(self.scores(states[has_next]) / self.temperature, targets)
+        return (lengths >= 2).sum() if self.last_only else (lengths - 1).clamp(min=0).sum()
 
-    def next_item_scores(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Scores [batch, num_items] of what follows the last event. No sequence may be empty."""
-        return self.scores(self(items, cu_seqlens, max_seqlen)[cu_seqlens.long()[1:] - 1])
+    def encode_query(
+        self,
+        items: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        actions: Tensor | None = None,
+        contexts: Tensor | None = None,
+    ) -> Tensor:
+        """Queries [batch, dim] of unit length for what follows each sequence's last event. None may be empty."""
+        states = self._states(self.items.table(), items, cu_seqlens, max_seqlen, actions, contexts)
+        return self._normalise(states[cu_seqlens[1:].long() - 1])
+
+    def item_embeddings(self) -> Tensor:
+        """[num_items, dim] of unit length: what queries are compared with."""
+        return self._normalise(self.items.table())
+
+    @torch.no_grad()
+    def recommend(
+        self,
+        histories: Sequence[Sequence[int]],
+        k: int = 10,
+        *,
+        actions: Sequence[Sequence[int]] | None = None,
+        contexts: Sequence[Sequence[int]] | None = None,
+        exclude_seen: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """The k items with the highest cosine similarity for users with these histories.
+
+        The model reads the last encoder.max_len events of each; all of them count as seen.
+
+        Args:
+            histories: of each user, item indices from 0, oldest first; at least one.
+            k: 1 to num_items.
+            actions: of each event, where the model was built with them.
+            contexts: of each user, the values of the features that the model was built with.
+            exclude_seen: leave out the items of a user's own history.
+
+        Returns:
+            scores float32 [users, k] and items int64 [users, k], the best first; -inf and -1 where none is left.
+
+        Raises:
+            ValueError: a history is empty, or holds what is no item.
+        """
+        device = self.items.embedding.weight.device
+        for user, history in enumerate(histories):
+            if not history or min(history) < 0 or max(history) >= self.items.num_items:
+                got = "an empty list" if not history else f"{min(history)} to {max(history)}"
+                last = self.items.num_items - 1
+                raise ValueError(f"hstu_ext.models: histories[{user}] must be items from 0 to {last}, got {got}")
+        read = [list(history)[-self.encoder.max_len :] for history in histories]
+        rows = [list(row)[-self.encoder.max_len :] for row in actions] if actions is not None else None
+        cu_seqlens = _offsets(read, torch.int32).to(device)
+        was_training = self.training
+        self.eval()
+        query = self.encode_query(
+            _flat(read).to(device),
+            cu_seqlens,
+            max(map(len, read), default=0),
+            None if rows is None else _flat(rows).to(device),
+            None if contexts is None else torch.tensor([list(row) for row in contexts], device=device),
+        )
+        exclude = (_flat(histories).to(device), _offsets(histories, torch.int64).to(device)) if exclude_seen else None
+        found = self.similarity.topk(query, self.item_embeddings(), k, exclude)
+        self.train(was_training)
+        return found
+
+    def _states(
+        self,
+        table: Tensor,
+        items: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        actions: Tensor | None,
+        contexts: Tensor | None,
+    ) -> Tensor:
+        """[total, dim] before normalisation."""
+        states: Tensor = self.encoder(
+            F.embedding(items, table) * self.items.dim**0.5,
+            cu_seqlens,
+            max_seqlen,
+            actions if actions is None or self.actions is None else self.actions(actions),
+            contexts if contexts is None or self.contexts is None else self.contexts(contexts),
+        )
+        return states
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        normalised: Tensor = self.postprocessor(x)
+        return normalised
+
+
+def _flat(rows: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor([value for row in rows for value in row], dtype=torch.int64)
+
+
+def _offsets(rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
+    return torch.tensor([0] + [len(row) for row in rows]).cumsum(0).to(dtype)
