@@ -285,7 +285,8 @@ def test_interactions_csv_default_names_text_ids_and_actions(tmp_path: Path) -> 
     log = load(tmp_path / "log.csv")
     assert sequences_of(log) == {"O'Neil, A": ["tea"], "bo": ["Jürgen", "tea"]}
     assert log.actions is not None
-    assert [log.action_names[action] for action in log.actions.tolist()] == ["view", "buy", "view"]
+    assert list(log.action_names) == ["buy", "view"]
+    assert log.actions.tolist() == [1, 0, 1]
     assert log.timestamps is None
 
 
@@ -542,6 +543,7 @@ def test_duplicates_are_the_same_user_item_and_time(tmp_path: Path) -> None:
     kept, dropped = (load(tmp_path / "log.csv", duplicates=rule) for rule in ("keep", "drop"))
     assert sequences_of(kept) == {"a": ["x", "y", "x", "x", "x"], "b": ["x"]}
     assert sequences_of(dropped) == {"a": ["x", "y", "x"], "b": ["x"]}
+    assert list(dropped.action_names) == ["1", "2", "4", "5"]  # 3 went with its event
     assert dropped.ratings is not None
     assert dropped.ratings.tolist() == [1.0, 2.0, 5.0, 4.0]  # the first of them
     (tmp_path / "s.csv").write_text('user_id,sequence_item_ids\n1,"5,5"\n')
