@@ -139,11 +139,11 @@ class SequenceBatches:
         """What the batches depend on besides the log's events."""
         return {
             "users": self.num_users,
-            "batches": len(self),
             "batch_size": self.batch_size,
             "max_len": self.max_len,
             "shuffle": self.shuffle,
             "seed": self.seed,
+            "batches": len(self),
         }
 
     def state_dict(self) -> dict[str, Any]:

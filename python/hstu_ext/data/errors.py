@@ -11,8 +11,8 @@ class DataError(ValueError):
 
 def broken_row(file: str, line: int, expected: str, got: str | bytes) -> DataError:
     """The error for one line (1 is the first) of a file."""
-    text = got.decode("utf-8", "backslashreplace") if isinstance(got, bytes) else got
-    text = text.rstrip("\r\n")
+    raw = got if isinstance(got, bytes) else got.encode("utf-8", "surrogateescape")
+    text = raw.decode("utf-8", "backslashreplace").rstrip("\r\n")
     if len(text) > LONGEST_QUOTE:
         text = text[:LONGEST_QUOTE] + "..."
     return DataError(f"hstu_ext.data: {file}:{line}: expected {expected}, got '{text}'")

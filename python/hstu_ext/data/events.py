@@ -96,7 +96,7 @@ def plain_decimal(value: Any) -> str:
 
 
 def pack(events: Events, file: str, duplicates: Duplicates = "keep") -> InteractionLog:
-    """Sorts ids and events: users and items by id, the events of a user by time, ties in the order of the file.
+    """Sorts ids and events: all ids ascending, the events of a user by time, ties in the order of the file.
 
     duplicates "drop" keeps the first of several events of the same user, item and time.
     Where there are ratings, no actions and at most 256 distinct ratings, the actions are the ratings in rising order.
@@ -113,23 +113,28 @@ def pack(events: Events, file: str, duplicates: Duplicates = "keep") -> Interact
         order = np.lexsort((events.times, users))
         if duplicates == "drop":
             order = _without_duplicates(order, users, items, events.times)
-    ratings, actions, action_names = events.ratings, events.actions, events.action_names
-    if ratings is not None and actions is None:
+    times = None if events.times is None else events.times[order]
+    ratings = None if events.ratings is None else events.ratings[order]
+    actions: NDArray[np.int64] | None = None
+    action_names: Sequence[str] = ()
+    if events.actions is not None:
+        actions, action_names = _sorted_ids(events.actions[order], events.action_names)
+    elif ratings is not None:
         distinct, codes = np.unique(ratings, return_inverse=True)
         if len(distinct) <= MOST_RATING_ACTIONS:
             actions, action_names = codes, [plain_decimal(value) for value in distinct]
 
-    def ordered(values: NDArray[Any] | None) -> torch.Tensor | None:
-        return None if values is None else torch.from_numpy(values[order])
+    def tensor(values: NDArray[Any] | None) -> torch.Tensor | None:
+        return None if values is None else torch.from_numpy(values)
 
     return InteractionLog(
         items=torch.from_numpy(items[order]),
         offsets=torch.from_numpy(np.concatenate([[0], np.bincount(users[order], minlength=len(user_ids)).cumsum()])),
         item_ids=item_ids,
         user_ids=user_ids,
-        timestamps=ordered(events.times),
-        ratings=ordered(ratings),
-        actions=ordered(actions),
+        timestamps=tensor(times),
+        ratings=tensor(ratings),
+        actions=tensor(actions),
         action_names=action_names,
     )
 

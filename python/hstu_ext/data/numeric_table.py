@@ -49,7 +49,7 @@ def read_numeric_table(
         else:
             cut = text.rfind(b"\n") + 1
             text, rest = text[:cut], text[cut:]
-            if not text:
+            if len(rest) >= BLOCK:
                 raise broken_row(file, line, f"{len(columns)} columns {layout}", rest)
         if text:
             blocks.append(_parse(text, file, line, separator.encode(), columns, layout))
