@@ -1,6 +1,7 @@
 """Runs the GPU kernels of the installed hstu_ext under NVIDIA's compute-sanitizer and prints what each tool found.
 
-The kernels are the attention cells, jagged_join (concat, split and their interleaved forms) and jagged_dense.
+The kernels are the attention cells, jagged_join (concat, split and their interleaved forms), jagged_dense, l2norm,
+topk_dot, sampled_softmax and in_batch_softmax.
 
     python tests/run_sanitizer.py [--tools memcheck,racecheck] [--match bf16_d64] [--limit 600] [--jobs 4]
 
@@ -33,6 +34,7 @@ OPTIONS = {
     "synccheck": OURS,
 }
 JAGGED = ("jagged_join", "jagged_dense")
+SIMILARITY = ("l2norm", "topk_dot", "sampled_softmax", "in_batch_softmax")
 EXIT_CODE = 77
 BEGIN, END = "@@ begin ", "@@ end "
 # The first line of a finding: the tool's prefix and a line that is neither indented nor a frame of the report.
@@ -73,16 +75,51 @@ def problems_of(cell: str) -> list[Any]:
     return [case.problem("cuda", dtype) for case in (plain, ragged)]
 
 
+def check(*results: Any) -> None:
+    import torch
+
+    torch.cuda.synchronize()
+    for x in results:
+        x.cpu()  # initcheck reports elements that were never written
+
+
+def run_similarity(name: str) -> None:
+    """Aligned rows and others, in every dtype; more rows than a tile, and ids out of range."""
+    import torch
+
+    import hstu_ext
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for dim in (64, 50):
+            query, items = (torch.randn(n, dim, device="cuda").to(dtype).requires_grad_() for n in (140, 1500))
+            inputs = (query, items)
+            ids = torch.randint(1500, (140,), device="cuda")
+            if name == "l2norm":
+                out = hstu_ext.l2norm(query)
+                check(out, *torch.autograd.grad(out.float().sum(), (query,)))
+            elif name == "topk_dot":
+                exclude, valid = torch.randint(-1, 1500, (140, 5), device="cuda"), torch.rand(1500, device="cuda") < 0.9
+                for k in (10, 300, 700):
+                    check(*hstu_ext.topk_dot(query, items.repeat(6, 1), k, exclude, valid.repeat(6)))
+            elif name == "sampled_softmax":
+                for negatives in (torch.randint(1500, (140, 33), device="cuda"), torch.full((140, 3), 2**40).cuda()):
+                    loss = hstu_ext.sampled_softmax_loss(query, items, ids, negatives)
+                    check(loss, *torch.autograd.grad(loss, inputs))
+            else:
+                item_ids, sequences = torch.arange(1500, device="cuda") % 1400, torch.arange(1500, device="cuda") // 9
+                for threshold in (None, 0.9):
+                    loss = hstu_ext.in_batch_softmax_loss(
+                        query, items, item_ids, sequences[:140], torch.rand(1500, device="cuda"), threshold,
+                        positives=ids, item_sequence_ids=sequences,
+                    )  # fmt: skip
+                    check(loss, *torch.autograd.grad(loss, inputs))
+
+
 def run_jagged(name: str) -> None:
     """Rows of whole vectors, of odd bytes and longer than a tile; a few parts and many; right offsets and garbage."""
     import torch
 
     import hstu_ext
-
-    def check(*results: torch.Tensor) -> None:
-        torch.cuda.synchronize()
-        for x in results:
-            x.cpu()  # initcheck reports elements that were never written
 
     lengths = torch.tensor([[130, 1, 0, 65], [3, 0, 70, 9]])
     for width, stride, parts, offsets_dtype in (
@@ -117,7 +154,9 @@ def run_cells(cells: list[str]) -> None:
         print(BEGIN + cell, flush=True)
         if cell in JAGGED:
             run_jagged(cell)
-        for problem in () if cell in JAGGED else problems_of(cell):
+        elif cell in SIMILARITY:
+            run_similarity(cell)
+        for problem in () if cell in JAGGED + SIMILARITY else problems_of(cell):
             for deterministic in (False, True) if "_bwd_" in cell else (False,):
                 results = problem.run(
                     hstu_attn_varlen_func,
@@ -219,7 +258,7 @@ def main() -> int:
     if not Path(sanitizer).exists():
         print(f"{sanitizer} not found: install the CUDA toolkit or give --sanitizer")
         return 2
-    cells = [cell for cell in (*hstu_ext.cells(), *JAGGED) if re.search(options.match, cell)]
+    cells = [cell for cell in (*hstu_ext.cells(), *JAGGED, *SIMILARITY) if re.search(options.match, cell)]
     tools = options.tools.split(",")
     if not cells or not set(tools) <= set(TOOLS):
         print(f"no cell matches {options.match!r}" if not cells else f"tools are {', '.join(TOOLS)}")
