@@ -86,7 +86,8 @@ def test_l2norm_strides_and_no_rows() -> None:
     x = torch.randn(6, 4, 10)
     assert torch.equal(l2norm(x[:, 1:3]), l2norm(x)[:, 1:3])
     assert torch.allclose(l2norm(x.transpose(1, 2)), unit(x.transpose(1, 2)))
-    assert l2norm(torch.empty(0, 4)).shape == (0, 4)
+    empty = torch.empty(0, 4, requires_grad=True)
+    assert torch.autograd.grad(l2norm(empty).sum(), empty)[0].shape == (0, 4)
     assert torch.allclose(l2norm(torch.randn(4)).norm(), torch.tensor(1.0))
 
 
@@ -617,8 +618,14 @@ def test_gpu_tensors() -> None:
         _C.topk_check(rows, rows, 1, None, None, None)
     with pytest.raises(MissingKernelError, match=rf"hstu_ext\.l2norm_dot: q {text}"):
         _C.l2norm_dot_check(rows, rows, 1e-6)
-    with pytest.raises(MissingKernelError, match=rf"hstu_ext\.sampled_softmax_loss: query {text}"):
-        _C.sampled_softmax_forward(rows, rows, IDS, NEGATIVES, 1.0, 1e-6, None, X, X, X, 1)
+    sampled: tuple[Any, ...] = (rows, rows, IDS, NEGATIVES, 1.0, 1e-6, None)
+    for function, others in (
+        (_C.sampled_softmax_forward, (X, X, X)),
+        (_C.sampled_softmax_items, (IDS,)),
+        (_C.sampled_softmax_table, (X, X, IDS, IDS, None, None, 1, X, X, X)),
+    ):
+        with pytest.raises(MissingKernelError, match=rf"hstu_ext\.sampled_softmax_loss: query {text}"):
+            function(*sampled, *others, 0, 1)
     with pytest.raises(MissingKernelError, match=rf"hstu_ext\.in_batch_softmax_loss: query {text}"):
         _C.in_batch_softmax_check(rows, rows, ITEM_IDS, IDS, None, None, None, 1.0, None, None, 1e-6)
 

@@ -52,8 +52,8 @@ struct Checks {
     }
 
     void contiguous_rows(const char* name, const Tensor& x) const {
-        CHECK(x.shape[1] <= 1 || x.stride[1] == 1, name, " must be contiguous in its last dimension, got a stride of ",
-              x.stride[1]);
+        CHECK(x.shape[0] == 0 || x.shape[1] <= 1 || x.stride[1] == 1, name,
+              " must be contiguous in its last dimension, got a stride of ", x.stride[1]);
     }
 
     void like(const char* name, const Tensor& x, const char* model_name, const Tensor& model) const {
