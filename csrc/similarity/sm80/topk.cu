@@ -124,19 +124,22 @@ __device__ __noinline__ void append_row(const TopkScan& p, int64_t row, int64_t 
     }
 }
 
-// Puts them on the block's list, or where that is full appends them one by one.
-__device__ __noinline__ void list_row(const TopkScan& p, List& list, int64_t row0, int row, int64_t item0, int number,
+// Puts them on the block's list, or where that is full appends them one by one. True: the list is half full.
+__device__ __noinline__ bool list_row(const TopkScan& p, List& list, int64_t row0, int row, int64_t item0, int number,
                                       int col0, const float* scores, uint32_t found, float least) {
+    bool is_filling = false;
     for (; found; found &= found - 1) {
         const int i = __ffs(found) - 1, col = column(col0, i);
         if (!qualifies(p, row0 + row, item0 + col, scores[i], least)) continue;
         const int slot = number < 1 << 18 ? atomicAdd(&list.count, 1) : kListed;
+        is_filling |= slot >= kListed / 2;
         if (slot < kListed)
             list.entries[slot] = uint64_t{__float_as_uint(scores[i])} << 32 | static_cast<uint32_t>(number) << 14 |
                                  static_cast<uint32_t>(row) << 7 | static_cast<uint32_t>(col);
         else
             append(p, row0 + row, atomicAdd(p.counts + row0 + row, 1), key_of(scores[i], item0 + col));
     }
+    return is_filling;
 }
 
 // By the whole block, while nobody adds to the list.
@@ -206,16 +209,18 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 
     int stage = 0, number = 0;
+    bool is_filling = false;  // what this thread has seen of the list
     for (int64_t position = round.begin + blockIdx.y; position < round.end; position += gridDim.y, ++number) {
         typename Grid::Acc scores;
         scores.clear();
         int64_t item0 = 0;
         for (int panel = 0; panel < panels; ++panel) {
             cute::cp_async_wait<kStages - 2>();
-            const bool is_full = __syncthreads_or(panel == 0 && list.count > kListed / 2);
+            const bool is_half_full = __syncthreads_or(is_filling);
             load_next();
             if (panel == 0) item0 = list.first_items[stage];
-            if (is_full) empty_list(p, round, list, row0);
+            if (is_half_full) empty_list(p, round, list, row0);
+            is_filling = false;
             matmul<T, 4>(scores, LeftRows<typename Shared::Panel>(shared.query(panel), Grid::row()),
                          RightRows<typename Shared::ItemPanel>(shared.items(stage), Grid::col()));
             stage = stage + 1 == kStages ? 0 : stage + 1;
@@ -237,7 +242,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                 if (round.is_dense)
                     append_row(p, row0 + row, item0, col0, row_scores, found, least[m * 2 + half]);
                 else
-                    list_row(p, list, row0, row, item0, number, col0, row_scores, found, least[m * 2 + half]);
+                    is_filling |=
+                        list_row(p, list, row0, row, item0, number, col0, row_scores, found, least[m * 2 + half]);
             }
         }
     }
