@@ -26,4 +26,15 @@ __device__ __forceinline__ SiluAndSlope silu_and_slope_of_twice(float h) {
     return {value, fmaf(sigmoid, 1.0f - value, value)};
 }
 
+struct TwiceSiluSlope {
+    float value, twice_slope_minus_one;
+};
+
+// silu(2h) and 2 silu'(2h) - 1, an operation less than the slope itself
+__device__ __forceinline__ TwiceSiluSlope twice_silu_slope(float h) {
+    const float t = fast_tanh(h);
+    const float value = fmaf(h, t, h);
+    return {value, fmaf(-value, t, value) + t};
+}
+
 }  // namespace hstu::attention

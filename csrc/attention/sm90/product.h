@@ -27,7 +27,7 @@ struct Accumulator {
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (float& value : x) value = 0.0f;
+        for (int i = 0; i < kSize; ++i) x[i] = 0.0f;
     }
     static __device__ __forceinline__ int row() { return (threadIdx.x / 32 % 4) * 16 + lane() / 4; }
     static __device__ __forceinline__ int col() { return lane() % 4 * 2; }
@@ -113,14 +113,12 @@ __device__ __forceinline__ void wait_products() {
 template <int kCols>
 __device__ __forceinline__ void hold(Accumulator<kCols>& acc) {
 #pragma unroll
-    for (float& value : acc.x) asm volatile("" : "+f"(value)::"memory");
+    for (int i = 0; i < kCols / 2; ++i) asm volatile("" : "+f"(acc.x[i])::"memory");
 }
 template <int kSteps>
 __device__ __forceinline__ void hold(Fragments<kSteps>& left) {
 #pragma unroll
-    for (auto& step : left.x)
-#pragma unroll
-        for (uint32_t& value : step) asm volatile("" : "+r"(value)::"memory");
+    for (int i = 0; i < 4 * kSteps; ++i) asm volatile("" : "+r"(left.x[i / 4][i % 4])::"memory");
 }
 
 // acc = A B over k-step `step` of both, added to what acc holds unless `replace`.

@@ -1,0 +1,173 @@
+// What a block of the SM90 backward is told and given: places, works, shared memory, and the two warps that hand them
+// out: the loader and the cleaner.
+#pragma once
+
+#include "attention/sm80/block_order.h"
+#include "attention/sm90/pipeline.h"
+#include "attention/sm90/product.h"
+#include "attention/sm90/tensor_map.h"
+
+namespace hstu::attention::sm90 {
+
+using sm80::BlockOrder;
+
+struct BackwardMaps {
+    SequenceMap q, dout, k, v;
+};
+
+// Which keys the grid's places stand for: place i is taken up by block i % gridDim.x, in ascending order. Of one
+// (sequence, head) the first keys come first: they have most work under a causal mask, and dQ is added up in that order.
+struct BackwardPlaces {
+    BlockOrder order;
+    int col_blocks, count;
+};
+
+// One head's keys [col0, col0 + cols) of one sequence, as the loader hands it to the others.
+template <class Mask>
+struct KeyWork {
+    Mask mask;
+    TileWalk walk;  // over the query rows that keep any of the keys
+    int head, col0;
+    int q_begin, k_begin;  // packed rows
+    int dq_tile;           // the sequence's first tile in the dQ scratch
+    bool last;             // nothing to do and nothing behind it
+};
+
+template <int kHeadDim, class Mask, class Config>
+struct BackwardShared {
+    static constexpr int kRows = Config::rows, kCols = Config::cols, kStages = Config::stages;
+    using QTile = Tile<kRows, kHeadDim>;
+    using KTile = Tile<kCols, kHeadDim>;
+    using GTile = Tile<kCols, kRows>;  // G^T: a row a key
+    static constexpr int kRing = 2 * KTile::kBytes, kScores = kRing + 2 * kStages * QTile::kBytes;
+    static constexpr int kTiles = kScores + 2 * GTile::kBytes;
+    static constexpr int kBarriers = 2 + 2 * kStages + 4;
+    static constexpr int kWork = kTiles + 8 * kBarriers;
+    static constexpr int kBytes = kWork + sizeof(KeyWork<Mask>) + 1024;  // the start is moved to a multiple of 1024
+
+    unsigned char* start;
+
+    __device__ explicit BackwardShared(unsigned char* memory) : start(memory + (-shared_address(memory) & 1023)) {}
+    __device__ uint32_t base() const { return shared_address(start); }
+    __device__ KTile k() const { return {base()}; }
+    __device__ KTile v() const { return {base() + KTile::kBytes}; }
+    __device__ QTile q(int stage) const { return {base() + kRing + stage * QTile::kBytes}; }
+    __device__ QTile dout(int stage) const { return q(kStages + stage); }
+    __device__ GTile g(int stage) const { return {base() + kScores + stage * GTile::kBytes}; }
+    __device__ Barrier barrier(int number) const { return {base() + kTiles + 8 * number}; }
+    __device__ Barrier k_full() const { return barrier(0); }  // K, V and the work
+    __device__ Barrier k_empty() const { return barrier(1); }
+    __device__ Barrier q_full(int stage) const { return barrier(2 + stage); }  // Q and dO
+    __device__ Barrier q_empty(int stage) const { return barrier(2 + kStages + stage); }
+    __device__ Barrier g_full(int stage) const { return barrier(2 + 2 * kStages + stage); }
+    __device__ Barrier g_empty(int stage) const { return barrier(4 + 2 * kStages + stage); }
+    __device__ KeyWork<Mask>& work() const { return *reinterpret_cast<KeyWork<Mask>*>(start + kWork); }
+
+    __device__ void init_barriers() const {
+        k_full().init(1), k_empty().init(12);
+        for (int i = 0; i < kStages; ++i) q_full(i).init(1), q_empty(i).init(2);
+        for (int i = 0; i < 2; ++i) g_full(i).init(8), g_empty(i).init(1);
+        fence_barrier_init();
+    }
+};
+
+// First scratch tile of a sequence: sequences own whole tiles, at most total_q / rows + batch in all.
+template <class Config>
+__device__ __forceinline__ int first_accum_tile(const Sequence& seq, int b) {
+    return static_cast<int>(seq.q_begin / Config::rows) + b;
+}
+
+// One warp. Waits for k_empty and q_empty.
+template <int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void load_works(const BackwardParams& p, const BackwardMaps& maps,
+                                           const BackwardPlaces& places,
+                                           const BackwardShared<kHeadDim, Mask, Config>& shared) {
+    using Shared = BackwardShared<kHeadDim, Mask, Config>;
+    RingPosition<Config::stages> q;
+    RingPosition<1> k;
+    // 32 places at a time, one a lane, so that their offsets are read together.
+    for (int first = blockIdx.x; first < places.count; first += 32 * gridDim.x) {
+        const int place = first + lane() * gridDim.x;
+        const auto [b, head, rank] = places.order[min_of(place, places.count - 1)];
+        const int col0 = rank * Config::cols;
+        const Sequence seq(p, b);
+        const Mask mask(p, seq, b, head);
+        const bool wanted = place < places.count && col0 < seq.len_k;
+        for (unsigned left = __ballot_sync(0xffffffff, wanted); left != 0; left &= left - 1) {
+            const int turn = __ffs(left) - 1;
+            if (lane() == turn) {
+                const TileWalk walk(aligned(mask.q_range(col0, Config::cols), Config::rows), Config::rows);
+                const SequenceRows q_rows{head, static_cast<int>(seq.q_begin), seq.len_q};
+                const SequenceRows k_rows{head, static_cast<int>(seq.k_begin), seq.len_k};
+                shared.k_empty().wait(k.phase ^ 1);
+                shared.work() = {mask, walk, head, col0, q_rows.begin, k_rows.begin, first_accum_tile<Config>(seq, b),
+                                 false};
+                shared.k_full().arrive_expecting(2 * Shared::KTile::kBytes);
+                load_rows(shared.k(), shared.k_full().address, maps.k, k_rows, col0);
+                load_rows(shared.v(), shared.k_full().address, maps.v, k_rows, col0);
+                for (int t = 0; t < walk.tiles; ++t, q.next()) {
+                    const uint32_t full = shared.q_full(q.stage).address;
+                    shared.q_empty(q.stage).wait(q.phase ^ 1);
+                    shared.q_full(q.stage).arrive_expecting(2 * Shared::QTile::kBytes);
+                    load_rows(shared.q(q.stage), full, maps.q, q_rows, walk[t]);
+                    load_rows(shared.dout(q.stage), full, maps.dout, q_rows, walk[t]);
+                }
+            }
+            __syncwarp();
+            q.stage = __shfl_sync(0xffffffff, q.stage, turn);
+            q.phase = __shfl_sync(0xffffffff, q.phase, turn);
+            k.next();
+        }
+    }
+    if (lane() == 0) {
+        shared.k_empty().wait(k.phase ^ 1);
+        shared.work().last = true;
+        shared.k_full().arrive();
+    }
+}
+
+// Where a key tile stands among those that add to one tile of dQ. Which key and query tiles meet is read here from the
+// mask's key spans and in the loader from its query spans: both say the same (tests/cpp/test_mask.cpp).
+struct DqOrder {
+    int rank, count;
+
+    template <class Mask>
+    __device__ __forceinline__ static DqOrder of(const Mask& mask, int row0, int rows, int col0, int cols) {
+        if constexpr (!Mask::kCheapRanges) return {col0 / cols, ceil_div(mask.len_k, cols)};
+        const TileWalk walk(aligned(mask.kv_range(row0, rows), cols), cols);
+        const bool in_first = walk.first_tiles > 0 && col0 < walk.first + walk.first_tiles * cols;
+        return {in_first ? (col0 - walk.first) / cols : walk.first_tiles + (col0 - walk.second) / cols, walk.tiles};
+    }
+};
+
+// One warp: writes 0 to the rows of dq, dk and dv that no product reaches.
+template <class T, class Mask, class Config>
+__device__ __forceinline__ void clean_works(const BackwardParams& p, const BackwardPlaces& places) {
+    const Team team(lane(), 32);
+    for (int place = blockIdx.x; place < places.count; place += gridDim.x) {
+        const auto [b, head, rank] = places.order[place];
+        const int col0 = rank * Config::cols;
+        const bool last_block = rank == places.col_blocks - 1;
+        const Sequence seq(p, b);
+        zero_unused_rows<T>(p.dk, head, p.dim_qk, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0,
+                            Config::cols, last_block, team);
+        zero_unused_rows<T>(p.dv, head, p.dim_v, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0,
+                            Config::cols, last_block, team);
+        if (rank != 0) continue;
+        zero_unused_rows<T>(p.dq, head, p.dim_qk, b, p.batch, p.total_q, seq.q_begin, seq.alloc_q,
+                            seq.len_k > 0 ? seq.len_q : 0, 0, seq.alloc_q, true, team);
+        if (seq.len_k == 0) continue;
+        const Mask mask(p, seq, b, head);
+        for (int first = 0; first < seq.len_q; first += 32 * Config::rows) {
+            const int row0 = first + lane() * Config::rows;
+            const bool unseen = row0 < seq.len_q && DqOrder::of(mask, row0, Config::rows, 0, Config::cols).count == 0;
+            for (unsigned left = __ballot_sync(0xffffffff, unseen); left != 0; left &= left - 1) {
+                const int row = first + (__ffs(left) - 1) * Config::rows;
+                zero_rows<T>(p.dq, head, seq.q_begin + row, seq.q_begin + min_of(row + Config::rows, seq.len_q),
+                             p.dim_qk, team);
+            }
+        }
+    }
+}
+
+}  // namespace hstu::attention::sm90
