@@ -4,8 +4,10 @@
 // layout that TMA and wgmma know as 128-byte swizzle, or 64-byte for panels of 32 columns). A tile serves either way
 // round: rows(tile): its rows run along m or n, its columns along k; columns(tile): its rows run along k.
 //
-// Products are asynchronous: begin_products(), any number of multiply(), commit_products(), wait_products<n>(). Until
-// the wait, neither accumulators nor register operands may be touched; hold() tells the compiler so.
+// Products are asynchronous: begin_products(), any number of multiply(), commit_products(), wait_products<n>(). After the
+// wait, hold() an accumulator before ordinary code reads it, so that the compiler moves no read in front of the wait. Never
+// hold() one between begin and wait, or a loop-carried one before begin: ptxas would then run the products one after
+// another (its warning C7514).
 #pragma once
 
 #include <cute/arch/mma_sm90_gmma.hpp>
