@@ -83,9 +83,10 @@ __device__ __forceinline__ void zero_unused_rows(const Jagged& out, int head, in
         zero_rows<T>(out, head, begin + alloc, total, num_cols, team);
 }
 
+// The spans with their starts moved down to multiples of `step`; empty ones stay empty.
 __device__ __forceinline__ Spans aligned(Spans spans, int step) {
-    spans.first.begin -= spans.first.begin % step;
-    spans.second.begin -= spans.second.begin % step;
+    if (spans.first.size() > 0) spans.first.begin -= spans.first.begin % step;
+    if (spans.second.size() > 0) spans.second.begin -= spans.second.begin % step;
     return spans;
 }
 

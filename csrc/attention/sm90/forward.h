@@ -6,7 +6,7 @@
 // warpgroup owns 64 of the rows and the mask's key spans are walked in tiles of `cols` keys. Four roles:
 //   loader (warp 0)    writes the Work down, fetches its Q, then K and V tile by tile;  waits for q_empty, k_empty, v_empty
 //   storer (warp 1)    sends the finished rows, which lie where Q lay;                  waits for q_full, o_full
-//   cleaner (warp 2)   writes 0 to the rows of `out` that no sequence uses
+//   cleaner (warp 2)   writes 0 to the rows of `out` that nobody else writes
 //   consumers          S(t + 1) = Q K(t + 1)^T and O += P(t) V(t) run on the tensor cores while S(t + 1), once it is
 //                      there, becomes P(t + 1) in registers;                            wait for q_full, k_full, v_full
 // Rows past the end of a sequence are read as 0 and silu(0) = 0, so only tiles that the mask cuts are tested element by
@@ -104,11 +104,11 @@ __device__ __forceinline__ void load_works(const Params& p, const ForwardMaps& m
         const int row0 = row_block * kRows;
         const Sequence seq(p, b);
         const Mask mask(p, seq, b, head);
-        const bool wanted = place < places.count && row0 < seq.len_q;
+        const TileWalk walk(mask.kv_range(row0, kRows), Config::cols);
+        const bool wanted = place < places.count && row0 < seq.len_q && walk.tiles > 0;
         for (unsigned left = __ballot_sync(0xffffffff, wanted); left != 0; left &= left - 1) {
             const int turn = __ffs(left) - 1;
             if (lane() == turn) {
-                const TileWalk walk(mask.kv_range(row0, kRows), Config::cols);
                 const SequenceRows q_rows{head, static_cast<int>(seq.q_begin), seq.len_q};
                 const SequenceRows k_rows{head, static_cast<int>(seq.k_begin), seq.len_k};
                 shared.q_empty(q.stage).wait(q.phase ^ 1);
@@ -155,26 +155,28 @@ __device__ __forceinline__ void store_works(const ForwardMaps& maps,
     wait_copies_out<0>();
 }
 
-// Rows of `out` outside the sequences' used rows.
-template <class T, int kRows>
+// Writes 0 to the rows of `out` that no consumer writes: those outside the sequences' used rows and those without a key.
+template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void clean(const Params& p, const ForwardPlaces& places) {
+    constexpr int kRows = 64 * Config::consumers;
     for (int first = blockIdx.x; first < places.count; first += 32 * gridDim.x) {
         const int place = first + lane() * gridDim.x;
         const auto [b, head, row_block] = places[min_of(place, places.count - 1)];
-        const Sequence seq(p, b);
+        const int row0 = row_block * kRows;
+        Sequence seq(p, b);
         const bool last_block = row_block == places.row_blocks - 1;
-        const int owned_end = last_block ? seq.alloc_q : min_of((row_block + 1) * kRows, seq.alloc_q);
+        const TileWalk walk(Mask(p, seq, b, head).kv_range(row0, kRows), Config::cols);
+        if (walk.tiles == 0) seq.len_q = min_of(seq.len_q, row0);
+        const int owned_end = last_block ? seq.alloc_q : min_of(row0 + kRows, seq.alloc_q);
         const bool outside = row_block == 0 && ((b == 0 && seq.q_begin > 0) ||
                                                 (b == p.batch - 1 && seq.q_begin + seq.alloc_q < p.total_q));
-        const bool wanted = place < places.count && (owned_end > max_of(row_block * kRows, seq.len_q) || outside);
+        const bool wanted = place < places.count && (owned_end > max_of(row0, seq.len_q) || outside);
         for (unsigned left = __ballot_sync(0xffffffff, wanted); left != 0; left &= left - 1) {
             const int turn = __ffs(left) - 1;
-            const auto of_turn = [&](int value) { return __shfl_sync(0xffffffff, value, turn); };
-            const int its_b = of_turn(b), its_block = of_turn(row_block);
-            const Sequence its(p, its_b);
-            zero_unused_rows<T>(p.out, of_turn(head), p.dim_v, its_b, p.batch, p.total_q, its.q_begin, its.alloc_q,
-                                its.len_q, its_block * kRows, kRows, its_block == places.row_blocks - 1,
-                                Team(lane(), 32));
+            const auto of_turn = [&](auto value) { return __shfl_sync(0xffffffff, value, turn); };
+            zero_unused_rows<T>(p.out, of_turn(head), p.dim_v, of_turn(b), p.batch, p.total_q, of_turn(seq.q_begin),
+                                of_turn(seq.alloc_q), of_turn(seq.len_q), of_turn(row0), kRows,
+                                of_turn(static_cast<int>(last_block)), Team(lane(), 32));
         }
     }
 }
@@ -190,73 +192,6 @@ __device__ __forceinline__ void activate(Accumulator<kCols>& s, const Mask& mask
         if constexpr (kMasked) x = rows[i / 2 % 2].keeps(col0 + i / 4 * 8 + i % 2) ? x : 0.0f;
         s.x[i] = silu_of_twice(half_alpha * x);
     }
-}
-
-// The products of one warpgroup over one work: out += P V.
-template <class T, int kHeadDim, class Mask, class Config>
-__device__ __forceinline__ void attend(Accumulator<kHeadDim>& out, const ForwardShared<kHeadDim, Mask, Config>& shared,
-                                       const Work<Mask>& work, typename ForwardShared<kHeadDim, Mask, Config>::QTile q,
-                                       int group, RingPosition<Config::stages>& kv, float half_alpha) {
-    constexpr int kCols = Config::cols;
-    const Mask mask = work.mask;
-    const TileWalk walk = work.walk;
-    const int row0 = work.row0 + 64 * group;
-    const bool signals = threadIdx.x % kWarpgroup == 0;
-    const auto queries = rows(q, 64 * group);
-    Accumulator<kCols> s;
-    Fragments<kCols / 16> weights;
-    const auto activate_tile = [&](int t) {
-        const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
-        if (mask.is_full(row0, 64, walk[t], kCols))
-            activate<false>(s, mask, row, col, half_alpha);
-        else
-            activate<true>(s, mask, row, col, half_alpha);
-    };
-    const auto convert = [&] {
-#pragma unroll
-        for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
-    };
-
-    if (walk.tiles == 0) return;
-    shared.k_full(kv.stage).wait(kv.phase);
-    begin_products();
-    multiply<T, kHeadDim / 16, true>(s, queries, rows(shared.k(kv.stage)));
-    commit_products();
-    wait_products<0>();
-    hold(s);
-    if (signals) shared.k_empty(kv.stage).arrive();
-    activate_tile(0);
-    convert();
-    for (int t = 1; t < walk.tiles; ++t) {
-        const RingPosition<Config::stages> before = kv;
-        kv.next();
-        shared.k_full(kv.stage).wait(kv.phase);
-        hold(s);
-        begin_products();
-        multiply<T, kHeadDim / 16, true>(s, queries, rows(shared.k(kv.stage)));
-        commit_products();
-        shared.v_full(before.stage).wait(before.phase);
-        begin_products();
-        multiply<T, kCols / 16>(out, weights, columns(shared.v(before.stage)));
-        commit_products();
-        wait_products<1>();
-        hold(s);
-        if (signals) shared.k_empty(kv.stage).arrive();
-        activate_tile(t);
-        wait_products<0>();
-        hold(out), hold(weights);
-        if (signals) shared.v_empty(before.stage).arrive();
-        convert();
-    }
-    shared.v_full(kv.stage).wait(kv.phase);
-    hold(weights), hold(out);
-    begin_products();
-    multiply<T, kCols / 16>(out, weights, columns(shared.v(kv.stage)));
-    commit_products();
-    wait_products<0>();
-    hold(out);
-    if (signals) shared.v_empty(kv.stage).arrive();
-    kv.next();
 }
 
 // Scales, converts and writes 64 rows into a tile, 16 bytes a lane where lanes / 8 differ.
@@ -278,21 +213,123 @@ __device__ __forceinline__ void write_rows(const Accumulator<kHeadDim>& out, QTi
     }
 }
 
+// One warpgroup's stream of products. Its tiles follow one another across works: while the values of a work's last tile are
+// added, the scores of the next work's first tile are computed.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void consume_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared,
                                               int group) {
+    constexpr int kCols = Config::cols;
+    const float half_alpha = 0.5f * p.alpha;
+    const bool signals = threadIdx.x % kWarpgroup == 0;
     RingPosition<Config::stages> kv;
-    for (RingPosition<Config::q_stages> q;; q.next()) {
-        shared.q_full(q.stage).wait(q.phase);
-        const Work<Mask>& work = shared.work(q.stage);
-        if (work.last) break;
-        Accumulator<kHeadDim> out;
-        out.clear();
-        attend<T, kHeadDim, Mask, Config>(out, shared, work, shared.q(q.stage), group, kv, 0.5f * p.alpha);
-        write_rows<T>(out, shared.q(q.stage), group, p.inv_scaling);
+    RingPosition<Config::q_stages> q;
+    Accumulator<kCols> s;
+    Accumulator<kHeadDim> out;
+    Fragments<kCols / 16> weights;
+    Fragments<kHeadDim / 16> queries;
+    shared.q_full(0).wait(0);
+    Mask mask = shared.work(0).mask;
+    TileWalk walk = shared.work(0).walk;
+    int row0;
+    if (Config::takes_turns && group == Config::consumers - 1) named_arrive(1, 2 * kWarpgroup);
+
+    const auto begin_scores = [&] {
+        shared.k_full(kv.stage).wait(kv.phase);
+        hold(s);
+        begin_products();
+        if constexpr (Config::q_in_registers)
+            multiply<T, kHeadDim / 16, true>(s, queries, rows(shared.k(kv.stage)));
+        else
+            multiply<T, kHeadDim / 16, true>(s, rows(shared.q(q.stage), 64 * group), rows(shared.k(kv.stage)));
+        commit_products();
+    };
+    const auto begin_values = [&](RingPosition<Config::stages> at) {
+        shared.v_full(at.stage).wait(at.phase);
+        begin_products();
+        multiply<T, kCols / 16>(out, weights, columns(shared.v(at.stage)));
+        commit_products();
+    };
+    const auto activate_scores = [&](int t) {
+        hold(s);
+        if (signals) shared.k_empty(kv.stage).arrive();
+        const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
+        if (mask.is_full(row0, 64, walk[t], kCols))
+            activate<false>(s, mask, row, col, half_alpha);
+        else
+            activate<true>(s, mask, row, col, half_alpha);
+    };
+    const auto convert = [&] {
+#pragma unroll
+        for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
+    };
+    const auto finish = [&](int q_stage) {
+        write_rows<T>(out, shared.q(q_stage), group, p.inv_scaling);
         fence_async();
         __syncwarp();
-        if (lane() == 0) shared.o_full(q.stage).arrive();
+        if (lane() == 0) shared.o_full(q_stage).arrive();
+    };
+
+    // The next work, if there is one.
+    const auto take = [&] {
+        shared.q_full(q.stage).wait(q.phase);
+        const Work<Mask>& work = shared.work(q.stage);
+        if (work.last) return false;
+        mask = work.mask, walk = work.walk, row0 = work.row0 + 64 * group;
+        if constexpr (Config::q_in_registers) read_rows(queries, shared.q(q.stage), 64 * group);
+        return true;
+    };
+    // The first tile's weights, with nothing beside.
+    const auto start = [&] {
+        begin_scores();
+        wait_products<0>();
+        activate_scores(0);
+        convert();
+        out.clear();
+    };
+    const auto end = [&](int q_stage) {
+        begin_values(kv);
+        wait_products<0>();
+        hold(out);
+        if (signals) shared.v_empty(kv.stage).arrive();
+        finish(q_stage);
+    };
+
+    if (!take()) return;
+    start();
+    for (int t = 0;;) {
+        const RingPosition<Config::stages> before = kv;
+        const int before_q = q.stage;
+        const bool ends = t + 1 == walk.tiles;
+        if (ends) {
+            if constexpr (Config::q_stages == 1) end(before_q);
+            q.next();
+            if (!take()) {
+                if constexpr (Config::q_stages > 1) end(before_q);
+                return;
+            }
+        }
+        t = ends ? 0 : t + 1;
+        kv.next();
+        if constexpr (Config::q_stages == 1) {
+            if (ends) {
+                start();
+                continue;
+            }
+        }
+        if constexpr (Config::takes_turns) named_sync(1 + group, 2 * kWarpgroup);
+        begin_scores();
+        begin_values(before);
+        if constexpr (Config::takes_turns) named_arrive(1 + (group + 1) % Config::consumers, 2 * kWarpgroup);
+        wait_products<1>();
+        activate_scores(t);
+        wait_products<0>();
+        hold(out), hold(weights);
+        if (signals) shared.v_empty(before.stage).arrive();
+        if (ends) {
+            finish(before_q);
+            out.clear();
+        }
+        convert();
     }
 }
 
@@ -311,7 +348,7 @@ __global__ void __launch_bounds__((Config::consumers + 1) * kWarpgroup, 1)
         lower_registers<Config::loader_registers>();
         if (warp == 0) load_works<T>(p, maps, places, shared);
         if (warp == 1) store_works(maps, shared);
-        if (warp == 2) clean<T, Shared::kRows>(p, places);
+        if (warp == 2) clean<T, kHeadDim, Mask, Config>(p, places);
     } else {
         raise_registers<Config::consumer_registers>();
         consume_works<T>(p, shared, warp / 4 - 1);

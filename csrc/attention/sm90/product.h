@@ -29,7 +29,7 @@ struct Accumulator {
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (float& value : x) value = 0.0f;
+        for (int i = 0; i < kSize; ++i) x[i] = 0.0f;
     }
     static __device__ __forceinline__ int row() { return (threadIdx.x / 32 % 4) * 16 + lane() / 4; }
     static __device__ __forceinline__ int col() { return lane() % 4 * 2; }
@@ -47,6 +47,21 @@ template <class T, int kCols>
 __device__ __forceinline__ void convert_step(Fragments<kCols / 16>& out, const Accumulator<kCols>& acc, int step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) out.x[step][i] = pack<T>(acc.x[step * 8 + 2 * i], acc.x[step * 8 + 2 * i + 1]);
+}
+
+// Reads this warpgroup's 64 rows of a tile, from row `first` on, as a left operand.
+template <int kSteps, class Tile>
+__device__ __forceinline__ void read_rows(Fragments<kSteps>& left, Tile tile, int first) {
+    const int row = first + threadIdx.x / 32 % 4 * 16 + lane() % 16;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+        const int col = step * 16 + lane() / 16 * 8;
+        const uint32_t from =
+            tile.address + col / Tile::kPanelCols * Tile::kPanelBytes + Tile::chunk_offset(row, col % Tile::kPanelCols);
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(left.x[step][0]), "=r"(left.x[step][1]), "=r"(left.x[step][2]), "=r"(left.x[step][3])
+                     : "r"(from));
+    }
 }
 
 template <class Tile, bool kColumns>
@@ -115,14 +130,12 @@ __device__ __forceinline__ void wait_products() {
 template <int kCols>
 __device__ __forceinline__ void hold(Accumulator<kCols>& acc) {
 #pragma unroll
-    for (float& value : acc.x) asm volatile("" : "+f"(value)::"memory");
+    for (int i = 0; i < kCols / 2; ++i) asm volatile("" : "+f"(acc.x[i])::"memory");
 }
 template <int kSteps>
 __device__ __forceinline__ void hold(Fragments<kSteps>& left) {
 #pragma unroll
-    for (auto& step : left.x)
-#pragma unroll
-        for (uint32_t& value : step) asm volatile("" : "+r"(value)::"memory");
+    for (int i = 0; i < 4 * kSteps; ++i) asm volatile("" : "+r"(left.x[i / 4][i % 4])::"memory");
 }
 
 // acc = A B over k-step `step` of both, added to what acc holds unless `replace`.
