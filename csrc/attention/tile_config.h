@@ -1,4 +1,4 @@
-// The tile table of the SM80 family: one row a head-dim bucket and direction. A new bucket is a row here and in the
+// The tile tables of the GPU families: one row a head-dim bucket and direction. A new bucket is a row here and in the
 // manifest. rows: query rows of a tile; cols: keys of a tile; blocks: thread blocks meant to share an SM.
 #pragma once
 
@@ -110,6 +110,35 @@ struct CompactBackwardTile<256> {
 
 namespace hstu::attention::sm90 {
 
+// consumers: warpgroups of 64 query rows each; stages: K and V tiles in flight; q_stages: Q tiles.
+// Registers: (loader + consumers * consumer) * 128 <= 65536.
+template <int kHeadDim>
+struct ForwardTile;
+template <>
+struct ForwardTile<32> {
+    static constexpr int consumers = 3, cols = 128, stages = 4, q_stages = 2;
+    static constexpr bool q_in_registers = false, takes_turns = false;
+    static constexpr int loader_registers = 32, consumer_registers = 160;
+};
+template <>
+struct ForwardTile<64> {
+    static constexpr int consumers = 3, cols = 128, stages = 4, q_stages = 2;
+    static constexpr bool q_in_registers = false, takes_turns = false;
+    static constexpr int loader_registers = 32, consumer_registers = 160;
+};
+template <>
+struct ForwardTile<128> {
+    static constexpr int consumers = 2, cols = 128, stages = 2, q_stages = 2;
+    static constexpr bool q_in_registers = false, takes_turns = false;
+    static constexpr int loader_registers = 56, consumer_registers = 224;
+};
+template <>
+struct ForwardTile<256> {
+    static constexpr int consumers = 2, cols = 64, stages = 2, q_stages = 1;
+    static constexpr bool q_in_registers = false, takes_turns = false;
+    static constexpr int loader_registers = 56, consumer_registers = 224;
+};
+
 // A block's two key warpgroups own 64 keys each and walk over the queries in steps of `rows`. stages: Q and dO tiles in
 // flight. keys_in_registers: K and V as left operands are read once a work. *_registers: a thread, of 512 for two key
 // warpgroups, the query warpgroup and the loader's.
@@ -117,17 +146,20 @@ template <int kHeadDim>
 struct BackwardTile;
 template <>
 struct BackwardTile<32> {
-    static constexpr int rows = 128, cols = 128, stages = 4, key_registers = 192, query_registers = 88, loader_registers = 40;
+    static constexpr int rows = 128, cols = 128, stages = 4, key_registers = 192, query_registers = 88,
+                         loader_registers = 40;
     static constexpr bool keys_in_registers = true;
 };
 template <>
 struct BackwardTile<64> {
-    static constexpr int rows = 64, cols = 128, stages = 4, key_registers = 192, query_registers = 88, loader_registers = 40;
+    static constexpr int rows = 64, cols = 128, stages = 4, key_registers = 192, query_registers = 88,
+                         loader_registers = 40;
     static constexpr bool keys_in_registers = true;
 };
 template <>
 struct BackwardTile<128> {
-    static constexpr int rows = 64, cols = 128, stages = 4, key_registers = 208, query_registers = 72, loader_registers = 24;
+    static constexpr int rows = 64, cols = 128, stages = 4, key_registers = 208, query_registers = 72,
+                         loader_registers = 24;
     static constexpr bool keys_in_registers = false;
 };
 

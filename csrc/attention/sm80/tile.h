@@ -12,6 +12,8 @@
 
 namespace hstu::attention::sm80 {
 
+using attention::bf16, attention::fp16, attention::lane, attention::pack, attention::Tile, attention::warp;
+
 // ---- Tiles ----
 
 // How a block's threads walk over a tile in 16-byte chunks, each warp covering whole row segments of a panel.

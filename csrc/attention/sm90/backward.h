@@ -62,7 +62,7 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
                                 static_cast<int>(count)};
     if (col_blocks > 1) {
         using Scratch = DqScratch<kHeadDim, Config>;
-        check_cuda(cudaMemsetAsync(Scratch{p.dq_accum}.turns(p), 0, sizeof(int) * 4 * Scratch::tiles(p), stream),
+        check_cuda(cudaMemsetAsync(Scratch{p.dq_accum}.turns(p), 0, sizeof(int) * 4 * dq_tiles<Config>(p), stream),
                    "clearing the turns");
     }
     launch<backward_kernel<T, kHeadDim, Mask, Config>>(min_of<int64_t>(count, resident), 4 * kWarpgroup, Shared::kBytes,

@@ -8,21 +8,18 @@
 #pragma once
 
 #include "attention/sm90/backward_kv.h"
+#include "attention/sm90/plan.h"
 
 namespace hstu::attention::sm90 {
 
-// fp32 sums, then the counters of the turns.
+// BackwardParams::dq_accum.
 template <int kHeadDim, class Config>
 struct DqScratch {
     static constexpr int kTile = Config::rows * kHeadDim;
     float* sums;
 
-    __host__ __device__ static int64_t tiles(const BackwardParams& p) {
-        return (p.total_q / Config::rows + p.batch) * p.heads;
-    }
-    static int64_t elements(const BackwardParams& p) { return tiles(p) * (kTile + 4); }
-    __host__ __device__ int* turns(const BackwardParams& p) const {
-        return reinterpret_cast<int*>(sums + tiles(p) * kTile);
+    HSTU_HOST_DEVICE int* turns(const BackwardParams& p) const {
+        return reinterpret_cast<int*>(sums + dq_tiles<Config>(p) * kTile);
     }
 };
 
@@ -104,8 +101,7 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                 if (unit == 0) shared.g_full(g.stage).wait(g.phase);
                 hold(dq);
                 begin_products();
-                multiply<T, Config::cols / 16>(dq, columns(shared.g(g.stage), unit_row),
-                                               columns(shared.k(), unit_col));
+                multiply<T, Config::cols / 16>(dq, columns(shared.g(g.stage), unit_row), columns(shared.k(), unit_col));
                 commit_products();
                 wait_products<0>();
                 hold(dq);

@@ -4,8 +4,10 @@
 // layout that TMA and wgmma know as 128-byte swizzle, or 64-byte for panels of 32 columns). A tile serves either way
 // round: rows(tile): its rows run along m or n, its columns along k; columns(tile): its rows run along k.
 //
-// Products are asynchronous: begin_products(), any number of multiply(), commit_products(), wait_products<n>(). Until
-// the wait, neither accumulators nor register operands may be touched; hold() tells the compiler so.
+// Products are asynchronous: begin_products(), any number of multiply(), commit_products(), wait_products<n>(). After the
+// wait, hold() an accumulator before ordinary code reads it, so that the compiler moves no read in front of the wait. Never
+// hold() one between begin and wait, or a loop-carried one before begin: ptxas would then run the products one after
+// another (its warning C7514).
 #pragma once
 
 #include <cute/arch/mma_sm90_gmma.hpp>
@@ -45,6 +47,21 @@ template <class T, int kCols>
 __device__ __forceinline__ void convert_step(Fragments<kCols / 16>& out, const Accumulator<kCols>& acc, int step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) out.x[step][i] = pack<T>(acc.x[step * 8 + 2 * i], acc.x[step * 8 + 2 * i + 1]);
+}
+
+// Reads this warpgroup's 64 rows of a tile, from row `first` on, as a left operand.
+template <int kSteps, class Tile>
+__device__ __forceinline__ void read_rows(Fragments<kSteps>& left, Tile tile, int first) {
+    const int row = first + threadIdx.x / 32 % 4 * 16 + lane() % 16;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+        const int col = step * 16 + lane() / 16 * 8;
+        const uint32_t from =
+            tile.address + col / Tile::kPanelCols * Tile::kPanelBytes + Tile::chunk_offset(row, col % Tile::kPanelCols);
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(left.x[step][0]), "=r"(left.x[step][1]), "=r"(left.x[step][2]), "=r"(left.x[step][3])
+                     : "r"(from));
+    }
 }
 
 template <class Tile, bool kColumns>

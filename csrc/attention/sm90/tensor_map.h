@@ -44,16 +44,16 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 struct SequenceMap {
     CUtensorMap map;
     int reach;
-    int head_step, row_step;  // 0 where the tensor repeats one head (or one row): stride 0 is no TMA stride
+    int head_step;  // 0 where all heads are one (expanded): stride 0 is no TMA stride
 
     // dim: columns of the tensor; those behind it read as 0 too. rows: packed rows. max_length: no sequence is longer.
     template <class T>
     static SequenceMap make(const Jagged& x, int64_t rows, int heads, int dim, int max_length, int box_rows,
                             int panel) {
-        SequenceMap result;
+        SequenceMap result{};
+        if (rows == 0) return result;  // nothing will be copied
         result.reach = max_of(1, max_length);
         result.head_step = x.head_stride != 0;
-        result.row_step = x.row_stride != 0;
         const uint64_t row_bytes = max_of<int64_t>(16, 2 * x.row_stride);
         const uint64_t head_bytes = max_of<int64_t>(16, 2 * x.head_stride);
         const cuuint64_t dims[] = {static_cast<cuuint64_t>(dim), static_cast<cuuint64_t>(result.reach),
@@ -66,7 +66,7 @@ struct SequenceMap {
             &result.map,
             std::is_same_v<T, __nv_bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
             start, dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-            panel == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            panel == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
         if (status != CUDA_SUCCESS)
             throw std::runtime_error("hstu_ext: cuTensorMapEncodeTiled failed with CUresult " +
@@ -121,8 +121,7 @@ __device__ __forceinline__ void load_rows(Tile tile, uint32_t barrier, const Seq
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel)
         copy_box_in(tile.address + panel * Tile::kPanelBytes, barrier, from.map, panel * Tile::kPanelCols,
-                    from.reach - rows.len + row * from.row_step, rows.head * from.head_step,
-                    (rows.begin + rows.len) * from.row_step);
+                    from.reach - rows.len + row, rows.head * from.head_step, rows.begin + rows.len);
 }
 
 // Starts the copy of kRows of the tile's rows, from its row `tile_row` on, into rows [row, ...) of the sequence. The map's

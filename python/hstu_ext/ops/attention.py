@@ -272,8 +272,8 @@ def _run_backward(
 ) -> None:
     dq, dk, dv = grads
     dq_accum = None
-    if q.is_cuda and not deterministic:
-        size = _C.attention_backward_scratch(q, v, problem.cu_seqlens_q, problem.max_seqlen_k)
+    if q.is_cuda:
+        size = _C.attention_backward_scratch(q, v, problem.cu_seqlens_q, problem.max_seqlen_k, deterministic)
         dq_accum = q.new_empty(size, dtype=torch.float32) if size else None
     _C.attention_backward(dout, q, k, v, rab, dq, dk, dv, drab, dq_accum, *problem, deterministic, *execution(q))
 
