@@ -162,13 +162,11 @@ struct KeyGroup {
     }
 
     __device__ __forceinline__ void start_s(int stage) {
-        hold(s);
         begin_products();
         keys.template multiply_into<T>(s, rows(shared.q(stage)));
         commit_products();
     }
     __device__ __forceinline__ void start_dp(int stage) {
-        hold(dp);
         begin_products();
         values.template multiply_into<T>(dp, rows(shared.dout(stage)));
         commit_products();
@@ -185,7 +183,6 @@ struct KeyGroup {
     }
     __device__ __forceinline__ void start_dv(int stage) {
         hold(weights);
-        hold(dv);
         begin_products();
         multiply<T, kSteps>(dv, weights, columns(shared.dout(stage)));
         commit_products();
@@ -202,7 +199,6 @@ struct KeyGroup {
     }
     __device__ __forceinline__ void start_dk(int stage) {
         hold(gradients);
-        hold(dk);
         begin_products();
         multiply<T, kSteps>(dk, gradients, columns(shared.q(stage)));
         commit_products();
