@@ -35,6 +35,8 @@ __global__ void __launch_bounds__(4 * kWarpgroup, 1)
         lower_registers<Config::loader_registers>();
         if (warp == 0) load_works(p, maps, places, shared);
         if (warp == 1) clean_works<T, Mask, Config>(p, places);
+        if (warp == 2 && lane() == 0) await_turns(p, shared);
+        if (warp == 3 && lane() == 0) pass_turns(p, shared);
     } else if (warp < 8) {
         lower_registers<Config::query_registers>();
         add_up_queries<T>(p, shared);
@@ -62,7 +64,7 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
                                 static_cast<int>(count)};
     if (col_blocks > 1) {
         using Scratch = DqScratch<kHeadDim, Config>;
-        check_cuda(cudaMemsetAsync(Scratch{p.dq_accum}.turns(p), 0, sizeof(int) * 4 * dq_tiles<Config>(p), stream),
+        check_cuda(cudaMemsetAsync(Scratch{p.dq_accum}.turns(p), 0, sizeof(int) * dq_tiles<Config>(p), stream),
                    "clearing the turns");
     }
     launch<backward_kernel<T, kHeadDim, Mask, Config>>(min_of<int64_t>(count, resident), 4 * kWarpgroup, Shared::kBytes,

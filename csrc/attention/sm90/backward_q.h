@@ -3,8 +3,8 @@
 // The blocks that own keys of one (sequence, head) take turns at a tile of dQ, in the order of their keys: the first
 // stores its product in fp32 scratch, the last one reads the sum, adds its own and writes dQ. Those between read, add
 // and store in the same order (deterministic), or add by reduction in any order. A tile that one block alone sees never
-// goes through scratch. The turns of each of the four warps are counted on their own: a warp's fragments lie in scratch
-// as they lie in its registers, so it needs nothing of the other warps.
+// goes through scratch. Waiting for a turn and passing it on take a round trip to the L2 cache each, so two threads
+// beside the warpgroup do it.
 #pragma once
 
 #include "attention/sm90/backward_kv.h"
@@ -23,14 +23,69 @@ struct DqScratch {
     }
 };
 
-__device__ __forceinline__ void wait_for_turn(const int* turn, int wanted) {
-    int done;
-    do {
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(turn) : "memory");
-    } while (done < wanted);
+// One work's visit to one tile of dQ.
+struct Visit {
+    bool first, last;
+    bool in_order;  // after all blocks before it, not only after the first
+    int rank;
+    int64_t tile;
+
+    template <class Mask>
+    __device__ __forceinline__ Visit(const BackwardParams& p, const KeyWork<Mask>& work, int row0, int rows, int cols) {
+        const DqOrder order = DqOrder::of(work.mask, row0, rows, work.col0, cols);
+        rank = order.rank;
+        first = rank == 0, last = rank == order.count - 1;
+        in_order = p.deterministic || last;
+        tile = int64_t{work.dq_tile + row0 / rows} * p.heads + work.head;
+    }
+};
+
+// One thread: says when a work's turn at a tile has come. Waits for the blocks before this one and for turn_taken.
+template <int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void await_turns(const BackwardParams& p,
+                                            const BackwardShared<kHeadDim, Mask, Config>& shared) {
+    const int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
+    RingPosition<2> turn;
+    for (RingPosition<1> k;; k.next()) {
+        shared.k_full().wait(k.phase);
+        const KeyWork<Mask>& work = shared.work();
+        if (work.last) break;
+        for (int t = 0; t < work.walk.tiles; ++t) {
+            const Visit visit(p, work, work.walk[t], Config::rows, Config::cols);
+            if (visit.first) continue;
+            shared.turn_taken(turn.stage).wait(turn.phase ^ 1);
+            int done;
+            do {
+                asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(turns + visit.tile) : "memory");
+            } while (done < (visit.in_order ? visit.rank : 1));
+            shared.turn_came(turn.stage).arrive();
+            turn.next();
+        }
+        shared.k_empty().arrive();
+    }
 }
-__device__ __forceinline__ void end_turn(int* turn) {
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+
+// One thread: passes a turn on once the sums are visible to all. Waits for turn_over.
+template <int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void pass_turns(const BackwardParams& p,
+                                           const BackwardShared<kHeadDim, Mask, Config>& shared) {
+    int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
+    RingPosition<2> turn;
+    for (RingPosition<1> k;; k.next()) {
+        shared.k_full().wait(k.phase);
+        const KeyWork<Mask> work = shared.work();
+        shared.k_empty().arrive();
+        if (work.last) break;
+        for (int t = 0; t < work.walk.tiles; ++t) {
+            const Visit visit(p, work, work.walk[t], Config::rows, Config::cols);
+            if (visit.last) continue;
+            shared.turn_over(turn.stage).wait(turn.phase);
+            asm volatile("fence.acq_rel.gpu;" ::: "memory");
+            asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(turns + visit.tile) : "memory");
+            shared.turn_passed(turn.stage).arrive();
+            turn.next();
+        }
+    }
 }
 
 // Slot i of a product is 16 bytes a thread, contiguous over the warpgroup.
@@ -58,43 +113,36 @@ __device__ __forceinline__ void add_sums(const Accumulator<kCols>& acc, float4* 
 }
 
 // One warpgroup: dQ of a work's query tiles, a unit of 64 rows and at most 64 columns after another. Waits for k_full,
-// g_full and the blocks before this one.
+// g_full, turn_came and turn_passed.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                                                const BackwardShared<kHeadDim, Mask, Config>& shared) {
     constexpr int kRows = Config::rows, kUnitCols = min_of(64, kHeadDim);
     constexpr int kUnitsN = kHeadDim / kUnitCols, kUnits = kRows / 64 * kUnitsN;
     using Scratch = DqScratch<kHeadDim, Config>;
-    const Scratch scratch{p.dq_accum};
     const bool signals = threadIdx.x % kWarpgroup == 0;
-    const float factor = 0.5f * p.alpha * p.inv_scaling;
-    RingPosition<2> g;
+    RingPosition<2> g, came, over;
     for (RingPosition<1> k;; k.next()) {
         shared.k_full().wait(k.phase);
-        if (shared.work().last) break;
-        const Mask mask = shared.work().mask;
-        const TileWalk walk = shared.work().walk;
-        const int head = shared.work().head, col0 = shared.work().col0, dq_tile = shared.work().dq_tile;
-        const int q_begin = shared.work().q_begin;
-        for (int t = 0; t < walk.tiles; ++t) {
-            const int row0 = walk[t];
-            const DqOrder order = DqOrder::of(mask, row0, kRows, col0, Config::cols);
-            const bool first = order.rank == 0, last = order.rank == order.count - 1;
-            const bool in_order = p.deterministic || last;
-            const int64_t tile = int64_t{dq_tile + row0 / kRows} * p.heads + head;
+        const KeyWork<Mask> work = shared.work();
+        if (work.last) break;
+        for (int t = 0; t < work.walk.tiles; ++t, g.next()) {
+            const int row0 = work.walk[t];
+            const Visit visit(p, work, row0, kRows, Config::cols);
             float4* const slots =
-                reinterpret_cast<float4*>(scratch.sums + tile * Scratch::kTile) + threadIdx.x % kWarpgroup;
-            int* const turn = scratch.turns(p) + tile * 4 + threadIdx.x / 32 % 4;
-            if (!first) {
-                if (lane() == 0) wait_for_turn(turn, in_order ? order.rank : 1);
+                reinterpret_cast<float4*>(p.dq_accum + visit.tile * Scratch::kTile) + threadIdx.x % kWarpgroup;
+            if (!visit.first) {
+                shared.turn_came(came.stage).wait(came.phase);
                 __syncwarp();
+                if (lane() == 0) shared.turn_taken(came.stage).arrive();
+                came.next();
             }
 #pragma unroll
             for (int unit = 0; unit < kUnits; ++unit) {
                 const int unit_row = unit / kUnitsN * 64, unit_col = unit % kUnitsN * 64;
                 float4* const unit_slots = slots + unit * (64 * kUnitCols / 4);
                 Accumulator<kUnitCols> dq;
-                if (!first && in_order)
+                if (!visit.first && visit.in_order)
                     load_sums(dq, unit_slots);
                 else
                     dq.clear();
@@ -107,26 +155,28 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                 hold(dq);
                 if (unit == kUnits - 1) {
                     if (signals) shared.g_empty(g.stage).arrive();
-                    if (t == walk.tiles - 1 && lane() == 0) shared.k_empty().arrive();
+                    if (t == work.walk.tiles - 1 && lane() == 0) shared.k_empty().arrive();
                 }
-                if (last) {
+                if (visit.last) {
                     const int row = row0 + unit_row;
-                    store_product(dq, factor, p.dq.at<T>(q_begin + int64_t{row}, head) + unit_col, p.dq.row_stride,
-                                  mask.len_q - row, p.dim_qk - unit_col);
-                } else if (first || in_order) {
+                    T* const to = p.dq.at<T>(work.q_begin + int64_t{row}, work.head) + unit_col;
+                    store_product(dq, 0.5f * p.alpha * p.inv_scaling, to, p.dq.row_stride, work.mask.len_q - row,
+                                  p.dim_qk - unit_col);
+                } else if (visit.first || visit.in_order) {
                     store_sums(dq, unit_slots);
                 } else {
                     add_sums(dq, unit_slots);
                 }
             }
-            g.next();
-            if (!last) {
+            if (!visit.last) {
+                shared.turn_passed(over.stage).wait(over.phase ^ 1);
                 __syncwarp();
-                if (lane() == 0) end_turn(turn);
+                if (lane() == 0) shared.turn_over(over.stage).arrive();
+                over.next();
             }
         }
         __syncwarp();
-        if (walk.tiles == 0 && lane() == 0) shared.k_empty().arrive();
+        if (work.walk.tiles == 0 && lane() == 0) shared.k_empty().arrive();
     }
 }
 

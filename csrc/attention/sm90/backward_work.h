@@ -41,7 +41,7 @@ struct BackwardShared {
     using GTile = Tile<kCols, kRows>;  // G^T: a row a key
     static constexpr int kRing = 2 * KTile::kBytes, kScores = kRing + 2 * kStages * QTile::kBytes;
     static constexpr int kTiles = kScores + 2 * GTile::kBytes;
-    static constexpr int kBarriers = 2 + 2 * kStages + 4;
+    static constexpr int kBarriers = 2 + 2 * kStages + 12;
     static constexpr int kWork = kTiles + 8 * kBarriers;
     static constexpr int kBytes = kWork + sizeof(KeyWork<Mask>) + 1024;  // the start is moved to a multiple of 1024
 
@@ -61,12 +61,19 @@ struct BackwardShared {
     __device__ Barrier q_empty(int stage) const { return barrier(2 + kStages + stage); }
     __device__ Barrier g_full(int stage) const { return barrier(2 + 2 * kStages + stage); }
     __device__ Barrier g_empty(int stage) const { return barrier(4 + 2 * kStages + stage); }
+    __device__ Barrier turn_came(int stage) const { return barrier(6 + 2 * kStages + stage); }
+    __device__ Barrier turn_taken(int stage) const { return barrier(8 + 2 * kStages + stage); }
+    __device__ Barrier turn_over(int stage) const { return barrier(10 + 2 * kStages + stage); }
+    __device__ Barrier turn_passed(int stage) const { return barrier(12 + 2 * kStages + stage); }
     __device__ KeyWork<Mask>& work() const { return *reinterpret_cast<KeyWork<Mask>*>(start + kWork); }
 
     __device__ void init_barriers() const {
-        k_full().init(1), k_empty().init(12);
+        k_full().init(1), k_empty().init(14);
         for (int i = 0; i < kStages; ++i) q_full(i).init(1), q_empty(i).init(2);
-        for (int i = 0; i < 2; ++i) g_full(i).init(8), g_empty(i).init(1);
+        for (int i = 0; i < 2; ++i) {
+            g_full(i).init(8), g_empty(i).init(1);
+            turn_came(i).init(1), turn_taken(i).init(4), turn_over(i).init(4), turn_passed(i).init(1);
+        }
         fence_barrier_init();
     }
 };
