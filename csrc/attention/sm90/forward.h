@@ -46,11 +46,10 @@ struct ForwardShared {
     static constexpr int kBarriers = 3 * kQ + 4 * kKv;
     static constexpr int kWork = kTiles + 8 * kBarriers;
     static constexpr int kBatch = kWork + kQ * sizeof(Work<Mask>);
-    static constexpr int kBytes = kBatch + sizeof(SortedBatch) + 1024;  // the start is moved to a multiple of 1024
+    static constexpr int kBytes = kBatch + sizeof(SortedBatch);
 
-    unsigned char* start;
+    unsigned char* start;  // at a multiple of 1024
 
-    __device__ explicit ForwardShared(unsigned char* memory) : start(memory + (-shared_address(memory) & 1023)) {}
     __device__ uint32_t base() const { return shared_address(start); }
     __device__ QTile q(int stage) const { return {base() + stage * QTile::kBytes}; }  // O at the end
     __device__ KTile k(int stage) const { return {base() + kQ * QTile::kBytes + stage * KTile::kBytes}; }
@@ -218,21 +217,16 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     Accumulator<kCols> s;
     Accumulator<kHeadDim> out;
     Fragments<kCols / 16> weights;
-    Fragments<kHeadDim / 16> queries;
     shared.q_full(0).wait(0);
     Mask mask = shared.work(0).mask;
     TileWalk walk = shared.work(0).walk;
     int row0;
-    if (Config::takes_turns && group == Config::consumers - 1) named_arrive(1, 2 * kWarpgroup);
 
     const auto begin_scores = [&] {
         shared.k_full(kv.stage).wait(kv.phase);
         hold(s);
         begin_products();
-        if constexpr (Config::q_in_registers)
-            multiply<T, kHeadDim / 16, true>(s, queries, rows(shared.k(kv.stage)));
-        else
-            multiply<T, kHeadDim / 16, true>(s, rows(shared.q(q.stage), 64 * group), rows(shared.k(kv.stage)));
+        multiply<T, kHeadDim / 16, true>(s, rows(shared.q(q.stage), 64 * group), rows(shared.k(kv.stage)));
         commit_products();
     };
     const auto begin_values = [&](RingPosition<Config::stages> at) {
@@ -267,7 +261,6 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         const Work<Mask>& work = shared.work(q.stage);
         if (work.last) return false;
         mask = work.mask, walk = work.walk, row0 = work.row0 + 64 * group;
-        if constexpr (Config::q_in_registers) read_rows(queries, shared.q(q.stage), 64 * group);
         return true;
     };
     // The first tile's weights, with nothing beside.
@@ -308,10 +301,8 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
                 continue;
             }
         }
-        if constexpr (Config::takes_turns) named_sync(1 + group, 2 * kWarpgroup);
         begin_scores();
         begin_values(before);
-        if constexpr (Config::takes_turns) named_arrive(1 + (group + 1) % Config::consumers, 2 * kWarpgroup);
         wait_products<1>();
         activate_scores(t);
         wait_products<0>();
@@ -330,8 +321,8 @@ __global__ void __launch_bounds__((Config::consumers + 1) * kWarpgroup, 1)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ ForwardMaps maps,
                    const __grid_constant__ Schedule schedule) {
     using Shared = ForwardShared<kHeadDim, Mask, Config>;
-    extern __shared__ unsigned char shared_memory[];
-    const Shared shared(shared_memory);
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
+    const Shared shared{shared_memory};
     const int warp = uniform_warp();
     if (threadIdx.x == 0) shared.init_barriers();
     __syncthreads();

@@ -12,7 +12,7 @@
 namespace hstu::attention::sm90 {
 
 struct Schedule {
-    static constexpr int kMaxSequences = 1024, kMaxLevels = 512;  // of a batch that is sorted; others go as they come
+    static constexpr int kMaxSequences = 512, kMaxLevels = 256;  // of a batch that is sorted; others go as they come
 
     int batch, heads, levels, chunk;
     bool sorted;  // sequences differ in length
