@@ -117,25 +117,21 @@ struct ForwardTile;
 template <>
 struct ForwardTile<32> {
     static constexpr int consumers = 3, cols = 128, stages = 4, q_stages = 2;
-    static constexpr bool q_in_registers = false, takes_turns = false;
     static constexpr int loader_registers = 32, consumer_registers = 160;
 };
 template <>
 struct ForwardTile<64> {
     static constexpr int consumers = 3, cols = 128, stages = 4, q_stages = 2;
-    static constexpr bool q_in_registers = false, takes_turns = false;
     static constexpr int loader_registers = 32, consumer_registers = 160;
 };
 template <>
 struct ForwardTile<128> {
     static constexpr int consumers = 2, cols = 128, stages = 2, q_stages = 2;
-    static constexpr bool q_in_registers = false, takes_turns = false;
     static constexpr int loader_registers = 56, consumer_registers = 224;
 };
 template <>
 struct ForwardTile<256> {
     static constexpr int consumers = 2, cols = 64, stages = 2, q_stages = 1;
-    static constexpr bool q_in_registers = false, takes_turns = false;
     static constexpr int loader_registers = 56, consumer_registers = 224;
 };
 

@@ -15,16 +15,14 @@
 
 #include "attention/activation.h"
 #include "attention/bias.h"
-#include "attention/sm80/block_order.h"
 #include "attention/sm90/pipeline.h"
 #include "attention/sm90/product.h"
+#include "attention/sm90/schedule.h"
 #include "attention/sm90/tensor_map.h"
 #include "attention/tile_config.h"
 #include "common/cuda_launch.h"
 
 namespace hstu::attention::sm90 {
-
-using sm80::BlockOrder;
 
 struct ForwardMaps {
     SequenceMap q, k, v, out;
@@ -47,11 +45,11 @@ struct ForwardShared {
     static constexpr int kTiles = kQ * QTile::kBytes + 2 * kKv * KTile::kBytes;
     static constexpr int kBarriers = 3 * kQ + 4 * kKv;
     static constexpr int kWork = kTiles + 8 * kBarriers;
-    static constexpr int kBytes = kWork + kQ * sizeof(Work<Mask>) + 1024;  // the start is moved to a multiple of 1024
+    static constexpr int kBatch = kWork + kQ * sizeof(Work<Mask>);
+    static constexpr int kBytes = kBatch + sizeof(SortedBatch);
 
-    unsigned char* start;
+    unsigned char* start;  // at a multiple of 1024
 
-    __device__ explicit ForwardShared(unsigned char* memory) : start(memory + (-shared_address(memory) & 1023)) {}
     __device__ uint32_t base() const { return shared_address(start); }
     __device__ QTile q(int stage) const { return {base() + stage * QTile::kBytes}; }  // O at the end
     __device__ KTile k(int stage) const { return {base() + kQ * QTile::kBytes + stage * KTile::kBytes}; }
@@ -65,6 +63,7 @@ struct ForwardShared {
     __device__ Barrier v_full(int stage) const { return barrier(3 * kQ + 2 * kKv + stage); }
     __device__ Barrier v_empty(int stage) const { return barrier(3 * kQ + 3 * kKv + stage); }
     __device__ Work<Mask>& work(int stage) const { return reinterpret_cast<Work<Mask>*>(start + kWork)[stage]; }
+    __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
 
     __device__ void init_barriers() const {
         for (int i = 0; i < kQ; ++i) q_full(i).init(1), q_empty(i).init(1), o_full(i).init(Config::consumers * 4);
@@ -76,36 +75,28 @@ struct ForwardShared {
     }
 };
 
-// Which rows the grid's places stand for: place i is taken up by block i % gridDim.x.
-struct ForwardPlaces {
-    BlockOrder order;
-    int row_blocks, count;
-
-    struct Rows {
-        int b, head, row_block;
-    };
-    __device__ __forceinline__ Rows operator[](int place) const {
-        const auto [b, head, rank] = order[place];
-        return {b, head, row_blocks - 1 - rank};
-    }
-};
-
 template <class T, int kHeadDim, class Mask, class Config>
-__device__ __forceinline__ void load_works(const Params& p, const ForwardMaps& maps, const ForwardPlaces& places,
+__device__ __forceinline__ void load_works(const Params& p, const ForwardMaps& maps, const Schedule& schedule,
                                            const ForwardShared<kHeadDim, Mask, Config>& shared) {
     using Shared = ForwardShared<kHeadDim, Mask, Config>;
     constexpr int kRows = Shared::kRows;
     RingPosition<Config::q_stages> q;
     RingPosition<Config::stages> kv;
-    // 32 places at a time, one a lane, so that their offsets are read together.
-    for (int first = blockIdx.x; first < places.count; first += 32 * gridDim.x) {
-        const int place = first + lane() * gridDim.x;
-        const auto [b, head, row_block] = places[min_of(place, places.count - 1)];
-        const int row0 = row_block * kRows;
+    if (schedule.sorted) {
+        // The tiles are still unused.
+        shared.batch().sort(p, kRows, schedule.levels, *reinterpret_cast<SortedBatch::Scratch*>(shared.start));
+        fence_async();
+        __syncwarp();
+    }
+    PlaceFinder find(schedule, shared.batch());
+    // 32 rounds at a time, one a lane, so that their offsets are read together.
+    for (int round = lane(); __any_sync(0xffffffff, schedule.place(round) < find.last()); round += 32) {
+        const auto [b, head, level] = find(schedule.place(round));
+        const int row0 = level * kRows;
         const Sequence seq(p, b);
         const Mask mask(p, seq, b, head);
         const TileWalk walk(mask.kv_range(row0, kRows), Config::cols);
-        const bool wanted = place < places.count && row0 < seq.len_q && walk.tiles > 0;
+        const bool wanted = level >= 0 && row0 < seq.len_q && walk.tiles > 0;
         for (unsigned left = __ballot_sync(0xffffffff, wanted); left != 0; left &= left - 1) {
             const int turn = __ffs(left) - 1;
             if (lane() == turn) {
@@ -157,20 +148,20 @@ __device__ __forceinline__ void store_works(const ForwardMaps& maps,
 
 // Writes 0 to the rows of `out` that no consumer writes: those outside the sequences' used rows and those without a key.
 template <class T, int kHeadDim, class Mask, class Config>
-__device__ __forceinline__ void clean(const Params& p, const ForwardPlaces& places) {
+__device__ __forceinline__ void clean(const Params& p, int row_blocks) {
     constexpr int kRows = 64 * Config::consumers;
-    for (int first = blockIdx.x; first < places.count; first += 32 * gridDim.x) {
-        const int place = first + lane() * gridDim.x;
-        const auto [b, head, row_block] = places[min_of(place, places.count - 1)];
-        const int row0 = row_block * kRows;
+    const int count = row_blocks * p.heads * p.batch;
+    for (int first = blockIdx.x * 32; first < count; first += 32 * gridDim.x) {
+        const int number = min_of(first + lane(), count - 1), pair = number / row_blocks;
+        const int b = pair / p.heads, head = pair % p.heads, row_block = number % row_blocks, row0 = row_block * kRows;
         Sequence seq(p, b);
-        const bool last_block = row_block == places.row_blocks - 1;
+        const bool last_block = row_block == row_blocks - 1;
         const TileWalk walk(Mask(p, seq, b, head).kv_range(row0, kRows), Config::cols);
         if (walk.tiles == 0) seq.len_q = min_of(seq.len_q, row0);
         const int owned_end = last_block ? seq.alloc_q : min_of(row0 + kRows, seq.alloc_q);
         const bool outside = row_block == 0 && ((b == 0 && seq.q_begin > 0) ||
                                                 (b == p.batch - 1 && seq.q_begin + seq.alloc_q < p.total_q));
-        const bool wanted = place < places.count && (owned_end > max_of(row0, seq.len_q) || outside);
+        const bool wanted = first + lane() < count && (owned_end > max_of(row0, seq.len_q) || outside);
         for (unsigned left = __ballot_sync(0xffffffff, wanted); left != 0; left &= left - 1) {
             const int turn = __ffs(left) - 1;
             const auto of_turn = [&](auto value) { return __shfl_sync(0xffffffff, value, turn); };
@@ -226,21 +217,16 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     Accumulator<kCols> s;
     Accumulator<kHeadDim> out;
     Fragments<kCols / 16> weights;
-    Fragments<kHeadDim / 16> queries;
     shared.q_full(0).wait(0);
     Mask mask = shared.work(0).mask;
     TileWalk walk = shared.work(0).walk;
     int row0;
-    if (Config::takes_turns && group == Config::consumers - 1) named_arrive(1, 2 * kWarpgroup);
 
     const auto begin_scores = [&] {
         shared.k_full(kv.stage).wait(kv.phase);
         hold(s);
         begin_products();
-        if constexpr (Config::q_in_registers)
-            multiply<T, kHeadDim / 16, true>(s, queries, rows(shared.k(kv.stage)));
-        else
-            multiply<T, kHeadDim / 16, true>(s, rows(shared.q(q.stage), 64 * group), rows(shared.k(kv.stage)));
+        multiply<T, kHeadDim / 16, true>(s, rows(shared.q(q.stage), 64 * group), rows(shared.k(kv.stage)));
         commit_products();
     };
     const auto begin_values = [&](RingPosition<Config::stages> at) {
@@ -275,7 +261,6 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         const Work<Mask>& work = shared.work(q.stage);
         if (work.last) return false;
         mask = work.mask, walk = work.walk, row0 = work.row0 + 64 * group;
-        if constexpr (Config::q_in_registers) read_rows(queries, shared.q(q.stage), 64 * group);
         return true;
     };
     // The first tile's weights, with nothing beside.
@@ -316,10 +301,8 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
                 continue;
             }
         }
-        if constexpr (Config::takes_turns) named_sync(1 + group, 2 * kWarpgroup);
         begin_scores();
         begin_values(before);
-        if constexpr (Config::takes_turns) named_arrive(1 + (group + 1) % Config::consumers, 2 * kWarpgroup);
         wait_products<1>();
         activate_scores(t);
         wait_products<0>();
@@ -336,19 +319,19 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
 template <class T, int kHeadDim, class Mask, class Config>
 __global__ void __launch_bounds__((Config::consumers + 1) * kWarpgroup, 1)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ ForwardMaps maps,
-                   const __grid_constant__ ForwardPlaces places) {
+                   const __grid_constant__ Schedule schedule) {
     using Shared = ForwardShared<kHeadDim, Mask, Config>;
-    extern __shared__ unsigned char shared_memory[];
-    const Shared shared(shared_memory);
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
+    const Shared shared{shared_memory};
     const int warp = uniform_warp();
     if (threadIdx.x == 0) shared.init_barriers();
     __syncthreads();
 
     if (warp < 4) {
         lower_registers<Config::loader_registers>();
-        if (warp == 0) load_works<T>(p, maps, places, shared);
+        if (warp == 0) load_works<T>(p, maps, schedule, shared);
         if (warp == 1) store_works(maps, shared);
-        if (warp == 2) clean<T, kHeadDim, Mask, Config>(p, places);
+        if (warp == 2) clean<T, kHeadDim, Mask, Config>(p, schedule.levels);
     } else {
         raise_registers<Config::consumer_registers>();
         consume_works<T>(p, shared, warp / 4 - 1);
@@ -360,19 +343,18 @@ void launch_forward(const Params& p, void* stream) {
     using Shared = ForwardShared<kHeadDim, Mask, Config>;
     constexpr int kRows = Shared::kRows, kPanel = Shared::QTile::kPanelCols;
     if (max_of(p.total_q, p.total_k) > 0x7fffffff) throw std::runtime_error("hstu_ext: more than 2^31 - 1 packed rows");
-    const int row_blocks = block_count(p.max_seqlen_q, kRows), resident = multiprocessors(p.device);
-    const int64_t count = int64_t{row_blocks} * p.heads * p.batch;
-    if (count > 0x3fffffff) throw std::runtime_error("hstu_ext: too many blocks of rows: " + std::to_string(count));
+    const int blocks = multiprocessors(p.device);
+    const Schedule schedule(p, kRows, blocks);
+    if (schedule.places() > 0x3fffffff)
+        throw std::runtime_error("hstu_ext: too many row blocks: " + std::to_string(schedule.places()));
     const ForwardMaps maps{
         SequenceMap::make<T>(p.q, p.total_q, p.heads, p.dim_qk, p.max_seqlen_q, kRows, kPanel),
         SequenceMap::make<T>(p.k, p.total_k, p.heads, p.dim_qk, p.max_seqlen_k, Config::cols, kPanel),
         SequenceMap::make<T>(p.v, p.total_k, p.heads, p.dim_v, p.max_seqlen_k, Config::cols, kPanel),
         SequenceMap::make<T>(p.out, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, kRows, kPanel)};
-    const ForwardPlaces places{BlockOrder(p, row_blocks, resident, l2_cache_bytes(p.device)), row_blocks,
-                               static_cast<int>(count)};
-    launch<forward_kernel<T, kHeadDim, Mask, Config>>(min_of<int64_t>(count, resident),
+    launch<forward_kernel<T, kHeadDim, Mask, Config>>(min_of<int64_t>(schedule.places(), blocks),
                                                       (Config::consumers + 1) * kWarpgroup, Shared::kBytes, p.device,
-                                                      static_cast<cudaStream_t>(stream), p, maps, places);
+                                                      static_cast<cudaStream_t>(stream), p, maps, schedule);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>

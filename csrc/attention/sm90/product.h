@@ -10,6 +10,7 @@
 // another (its warning C7514).
 #pragma once
 
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // widths such as 80
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <utility>
 
@@ -111,8 +112,11 @@ struct Atom;
 HSTU_ATOMS(16)
 HSTU_ATOMS(32)
 HSTU_ATOMS(64)
+HSTU_ATOMS(80)
 HSTU_ATOMS(96)
+HSTU_ATOMS(112)
 HSTU_ATOMS(128)
+HSTU_ATOMS(160)
 HSTU_ATOMS(192)
 HSTU_ATOMS(256)
 #undef HSTU_ATOMS
