@@ -154,7 +154,7 @@ struct BackwardTile<64> {
 };
 template <>
 struct BackwardTile<128> {
-    static constexpr int rows = 64, cols = 128, stages = 4, key_registers = 208, query_registers = 72,
+    static constexpr int rows = 64, cols = 128, stages = 3, key_registers = 208, query_registers = 72,
                          loader_registers = 24;
     static constexpr bool keys_in_registers = false;
 };

@@ -24,7 +24,7 @@ namespace hstu::attention::sm90 {
 template <class T, int kHeadDim, class Mask, class Config>
 __global__ void __launch_bounds__(4 * kWarpgroup, 1)
     backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardMaps maps,
-                    const __grid_constant__ BackwardPlaces places) {
+                    const __grid_constant__ Schedule schedule) {
     extern __shared__ unsigned char shared_memory[];
     const BackwardShared<kHeadDim, Mask, Config> shared(shared_memory);
     const int warp = uniform_warp();
@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(4 * kWarpgroup, 1)
 
     if (warp < 4) {
         lower_registers<Config::loader_registers>();
-        if (warp == 0) load_works(p, maps, places, shared);
-        if (warp == 1) clean_works<T, Mask, Config>(p, places);
+        if (warp == 0) load_works(p, maps, schedule, shared);
+        if (warp == 1) clean_works<T, Mask, Config>(p, schedule.levels);
         if (warp == 2 && lane() == 0) await_turns(p, shared);
         if (warp == 3 && lane() == 0) pass_turns(p, shared);
     } else if (warp < 8) {
@@ -52,23 +52,22 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
     constexpr int kPanel = Shared::QTile::kPanelCols;
     const auto stream = static_cast<cudaStream_t>(stream_handle);
     if (max_of(p.total_q, p.total_k) > 0x7fffffff) throw std::runtime_error("hstu_ext: more than 2^31 - 1 packed rows");
-    const int col_blocks = block_count(p.max_seqlen_k, Config::cols), resident = multiprocessors(p.device);
-    const int64_t count = int64_t{col_blocks} * p.heads * p.batch;
-    if (count > 0x3fffffff) throw std::runtime_error("hstu_ext: too many blocks of keys: " + std::to_string(count));
+    const int blocks = multiprocessors(p.device);
+    const Schedule schedule(p, Config::cols, blocks, true);
+    if (schedule.places() > 0x3fffffff)
+        throw std::runtime_error("hstu_ext: too many blocks of keys: " + std::to_string(schedule.places()));
     const BackwardMaps maps{
         SequenceMap::make<T>(p.q, p.total_q, p.heads, p.dim_qk, p.max_seqlen_q, Config::rows, kPanel),
         SequenceMap::make<T>(p.dout, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, Config::rows, kPanel),
         SequenceMap::make<T>(p.k, p.total_k, p.heads, p.dim_qk, p.max_seqlen_k, Config::cols, kPanel),
         SequenceMap::make<T>(p.v, p.total_k, p.heads, p.dim_v, p.max_seqlen_k, Config::cols, kPanel)};
-    const BackwardPlaces places{BlockOrder(p, col_blocks, resident, l2_cache_bytes(p.device)), col_blocks,
-                                static_cast<int>(count)};
-    if (col_blocks > 1) {
+    if (schedule.levels > 1) {
         using Scratch = DqScratch<kHeadDim, Config>;
         check_cuda(cudaMemsetAsync(Scratch{p.dq_accum}.turns(p), 0, sizeof(int) * dq_tiles<Config>(p), stream),
                    "clearing the turns");
     }
-    launch<backward_kernel<T, kHeadDim, Mask, Config>>(min_of<int64_t>(count, resident), 4 * kWarpgroup, Shared::kBytes,
-                                                       p.device, stream, p, maps, places);
+    launch<backward_kernel<T, kHeadDim, Mask, Config>>(min_of<int64_t>(schedule.places(), blocks), 4 * kWarpgroup,
+                                                       Shared::kBytes, p.device, stream, p, maps, schedule);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>

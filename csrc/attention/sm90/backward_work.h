@@ -2,24 +2,15 @@
 // out: the loader and the cleaner.
 #pragma once
 
-#include "attention/sm80/block_order.h"
 #include "attention/sm90/pipeline.h"
 #include "attention/sm90/product.h"
+#include "attention/sm90/schedule.h"
 #include "attention/sm90/tensor_map.h"
 
 namespace hstu::attention::sm90 {
 
-using sm80::BlockOrder;
-
 struct BackwardMaps {
     SequenceMap q, dout, k, v;
-};
-
-// Which keys the grid's places stand for: place i is taken up by block i % gridDim.x, in ascending order. Of one
-// (sequence, head) the first keys come first: they have most work under a causal mask, and dQ is added up in that order.
-struct BackwardPlaces {
-    BlockOrder order;
-    int col_blocks, count;
 };
 
 // One head's keys [col0, col0 + cols) of one sequence, as the loader hands it to the others.
@@ -43,7 +34,8 @@ struct BackwardShared {
     static constexpr int kTiles = kScores + 2 * GTile::kBytes;
     static constexpr int kBarriers = 2 + 2 * kStages + 12;
     static constexpr int kWork = kTiles + 8 * kBarriers;
-    static constexpr int kBytes = kWork + sizeof(KeyWork<Mask>) + 1024;  // the start is moved to a multiple of 1024
+    static constexpr int kBatch = kWork + sizeof(KeyWork<Mask>);
+    static constexpr int kBytes = kBatch + sizeof(SortedBatch) + 1024;  // the start is moved to a multiple of 1024
 
     unsigned char* start;
 
@@ -66,6 +58,7 @@ struct BackwardShared {
     __device__ Barrier turn_over(int stage) const { return barrier(10 + 2 * kStages + stage); }
     __device__ Barrier turn_passed(int stage) const { return barrier(12 + 2 * kStages + stage); }
     __device__ KeyWork<Mask>& work() const { return *reinterpret_cast<KeyWork<Mask>*>(start + kWork); }
+    __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
 
     __device__ void init_barriers() const {
         k_full().init(1), k_empty().init(14);
@@ -86,20 +79,29 @@ __device__ __forceinline__ int first_accum_tile(const Sequence& seq, int b) {
 
 // One warp. Waits for k_empty and q_empty.
 template <int kHeadDim, class Mask, class Config>
-__device__ __forceinline__ void load_works(const BackwardParams& p, const BackwardMaps& maps,
-                                           const BackwardPlaces& places,
+__device__ __forceinline__ void load_works(const BackwardParams& p, const BackwardMaps& maps, const Schedule& schedule,
                                            const BackwardShared<kHeadDim, Mask, Config>& shared) {
     using Shared = BackwardShared<kHeadDim, Mask, Config>;
     RingPosition<Config::stages> q;
     RingPosition<1> k;
-    // 32 places at a time, one a lane, so that their offsets are read together.
-    for (int first = blockIdx.x; first < places.count; first += 32 * gridDim.x) {
-        const int place = first + lane() * gridDim.x;
-        const auto [b, head, rank] = places.order[min_of(place, places.count - 1)];
-        const int col0 = rank * Config::cols;
+    if (schedule.sorted) {
+        // The tiles are still unused.
+        shared.batch().sort(p, Config::cols, schedule.levels, true,
+                            *reinterpret_cast<SortedBatch::Scratch*>(shared.start));
+        fence_async();
+        __syncwarp();
+    }
+    PlaceFinder find(schedule, shared.batch());
+    // 32 rounds at a time, one a lane, so that their offsets are read together.
+    for (int round = lane(); __any_sync(0xffffffff, schedule.place(round) < find.last()); round += 32) {
+        const auto [b, head, level] = find(schedule.place(round));
         const Sequence seq(p, b);
         const Mask mask(p, seq, b, head);
-        const bool wanted = place < places.count && col0 < seq.len_k;
+        // The first keys come first: they have most work under a causal mask, and dQ is added up in that order.
+        const int levels =
+            schedule.sorted ? min_of(schedule.levels, ceil_div(seq.len_k, Config::cols)) : schedule.levels;
+        const int col0 = (levels - 1 - level) * Config::cols;
+        const bool wanted = level >= 0 && col0 < seq.len_k;
         for (unsigned left = __ballot_sync(0xffffffff, wanted); left != 0; left &= left - 1) {
             const int turn = __ffs(left) - 1;
             if (lane() == turn) {
@@ -147,32 +149,36 @@ struct DqOrder {
     }
 };
 
-// One warp: writes 0 to the rows of dq, dk and dv that no product reaches.
+// One warp: writes 0 to the rows of dq, dk and dv that no product reaches. A row of queries keeps no key only where a
+// sequence has more queries than keys.
 template <class T, class Mask, class Config>
-__device__ __forceinline__ void clean_works(const BackwardParams& p, const BackwardPlaces& places) {
+__device__ __forceinline__ void clean_works(const BackwardParams& p, int col_blocks) {
     const Team team(lane(), 32);
-    for (int place = blockIdx.x; place < places.count; place += gridDim.x) {
-        const auto [b, head, rank] = places.order[place];
-        const int col0 = rank * Config::cols;
-        const bool last_block = rank == places.col_blocks - 1;
-        const Sequence seq(p, b);
-        zero_unused_rows<T>(p.dk, head, p.dim_qk, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0,
-                            Config::cols, last_block, team);
-        zero_unused_rows<T>(p.dv, head, p.dim_v, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0,
-                            Config::cols, last_block, team);
-        if (rank != 0) continue;
-        zero_unused_rows<T>(p.dq, head, p.dim_qk, b, p.batch, p.total_q, seq.q_begin, seq.alloc_q,
-                            seq.len_k > 0 ? seq.len_q : 0, 0, seq.alloc_q, true, team);
-        if (seq.len_k == 0) continue;
-        const Mask mask(p, seq, b, head);
-        for (int first = 0; first < seq.len_q; first += 32 * Config::rows) {
-            const int row0 = first + lane() * Config::rows;
-            const bool unseen = row0 < seq.len_q && DqOrder::of(mask, row0, Config::rows, 0, Config::cols).count == 0;
-            for (unsigned left = __ballot_sync(0xffffffff, unseen); left != 0; left &= left - 1) {
-                const int row = first + (__ffs(left) - 1) * Config::rows;
-                zero_rows<T>(p.dq, head, seq.q_begin + row, seq.q_begin + min_of(row + Config::rows, seq.len_q),
-                             p.dim_qk, team);
-            }
+    const int count = col_blocks * p.heads * p.batch;
+    for (int from = blockIdx.x * 32; from < count; from += 32 * gridDim.x) {
+        const int number = min_of(from + lane(), count - 1);
+        const Sequence of_lane(p, number / col_blocks / p.heads);
+        const bool at_edge = number / col_blocks / p.heads == 0 || number / col_blocks / p.heads == p.batch - 1;
+        const bool wanted = from + lane() < count && (at_edge || of_lane.len_k < of_lane.alloc_k ||
+                                                      of_lane.len_q < of_lane.alloc_q || of_lane.len_q > of_lane.len_k);
+        for (unsigned left = __ballot_sync(0xffffffff, wanted); left != 0; left &= left - 1) {
+            const int chosen = from + __ffs(left) - 1, pair = chosen / col_blocks, block = chosen % col_blocks;
+            const int b = pair / p.heads, head = pair % p.heads, col0 = block * Config::cols;
+            const bool last_block = block == col_blocks - 1;
+            const Sequence seq(p, b);
+            zero_unused_rows<T>(p.dk, head, p.dim_qk, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0,
+                                Config::cols, last_block, team);
+            zero_unused_rows<T>(p.dv, head, p.dim_v, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0,
+                                Config::cols, last_block, team);
+            if (block != 0) continue;
+            zero_unused_rows<T>(p.dq, head, p.dim_qk, b, p.batch, p.total_q, seq.q_begin, seq.alloc_q,
+                                seq.len_k > 0 ? seq.len_q : 0, 0, seq.alloc_q, true, team);
+            if (seq.len_k == 0 || seq.len_q <= seq.len_k) continue;
+            const Mask mask(p, seq, b, head);
+            for (int row0 = 0; row0 < seq.len_q; row0 += Config::rows)
+                if (DqOrder::of(mask, row0, Config::rows, 0, Config::cols).count == 0)
+                    zero_rows<T>(p.dq, head, seq.q_begin + row0, seq.q_begin + min_of(row0 + Config::rows, seq.len_q),
+                                 p.dim_qk, team);
         }
     }
 }

@@ -84,7 +84,7 @@ __device__ __forceinline__ void load_works(const Params& p, const ForwardMaps& m
     RingPosition<Config::stages> kv;
     if (schedule.sorted) {
         // The tiles are still unused.
-        shared.batch().sort(p, kRows, schedule.levels, *reinterpret_cast<SortedBatch::Scratch*>(shared.start));
+        shared.batch().sort(p, kRows, schedule.levels, false, *reinterpret_cast<SortedBatch::Scratch*>(shared.start));
         fence_async();
         __syncwarp();
     }

@@ -15,14 +15,17 @@ struct Schedule {
     static constexpr int kMaxSequences = 512, kMaxLevels = 256;  // of a batch that is sorted; others go as they come
 
     int batch, heads, levels, chunk;
-    bool sorted;  // sequences differ in length
+    bool of_keys;  // the rows are keys, as in the backward, not queries
+    bool sorted;   // sequences differ in length
 
-    // rows: query rows of a row block; blocks: of the grid.
-    Schedule(const Params& p, int rows, int blocks)
-        : batch(p.batch), heads(p.heads), levels(block_count(p.max_seqlen_q, rows)) {
+    // rows: of a row block; blocks: of the grid.
+    Schedule(const Params& p, int rows, int blocks, bool of_keys = false)
+        : batch(p.batch), heads(p.heads), levels(block_count(of_keys ? p.max_seqlen_k : p.max_seqlen_q, rows)),
+          of_keys(of_keys) {
         // As many blocks as share a pair's keys at a time anyway, or four.
         chunk = blocks >= int64_t{6} * batch * heads ? 1 : 4;
-        const bool equal = !p.seqused_q && p.total_q == int64_t{p.batch} * p.max_seqlen_q;
+        const bool equal = of_keys ? !p.seqused_k && p.total_k == int64_t{p.batch} * p.max_seqlen_k
+                                   : !p.seqused_q && p.total_q == int64_t{p.batch} * p.max_seqlen_q;
         sorted = !equal && levels > 1 && batch <= kMaxSequences && levels <= kMaxLevels;
     }
     int64_t places() const { return int64_t{levels} * heads * batch; }
@@ -45,11 +48,12 @@ struct SortedBatch {
     };
 
     // By one warp. Counting sort, stable, so that every block of the grid comes to the same order.
-    __device__ void sort(const Params& p, int rows, int levels, Scratch& scratch) {
+    __device__ void sort(const Params& p, int rows, int levels, bool of_keys, Scratch& scratch) {
         for (int n = lane(); n <= levels; n += 32) scratch.next[n] = 0;
         __syncwarp();
         for (int b = lane(); b < p.batch; b += 32) {
-            const int n = min_of(levels, ceil_div(Sequence(p, b).len_q, rows));
+            const Sequence seq(p, b);
+            const int n = min_of(levels, ceil_div(of_keys ? seq.len_k : seq.len_q, rows));
             scratch.row_blocks[b] = static_cast<uint16_t>(n);
             atomicAdd(&scratch.next[n], 1);
         }
