@@ -136,25 +136,25 @@ struct ForwardTile<256> {
 };
 
 // A block's two key warpgroups own 64 keys each and walk over the queries in steps of `rows`. stages: Q and dO tiles in
-// flight. keys_in_registers: K and V as left operands are read once a work. *_registers: a thread, of 512 for two key
+// flight; works: K and V in shared memory. keys_in_registers: K and V as left operands are read once a work. *_registers: a thread, of 512 for two key
 // warpgroups, the query warpgroup and the loader's.
 template <int kHeadDim>
 struct BackwardTile;
 template <>
 struct BackwardTile<32> {
-    static constexpr int rows = 128, cols = 128, stages = 4, key_registers = 192, query_registers = 88,
+    static constexpr int rows = 128, cols = 128, stages = 4, works = 2, key_registers = 192, query_registers = 88,
                          loader_registers = 40;
     static constexpr bool keys_in_registers = true;
 };
 template <>
 struct BackwardTile<64> {
-    static constexpr int rows = 64, cols = 128, stages = 4, key_registers = 192, query_registers = 88,
+    static constexpr int rows = 64, cols = 128, stages = 4, works = 2, key_registers = 192, query_registers = 88,
                          loader_registers = 40;
     static constexpr bool keys_in_registers = true;
 };
 template <>
 struct BackwardTile<128> {
-    static constexpr int rows = 64, cols = 128, stages = 3, key_registers = 208, query_registers = 72,
+    static constexpr int rows = 64, cols = 128, stages = 3, works = 1, key_registers = 208, query_registers = 72,
                          loader_registers = 24;
     static constexpr bool keys_in_registers = false;
 };

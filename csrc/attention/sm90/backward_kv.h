@@ -147,16 +147,17 @@ struct KeyGroup {
     using Operand = Keys<typename Shared::KTile, kHeadDim / 16, Config::keys_in_registers>;
     static constexpr int kRows = Config::rows, kSteps = kRows / 16;
 
-    const Shared& shared;  // the mask and the walk are read there again and again: registers are what is short
-    const int group;
+    const Shared& shared;     // the mask and the walk are read there again and again: registers are what is short
+    const int group, number;  // which 64 keys, of which work in shared memory
     Operand keys, values;
     Accumulator<kHeadDim> dk, dv;
     Accumulator<kRows> s, dp;
     Slopes<kRows> slopes;
     Fragments<kSteps> weights, gradients;
 
-    __device__ __forceinline__ KeyGroup(const Shared& shared, int group)
-        : shared(shared), group(group), keys(shared.k(), 64 * group), values(shared.v(), 64 * group) {
+    __device__ __forceinline__ KeyGroup(const Shared& shared, int group, int number)
+        : shared(shared), group(group), number(number), keys(shared.k(number), 64 * group),
+          values(shared.v(number), 64 * group) {
         dk.clear();
         dv.clear();
     }
@@ -173,8 +174,8 @@ struct KeyGroup {
     }
     // S is there: P and the slopes.
     __device__ __forceinline__ void use_s(int t, float half_alpha) {
-        const int row0 = shared.work().walk[t], first_key = shared.work().col0 + 64 * group;
-        const Mask mask = shared.work().mask;
+        const int row0 = shared.work(number).walk[t], first_key = shared.work(number).col0 + 64 * group;
+        const Mask mask = shared.work(number).mask;
         hold(s);
         if (mask.is_full(row0, kRows, first_key, 64))
             activate<T, false>(s, weights, slopes, mask, row0, first_key, half_alpha);
@@ -207,7 +208,6 @@ struct KeyGroup {
         wait_products<0>();
         hold(dv);
         hold(dk);
-        hold(weights);
         hold(gradients);
     }
 };
@@ -219,16 +219,35 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
     const bool signals = threadIdx.x % kWarpgroup == 0;
     RingPosition<Config::stages> q;
     RingPosition<2> g;
-    for (RingPosition<1> k;; k.next()) {
-        shared.k_full().wait(k.phase);
-        if (shared.work().last) break;
-        const int tiles = __shfl_sync(0xffffffff, shared.work().walk.tiles, 0);
-        KeyGroup<T, kHeadDim, Mask, Config> own(shared, group);
-        for (int t = 0; t < tiles; ++t, q.next(), g.next()) {
+    for (RingPosition<Config::works> k;; k.next()) {
+        shared.k_full(k.stage).wait(k.phase);
+        if (shared.work(k.stage).last) break;
+        const int tiles = __shfl_sync(0xffffffff, shared.work(k.stage).walk.tiles, 0);
+        KeyGroup<T, kHeadDim, Mask, Config> own(shared, group, k.stage);
+        const float half_alpha = 0.5f * p.alpha;
+        if (tiles > 0) {
             shared.q_full(q.stage).wait(q.phase);
             own.start_s(q.stage);
             wait_products<0>();
-            own.use_s(t, 0.5f * p.alpha);
+            for (int t = 0; t < tiles - 1; ++t) {
+                const int stage = q.stage;
+                own.use_s(t, half_alpha);
+                own.start_dp(stage);
+                own.start_dv(stage);
+                wait_products<0>();
+                hold(own.dv);
+                hold(own.weights);
+                own.use_dp(g);
+                g.next();
+                q.next();
+                own.start_dk(stage);
+                shared.q_full(q.stage).wait(q.phase);
+                own.start_s(q.stage);
+                wait_products<1>();
+                if (signals) shared.q_empty(stage).arrive();
+                own.finish_sums();
+            }
+            own.use_s(tiles - 1, half_alpha);
             own.start_dp(q.stage);
             own.start_dv(q.stage);
             wait_products<1>();
@@ -236,12 +255,14 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
             own.start_dk(q.stage);
             own.finish_sums();
             if (signals) shared.q_empty(q.stage).arrive();
+            g.next();
+            q.next();
         }
-        const int head = shared.work().head, first_key = shared.work().col0 + 64 * group;
-        const int num_rows = shared.work().mask.len_k - first_key;
-        const int64_t packed_key = int64_t{shared.work().k_begin} + first_key;
+        const int head = shared.work(k.stage).head, first_key = shared.work(k.stage).col0 + 64 * group;
+        const int num_rows = shared.work(k.stage).mask.len_k - first_key;
+        const int64_t packed_key = int64_t{shared.work(k.stage).k_begin} + first_key;
         __syncwarp();
-        if (lane() == 0) shared.k_empty().arrive();
+        if (lane() == 0) shared.k_empty(k.stage).arrive();
         store_product(own.dv, p.inv_scaling, p.dv.at<T>(packed_key, head), p.dv.row_stride, num_rows, p.dim_v);
         store_product(own.dk, 0.5f * p.alpha * p.inv_scaling, p.dk.at<T>(packed_key, head), p.dk.row_stride, num_rows,
                       p.dim_qk);

@@ -46,9 +46,9 @@ __device__ __forceinline__ void await_turns(const BackwardParams& p,
                                             const BackwardShared<kHeadDim, Mask, Config>& shared) {
     const int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
     RingPosition<2> turn;
-    for (RingPosition<1> k;; k.next()) {
-        shared.k_full().wait(k.phase);
-        const KeyWork<Mask>& work = shared.work();
+    for (RingPosition<Config::works> k;; k.next()) {
+        shared.k_full(k.stage).wait(k.phase);
+        const KeyWork<Mask>& work = shared.work(k.stage);
         if (work.last) break;
         for (int t = 0; t < work.walk.tiles; ++t) {
             const Visit visit(p, work, work.walk[t], Config::rows, Config::cols);
@@ -61,7 +61,7 @@ __device__ __forceinline__ void await_turns(const BackwardParams& p,
             shared.turn_came(turn.stage).arrive();
             turn.next();
         }
-        shared.k_empty().arrive();
+        shared.k_empty(k.stage).arrive();
     }
 }
 
@@ -71,10 +71,10 @@ __device__ __forceinline__ void pass_turns(const BackwardParams& p,
                                            const BackwardShared<kHeadDim, Mask, Config>& shared) {
     int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
     RingPosition<2> turn;
-    for (RingPosition<1> k;; k.next()) {
-        shared.k_full().wait(k.phase);
-        const KeyWork<Mask> work = shared.work();
-        shared.k_empty().arrive();
+    for (RingPosition<Config::works> k;; k.next()) {
+        shared.k_full(k.stage).wait(k.phase);
+        const KeyWork<Mask> work = shared.work(k.stage);
+        shared.k_empty(k.stage).arrive();
         if (work.last) break;
         for (int t = 0; t < work.walk.tiles; ++t) {
             const Visit visit(p, work, work.walk[t], Config::rows, Config::cols);
@@ -122,9 +122,9 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
     using Scratch = DqScratch<kHeadDim, Config>;
     const bool signals = threadIdx.x % kWarpgroup == 0;
     RingPosition<2> g, came, over;
-    for (RingPosition<1> k;; k.next()) {
-        shared.k_full().wait(k.phase);
-        const KeyWork<Mask> work = shared.work();
+    for (RingPosition<Config::works> k;; k.next()) {
+        shared.k_full(k.stage).wait(k.phase);
+        const KeyWork<Mask> work = shared.work(k.stage);
         if (work.last) break;
         for (int t = 0; t < work.walk.tiles; ++t, g.next()) {
             const int row0 = work.walk[t];
@@ -149,13 +149,14 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                 if (unit == 0) shared.g_full(g.stage).wait(g.phase);
                 hold(dq);
                 begin_products();
-                multiply<T, Config::cols / 16>(dq, columns(shared.g(g.stage), unit_row), columns(shared.k(), unit_col));
+                multiply<T, Config::cols / 16>(dq, columns(shared.g(g.stage), unit_row),
+                                               columns(shared.k(k.stage), unit_col));
                 commit_products();
                 wait_products<0>();
                 hold(dq);
                 if (unit == kUnits - 1) {
                     if (signals) shared.g_empty(g.stage).arrive();
-                    if (t == work.walk.tiles - 1 && lane() == 0) shared.k_empty().arrive();
+                    if (t == work.walk.tiles - 1 && lane() == 0) shared.k_empty(k.stage).arrive();
                 }
                 if (visit.last) {
                     const int row = row0 + unit_row;
@@ -176,7 +177,7 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
             }
         }
         __syncwarp();
-        if (work.walk.tiles == 0 && lane() == 0) shared.k_empty().arrive();
+        if (work.walk.tiles == 0 && lane() == 0) shared.k_empty(k.stage).arrive();
     }
 }
 

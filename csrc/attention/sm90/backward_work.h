@@ -26,42 +26,43 @@ struct KeyWork {
 
 template <int kHeadDim, class Mask, class Config>
 struct BackwardShared {
-    static constexpr int kRows = Config::rows, kCols = Config::cols, kStages = Config::stages;
+    static constexpr int kRows = Config::rows, kCols = Config::cols, kStages = Config::stages, kWorks = Config::works;
     using QTile = Tile<kRows, kHeadDim>;
     using KTile = Tile<kCols, kHeadDim>;
     using GTile = Tile<kCols, kRows>;  // G^T: a row a key
-    static constexpr int kRing = 2 * KTile::kBytes, kScores = kRing + 2 * kStages * QTile::kBytes;
+    static constexpr int kRing = 2 * kWorks * KTile::kBytes, kScores = kRing + 2 * kStages * QTile::kBytes;
     static constexpr int kTiles = kScores + 2 * GTile::kBytes;
-    static constexpr int kBarriers = 2 + 2 * kStages + 12;
+    static constexpr int kBarriers = 2 * kWorks + 2 * kStages + 12;
     static constexpr int kWork = kTiles + 8 * kBarriers;
-    static constexpr int kBatch = kWork + sizeof(KeyWork<Mask>);
+    static constexpr int kBatch = kWork + kWorks * sizeof(KeyWork<Mask>);
     static constexpr int kBytes = kBatch + sizeof(SortedBatch) + 1024;  // the start is moved to a multiple of 1024
 
     unsigned char* start;
 
     __device__ explicit BackwardShared(unsigned char* memory) : start(memory + (-shared_address(memory) & 1023)) {}
     __device__ uint32_t base() const { return shared_address(start); }
-    __device__ KTile k() const { return {base()}; }
-    __device__ KTile v() const { return {base() + KTile::kBytes}; }
+    __device__ KTile k(int work) const { return {base() + work * KTile::kBytes}; }
+    __device__ KTile v(int work) const { return k(kWorks + work); }
     __device__ QTile q(int stage) const { return {base() + kRing + stage * QTile::kBytes}; }
     __device__ QTile dout(int stage) const { return q(kStages + stage); }
     __device__ GTile g(int stage) const { return {base() + kScores + stage * GTile::kBytes}; }
     __device__ Barrier barrier(int number) const { return {base() + kTiles + 8 * number}; }
-    __device__ Barrier k_full() const { return barrier(0); }  // K, V and the work
-    __device__ Barrier k_empty() const { return barrier(1); }
-    __device__ Barrier q_full(int stage) const { return barrier(2 + stage); }  // Q and dO
-    __device__ Barrier q_empty(int stage) const { return barrier(2 + kStages + stage); }
-    __device__ Barrier g_full(int stage) const { return barrier(2 + 2 * kStages + stage); }
-    __device__ Barrier g_empty(int stage) const { return barrier(4 + 2 * kStages + stage); }
-    __device__ Barrier turn_came(int stage) const { return barrier(6 + 2 * kStages + stage); }
-    __device__ Barrier turn_taken(int stage) const { return barrier(8 + 2 * kStages + stage); }
-    __device__ Barrier turn_over(int stage) const { return barrier(10 + 2 * kStages + stage); }
-    __device__ Barrier turn_passed(int stage) const { return barrier(12 + 2 * kStages + stage); }
-    __device__ KeyWork<Mask>& work() const { return *reinterpret_cast<KeyWork<Mask>*>(start + kWork); }
+    __device__ Barrier q_full(int stage) const { return barrier(stage); }  // Q and dO
+    __device__ Barrier q_empty(int stage) const { return barrier(kStages + stage); }
+    __device__ Barrier k_full(int work) const { return barrier(2 * kStages + work); }  // K, V and the work
+    __device__ Barrier k_empty(int work) const { return barrier(2 * kStages + kWorks + work); }
+    __device__ Barrier pair_barrier(int number) const { return barrier(2 * kStages + 2 * kWorks + number); }
+    __device__ Barrier g_full(int stage) const { return pair_barrier(stage); }
+    __device__ Barrier g_empty(int stage) const { return pair_barrier(2 + stage); }
+    __device__ Barrier turn_came(int stage) const { return pair_barrier(4 + stage); }
+    __device__ Barrier turn_taken(int stage) const { return pair_barrier(6 + stage); }
+    __device__ Barrier turn_over(int stage) const { return pair_barrier(8 + stage); }
+    __device__ Barrier turn_passed(int stage) const { return pair_barrier(10 + stage); }
+    __device__ KeyWork<Mask>& work(int number) const { return reinterpret_cast<KeyWork<Mask>*>(start + kWork)[number]; }
     __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
 
     __device__ void init_barriers() const {
-        k_full().init(1), k_empty().init(14);
+        for (int i = 0; i < kWorks; ++i) k_full(i).init(1), k_empty(i).init(14);
         for (int i = 0; i < kStages; ++i) q_full(i).init(1), q_empty(i).init(2);
         for (int i = 0; i < 2; ++i) {
             g_full(i).init(8), g_empty(i).init(1);
@@ -83,7 +84,7 @@ __device__ __forceinline__ void load_works(const BackwardParams& p, const Backwa
                                            const BackwardShared<kHeadDim, Mask, Config>& shared) {
     using Shared = BackwardShared<kHeadDim, Mask, Config>;
     RingPosition<Config::stages> q;
-    RingPosition<1> k;
+    RingPosition<Config::works> k;
     if (schedule.sorted) {
         // The tiles are still unused.
         shared.batch().sort(p, Config::cols, schedule.levels, true,
@@ -108,12 +109,12 @@ __device__ __forceinline__ void load_works(const BackwardParams& p, const Backwa
                 const TileWalk walk(aligned(mask.q_range(col0, Config::cols), Config::rows), Config::rows);
                 const SequenceRows q_rows{head, static_cast<int>(seq.q_begin), seq.len_q};
                 const SequenceRows k_rows{head, static_cast<int>(seq.k_begin), seq.len_k};
-                shared.k_empty().wait(k.phase ^ 1);
-                shared.work() = {mask, walk, head, col0, q_rows.begin, k_rows.begin, first_accum_tile<Config>(seq, b),
-                                 false};
-                shared.k_full().arrive_expecting(2 * Shared::KTile::kBytes);
-                load_rows(shared.k(), shared.k_full().address, maps.k, k_rows, col0);
-                load_rows(shared.v(), shared.k_full().address, maps.v, k_rows, col0);
+                shared.k_empty(k.stage).wait(k.phase ^ 1);
+                shared.work(k.stage) = {
+                    mask, walk, head, col0, q_rows.begin, k_rows.begin, first_accum_tile<Config>(seq, b), false};
+                shared.k_full(k.stage).arrive_expecting(2 * Shared::KTile::kBytes);
+                load_rows(shared.k(k.stage), shared.k_full(k.stage).address, maps.k, k_rows, col0);
+                load_rows(shared.v(k.stage), shared.k_full(k.stage).address, maps.v, k_rows, col0);
                 for (int t = 0; t < walk.tiles; ++t, q.next()) {
                     const uint32_t full = shared.q_full(q.stage).address;
                     shared.q_empty(q.stage).wait(q.phase ^ 1);
@@ -129,9 +130,9 @@ __device__ __forceinline__ void load_works(const BackwardParams& p, const Backwa
         }
     }
     if (lane() == 0) {
-        shared.k_empty().wait(k.phase ^ 1);
-        shared.work().last = true;
-        shared.k_full().arrive();
+        shared.k_empty(k.stage).wait(k.phase ^ 1);
+        shared.work(k.stage).last = true;
+        shared.k_full(k.stage).arrive();
     }
 }
 

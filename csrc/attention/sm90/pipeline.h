@@ -52,7 +52,7 @@ struct RingPosition {
     uint32_t phase = 0;
 
     __device__ __forceinline__ void next() {
-        if (++stage == kStages) stage = 0, phase ^= 1;
+        if (kStages == 1 || ++stage == kStages) stage = 0, phase ^= 1;
     }
 };
 
