@@ -32,7 +32,7 @@ struct Visit {
 
     template <class Mask>
     __device__ __forceinline__ Visit(const BackwardParams& p, const KeyWork<Mask>& work, int row0, int rows, int cols) {
-        const DqOrder order = DqOrder::of(work.mask, row0, rows, work.col0, cols);
+        const KeyTileRank order(work.mask, row0, rows, work.col0, cols);
         rank = order.rank;
         first = rank == 0, last = rank == order.count - 1;
         in_order = p.deterministic || last;

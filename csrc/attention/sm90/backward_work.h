@@ -136,20 +136,6 @@ __device__ __forceinline__ void load_works(const BackwardParams& p, const Backwa
     }
 }
 
-// Where a key tile stands among those that add to one tile of dQ. Which key and query tiles meet is read here from the
-// mask's key spans and in the loader from its query spans: both say the same (tests/cpp/test_mask.cpp).
-struct DqOrder {
-    int rank, count;
-
-    template <class Mask>
-    __device__ __forceinline__ static DqOrder of(const Mask& mask, int row0, int rows, int col0, int cols) {
-        if constexpr (!Mask::kCheapRanges) return {col0 / cols, ceil_div(mask.len_k, cols)};
-        const TileWalk walk(aligned(mask.kv_range(row0, rows), cols), cols);
-        const bool in_first = walk.first_tiles > 0 && col0 < walk.first + walk.first_tiles * cols;
-        return {in_first ? (col0 - walk.first) / cols : walk.first_tiles + (col0 - walk.second) / cols, walk.tiles};
-    }
-};
-
 // One warp: writes 0 to the rows of dq, dk and dv that no product reaches. A row of queries keeps no key only where a
 // sequence has more queries than keys.
 template <class T, class Mask, class Config>
@@ -177,7 +163,7 @@ __device__ __forceinline__ void clean_works(const BackwardParams& p, int col_blo
             if (seq.len_k == 0 || seq.len_q <= seq.len_k) continue;
             const Mask mask(p, seq, b, head);
             for (int row0 = 0; row0 < seq.len_q; row0 += Config::rows)
-                if (DqOrder::of(mask, row0, Config::rows, 0, Config::cols).count == 0)
+                if (KeyTileRank(mask, row0, Config::rows, 0, Config::cols).count == 0)
                     zero_rows<T>(p.dq, head, seq.q_begin + row0, seq.q_begin + min_of(row0 + Config::rows, seq.len_q),
                                  p.dim_qk, team);
         }
