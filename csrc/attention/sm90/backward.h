@@ -15,6 +15,7 @@
 #pragma once
 
 #include "attention/bias.h"
+#include "attention/sm90/backward_kv_split.h"
 #include "attention/sm90/backward_q.h"
 #include "attention/tile_config.h"
 #include "common/cuda_launch.h"
@@ -42,7 +43,14 @@ __global__ void __launch_bounds__(4 * kWarpgroup, 1)
         add_up_queries<T>(p, shared);
     } else {
         raise_registers<Config::key_registers>();
-        own_keys<T>(p, shared, warp / 4 - 2);
+        if constexpr (Config::split) {
+            if (warp < 12)
+                own_values<T>(p, shared);
+            else
+                own_gradients<T>(p, shared);
+        } else {
+            own_keys<T>(p, shared, warp / 4 - 2);
+        }
     }
 }
 

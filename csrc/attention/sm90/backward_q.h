@@ -112,12 +112,12 @@ __device__ __forceinline__ void add_sums(const Accumulator<kCols>& acc, float4* 
                      : "memory");
 }
 
-// One warpgroup: dQ of a work's query tiles, a unit of 64 rows and at most 64 columns after another. Waits for k_full,
+// One warpgroup: dQ of a work's query tiles, a unit of 64 rows and unit_cols columns after another. Waits for k_full,
 // g_full, turn_came and turn_passed.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                                                const BackwardShared<kHeadDim, Mask, Config>& shared) {
-    constexpr int kRows = Config::rows, kUnitCols = min_of(64, kHeadDim);
+    constexpr int kRows = Config::rows, kUnitCols = Config::unit_cols;
     constexpr int kUnitsN = kHeadDim / kUnitCols, kUnits = kRows / 64 * kUnitsN;
     using Scratch = DqScratch<kHeadDim, Config>;
     const bool signals = threadIdx.x % kWarpgroup == 0;
@@ -139,7 +139,7 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
             }
 #pragma unroll
             for (int unit = 0; unit < kUnits; ++unit) {
-                const int unit_row = unit / kUnitsN * 64, unit_col = unit % kUnitsN * 64;
+                const int unit_row = unit / kUnitsN * 64, unit_col = unit % kUnitsN * kUnitCols;
                 float4* const unit_slots = slots + unit * (64 * kUnitCols / 4);
                 Accumulator<kUnitCols> dq;
                 if (!visit.first && visit.in_order)

@@ -31,8 +31,9 @@ struct BackwardShared {
     using KTile = Tile<kCols, kHeadDim>;
     using GTile = Tile<kCols, kRows>;  // G^T: a row a key
     static constexpr int kRing = 2 * kWorks * KTile::kBytes, kScores = kRing + 2 * kStages * QTile::kBytes;
-    static constexpr int kTiles = kScores + 2 * GTile::kBytes;
-    static constexpr int kBarriers = 2 * kWorks + 2 * kStages + 12;
+    static constexpr int kSlopes = kScores + 2 * GTile::kBytes;
+    static constexpr int kTiles = kSlopes + (Config::split ? GTile::kBytes : 0);
+    static constexpr int kBarriers = 2 * kWorks + 2 * kStages + 14;
     static constexpr int kWork = kTiles + 8 * kBarriers;
     static constexpr int kBatch = kWork + kWorks * sizeof(KeyWork<Mask>);
     static constexpr int kBytes = kBatch + sizeof(SortedBatch) + 1024;  // the start is moved to a multiple of 1024
@@ -58,6 +59,9 @@ struct BackwardShared {
     __device__ Barrier turn_taken(int stage) const { return pair_barrier(6 + stage); }
     __device__ Barrier turn_over(int stage) const { return pair_barrier(8 + stage); }
     __device__ Barrier turn_passed(int stage) const { return pair_barrier(10 + stage); }
+    __device__ Barrier slopes_full() const { return pair_barrier(12); }
+    __device__ Barrier slopes_empty() const { return pair_barrier(13); }
+    __device__ uint32_t slopes() const { return base() + kSlopes; }
     __device__ KeyWork<Mask>& work(int number) const { return reinterpret_cast<KeyWork<Mask>*>(start + kWork)[number]; }
     __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
 
@@ -65,9 +69,10 @@ struct BackwardShared {
         for (int i = 0; i < kWorks; ++i) k_full(i).init(1), k_empty(i).init(14);
         for (int i = 0; i < kStages; ++i) q_full(i).init(1), q_empty(i).init(2);
         for (int i = 0; i < 2; ++i) {
-            g_full(i).init(8), g_empty(i).init(1);
+            g_full(i).init(kCols / 16), g_empty(i).init(1);
             turn_came(i).init(1), turn_taken(i).init(4), turn_over(i).init(4), turn_passed(i).init(1);
         }
+        slopes_full().init(4), slopes_empty().init(4);
         fence_barrier_init();
     }
 };

@@ -23,7 +23,7 @@ inline int64_t dq_scratch_elements(const BackwardParams& p, int head_dim) {
         case 32: return wanted(BackwardTile<32>{});
         case 64: return wanted(BackwardTile<64>{});
         case 128: return wanted(BackwardTile<128>{});
-        default: return 0;
+        default: return wanted(BackwardTile<256>{});
     }
 }
 
