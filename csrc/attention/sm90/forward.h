@@ -84,14 +84,16 @@ __device__ __forceinline__ void load_works(const Params& p, const ForwardMaps& m
     RingPosition<Config::stages> kv;
     if (schedule.sorted) {
         // The tiles are still unused.
-        shared.batch().sort(p, kRows, schedule.levels, *reinterpret_cast<SortedBatch::Scratch*>(shared.start));
+        shared.batch().sort(p, kRows, schedule.levels, schedule.of_keys,
+                            *reinterpret_cast<SortedBatch::Scratch*>(shared.start));
         fence_async();
         __syncwarp();
     }
     PlaceFinder find(schedule, shared.batch());
     // 32 rounds at a time, one a lane, so that their offsets are read together.
-    for (int round = lane(); __any_sync(0xffffffff, schedule.place(round) < find.last()); round += 32) {
-        const auto [b, head, level] = find(schedule.place(round));
+    for (int round = lane(); __any_sync(0xffffffff, Schedule::place(round, blockIdx.x, gridDim.x) < find.last());
+         round += 32) {
+        const auto [b, head, level] = find(Schedule::place(round, blockIdx.x, gridDim.x));
         const int row0 = level * kRows;
         const Sequence seq(p, b);
         const Mask mask(p, seq, b, head);
