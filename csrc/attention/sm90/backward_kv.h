@@ -17,21 +17,12 @@ __device__ __forceinline__ uint32_t matrix_address(Tile tile, int row, int col) 
 template <int kSteps, class Tile>
 __device__ __forceinline__ void load_fragments(Fragments<kSteps>& to, Tile tile, int row) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(to.x[step][0]), "=r"(to.x[step][1]), "=r"(to.x[step][2]), "=r"(to.x[step][3])
-                     : "r"(matrix_address(tile, row, 16 * step))
-                     : "memory");
+    for (int step = 0; step < kSteps; ++step) load_matrices(to.x[step], matrix_address(tile, row, 16 * step));
 }
-
 template <int kSteps, class Tile>
 __device__ __forceinline__ void store_fragments(const Fragments<kSteps>& from, Tile tile, int row) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                         matrix_address(tile, row, 16 * step)),
-                     "r"(from.x[step][0]), "r"(from.x[step][1]), "r"(from.x[step][2]), "r"(from.x[step][3])
-                     : "memory");
+    for (int step = 0; step < kSteps; ++step) store_matrices(matrix_address(tile, row, 16 * step), from.x[step]);
 }
 
 // Word i of lane j of a quad becomes word j of lane i.

@@ -42,20 +42,17 @@ __device__ __forceinline__ void put_slopes(const Slopes<kRows>& slopes, uint32_t
     to += threadIdx.x % kWarpgroup * 16;
 #pragma unroll
     for (int i = 0; i < kRows / 4; i += 4)
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + i / 4 * 16 * kWarpgroup), "r"(words[i]),
-                     "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3])
-                     : "memory");
+        store_shared(to + i / 4 * 16 * kWarpgroup, uint4{words[i], words[i + 1], words[i + 2], words[i + 3]});
 }
 template <int kRows>
 __device__ __forceinline__ void take_slopes(Slopes<kRows>& slopes, uint32_t from) {
     auto* words = reinterpret_cast<uint32_t*>(slopes.x);
     from += threadIdx.x % kWarpgroup * 16;
 #pragma unroll
-    for (int i = 0; i < kRows / 4; i += 4)
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(words[i]), "=r"(words[i + 1]), "=r"(words[i + 2]), "=r"(words[i + 3])
-                     : "r"(from + i / 4 * 16 * kWarpgroup)
-                     : "memory");
+    for (int i = 0; i < kRows / 4; i += 4) {
+        const uint4 four = load_shared(from + i / 4 * 16 * kWarpgroup);
+        words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
+    }
 }
 
 // S, P and dV. Waits for k_full, q_full and slopes_empty.

@@ -54,10 +54,7 @@ __device__ __forceinline__ void await_turns(const BackwardParams& p,
             const Visit visit(p, work, work.walk[t], Config::rows, Config::cols);
             if (visit.first) continue;
             shared.turn_taken(turn.stage).wait(turn.phase ^ 1);
-            int done;
-            do {
-                asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(turns + visit.tile) : "memory");
-            } while (done < (visit.in_order ? visit.rank : 1));
+            await_counter(turns + visit.tile, visit.in_order ? visit.rank : 1);
             shared.turn_came(turn.stage).arrive();
             turn.next();
         }
@@ -80,8 +77,7 @@ __device__ __forceinline__ void pass_turns(const BackwardParams& p,
             const Visit visit(p, work, work.walk[t], Config::rows, Config::cols);
             if (visit.last) continue;
             shared.turn_over(turn.stage).wait(turn.phase);
-            asm volatile("fence.acq_rel.gpu;" ::: "memory");
-            asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(turns + visit.tile) : "memory");
+            raise_counter(turns + visit.tile);
             shared.turn_passed(turn.stage).arrive();
             turn.next();
         }
@@ -98,18 +94,18 @@ __device__ __forceinline__ void load_sums(Accumulator<kCols>& acc, const float4*
     }
 }
 template <int kCols>
+__device__ __forceinline__ float4 slot_of(const Accumulator<kCols>& acc, int i) {
+    return {acc.x[4 * i], acc.x[4 * i + 1], acc.x[4 * i + 2], acc.x[4 * i + 3]};
+}
+template <int kCols>
 __device__ __forceinline__ void store_sums(const Accumulator<kCols>& acc, float4* slots) {
 #pragma unroll
-    for (int i = 0; i < kCols / 8; ++i)
-        __stcg(slots + i * kWarpgroup, float4{acc.x[4 * i], acc.x[4 * i + 1], acc.x[4 * i + 2], acc.x[4 * i + 3]});
+    for (int i = 0; i < kCols / 8; ++i) __stcg(slots + i * kWarpgroup, slot_of(acc, i));
 }
 template <int kCols>
 __device__ __forceinline__ void add_sums(const Accumulator<kCols>& acc, float4* slots) {
 #pragma unroll
-    for (int i = 0; i < kCols / 8; ++i)
-        asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(slots + i * kWarpgroup),
-                     "f"(acc.x[4 * i]), "f"(acc.x[4 * i + 1]), "f"(acc.x[4 * i + 2]), "f"(acc.x[4 * i + 3])
-                     : "memory");
+    for (int i = 0; i < kCols / 8; ++i) add_to_global(slots + i * kWarpgroup, slot_of(acc, i));
 }
 
 // One warpgroup: dQ of a work's query tiles, a unit of 64 rows and unit_cols columns after another. Waits for k_full,

@@ -6,6 +6,7 @@
 // warpgroup owns 64 of the rows and the mask's key spans are walked in tiles of `cols` keys. Four roles:
 //   loader (warp 0)    writes the Work down, fetches its Q, then K and V tile by tile;  waits for q_empty, k_empty, v_empty
 //   storer (warp 1)    sends the finished rows, which lie where Q lay;                  waits for q_full, o_full
+//                      (with a single place for Q the consumers store them, and Q is free after its last product)
 //   cleaner (warp 2)   writes 0 to the rows of `out` that nobody else writes
 //   consumers          S(t + 1) = Q K(t + 1)^T and O += P(t) V(t) run on the tensor cores while S(t + 1), once it is
 //                      there, becomes P(t + 1) in registers;                            wait for q_full, k_full, v_full
@@ -66,7 +67,10 @@ struct ForwardShared {
     __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
 
     __device__ void init_barriers() const {
-        for (int i = 0; i < kQ; ++i) q_full(i).init(1), q_empty(i).init(1), o_full(i).init(Config::consumers * 4);
+        for (int i = 0; i < kQ; ++i) {
+            q_full(i).init(1), o_full(i).init(Config::consumers * 4);
+            q_empty(i).init(kQ == 1 ? Config::consumers : 1);
+        }
         for (int i = 0; i < kKv; ++i) {
             k_full(i).init(1), v_full(i).init(1);
             k_empty(i).init(Config::consumers), v_empty(i).init(Config::consumers);
@@ -84,14 +88,16 @@ __device__ __forceinline__ void load_works(const Params& p, const ForwardMaps& m
     RingPosition<Config::stages> kv;
     if (schedule.sorted) {
         // The tiles are still unused.
-        shared.batch().sort(p, kRows, schedule.levels, false, *reinterpret_cast<SortedBatch::Scratch*>(shared.start));
+        shared.batch().sort(p, kRows, schedule.levels, schedule.of_keys,
+                            *reinterpret_cast<SortedBatch::Scratch*>(shared.start));
         fence_async();
         __syncwarp();
     }
     PlaceFinder find(schedule, shared.batch());
     // 32 rounds at a time, one a lane, so that their offsets are read together.
-    for (int round = lane(); __any_sync(0xffffffff, schedule.place(round) < find.last()); round += 32) {
-        const auto [b, head, level] = find(schedule.place(round));
+    for (int round = lane(); __any_sync(0xffffffff, Schedule::place(round, blockIdx.x, gridDim.x) < find.last());
+         round += 32) {
+        const auto [b, head, level] = find(Schedule::place(round, blockIdx.x, gridDim.x));
         const int row0 = level * kRows;
         const Sequence seq(p, b);
         const Mask mask(p, seq, b, head);
@@ -204,12 +210,48 @@ __device__ __forceinline__ void write_rows(const Accumulator<kHeadDim>& out, QTi
     }
 }
 
-// One warpgroup's stream of products. Its tiles follow one another across works: while the values of a work's last tile are
-// added, the scores of the next work's first tile are computed.
+// Scales, converts and writes a warpgroup's first num_rows rows and num_cols columns to global memory. The four lanes that
+// share a row exchange words, so that each writes 16 bytes and they write 64 together.
+template <class T, int kHeadDim>
+__device__ __forceinline__ void store_directly(const Accumulator<kHeadDim>& out, T* global, int64_t stride,
+                                               int num_rows, int num_cols, float factor) {
+    const int quarter = lane() % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = Accumulator<kHeadDim>::row() + 8 * half;
+        T* const to = global + row * stride + quarter * 8;
+#pragma unroll
+        for (int n = 0; n < kHeadDim; n += 32) {
+            uint32_t words[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float* x = out.x + n / 2 + 4 * i + 2 * half;
+                words[i] = pack<T>(factor * x[0], factor * x[1]);
+            }
+#pragma unroll
+            for (int step = 1; step < 4; step *= 2) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    if (i & step) continue;
+                    const bool upper = quarter & step;
+                    const uint32_t got = __shfl_xor_sync(0xffffffff, upper ? words[i] : words[i ^ step], step);
+                    words[i] = upper ? got : words[i];
+                    words[i ^ step] = upper ? words[i ^ step] : got;
+                }
+            }
+            if (row < num_rows && n + quarter * 8 < num_cols)
+                *reinterpret_cast<uint4*>(to + n) = uint4{words[0], words[1], words[2], words[3]};
+        }
+    }
+}
+
+// One warpgroup's stream of products. Its tiles follow one another across works: the scores of the next work's first tile
+// are computed while the values of this work's last tile are added or, with a single place for Q, while its rows are stored.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void consume_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared,
                                               int group) {
     constexpr int kCols = Config::cols;
+    constexpr bool kOneQ = Config::q_stages == 1;
     const float half_alpha = 0.5f * p.alpha;
     const bool signals = threadIdx.x % kWarpgroup == 0;
     RingPosition<Config::stages> kv;
@@ -221,6 +263,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     Mask mask = shared.work(0).mask;
     TileWalk walk = shared.work(0).walk;
     int row0;
+    [[maybe_unused]] T* to = nullptr;  // of row0, where rows are stored directly
 
     const auto begin_scores = [&] {
         shared.k_full(kv.stage).wait(kv.phase);
@@ -238,6 +281,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     const auto activate_scores = [&](int t) {
         hold(s);
         if (signals) shared.k_empty(kv.stage).arrive();
+        if (kOneQ && signals && t + 1 == walk.tiles) shared.q_empty(0).arrive();
         const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
         if (mask.is_full(row0, 64, walk[t], kCols))
             activate<false>(s, mask, row, col, half_alpha);
@@ -248,7 +292,8 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
 #pragma unroll
         for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
     };
-    const auto finish = [&](int q_stage) {
+    // Rows go through Q's place to the storer.
+    const auto hand_over = [&](int q_stage) {
         write_rows<T>(out, shared.q(q_stage), group, p.inv_scaling);
         fence_async();
         __syncwarp();
@@ -261,46 +306,52 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         const Work<Mask>& work = shared.work(q.stage);
         if (work.last) return false;
         mask = work.mask, walk = work.walk, row0 = work.row0 + 64 * group;
+        if constexpr (kOneQ) to = p.out.at<T>(work.q_begin + row0, work.head);
         return true;
-    };
-    // The first tile's weights, with nothing beside.
-    const auto start = [&] {
-        begin_scores();
-        wait_products<0>();
-        activate_scores(0);
-        convert();
-        out.clear();
-    };
-    const auto end = [&](int q_stage) {
-        begin_values(kv);
-        wait_products<0>();
-        hold(out);
-        if (signals) shared.v_empty(kv.stage).arrive();
-        finish(q_stage);
     };
 
     if (!take()) return;
-    start();
+    begin_scores();
+    wait_products<0>();
+    activate_scores(0);
+    convert();
+    out.clear();
     for (int t = 0;;) {
         const RingPosition<Config::stages> before = kv;
         const int before_q = q.stage;
         const bool ends = t + 1 == walk.tiles;
-        if (ends) {
-            if constexpr (Config::q_stages == 1) end(before_q);
+        if constexpr (kOneQ) {
+            if (ends) {
+                const auto store = [&, from = to, rows_left = mask.len_q - row0] {
+                    store_directly(out, from, p.out.row_stride, rows_left, p.dim_v, p.inv_scaling);
+                };
+                begin_values(kv);
+                q.next();
+                const bool more = take();
+                wait_products<0>();
+                hold(out);
+                if (signals) shared.v_empty(before.stage).arrive();
+                if (!more) return store();
+                kv.next();
+                begin_scores();
+                store();
+                wait_products<0>();
+                activate_scores(t = 0);
+                convert();
+                out.clear();
+                continue;
+            }
+        } else if (ends) {
             q.next();
             if (!take()) {
-                if constexpr (Config::q_stages > 1) end(before_q);
-                return;
+                begin_values(kv);
+                wait_products<0>();
+                hold(out);
+                return hand_over(before_q);
             }
         }
         t = ends ? 0 : t + 1;
         kv.next();
-        if constexpr (Config::q_stages == 1) {
-            if (ends) {
-                start();
-                continue;
-            }
-        }
         begin_scores();
         begin_values(before);
         wait_products<1>();
@@ -309,7 +360,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         hold(out), hold(weights);
         if (signals) shared.v_empty(before.stage).arrive();
         if (ends) {
-            finish(before_q);
+            hand_over(before_q);
             out.clear();
         }
         convert();
@@ -330,7 +381,7 @@ __global__ void __launch_bounds__((Config::consumers + 1) * kWarpgroup, 1)
     if (warp < 4) {
         lower_registers<Config::loader_registers>();
         if (warp == 0) load_works<T>(p, maps, schedule, shared);
-        if (warp == 1) store_works(maps, shared);
+        if (warp == 1 && Config::q_stages > 1) store_works(maps, shared);
         if (warp == 2) clean<T, kHeadDim, Mask, Config>(p, schedule.levels);
     } else {
         raise_registers<Config::consumer_registers>();

@@ -65,6 +65,19 @@ __device__ __forceinline__ void read_rows(Fragments<kSteps>& left, Tile tile, in
     }
 }
 
+// Four 8 x 8 matrices between shared memory and registers: lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t row_address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(row_address)
+                 : "memory");
+}
+__device__ __forceinline__ void store_matrices(uint32_t row_address, const uint32_t (&from)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address), "r"(from[0]),
+                 "r"(from[1]), "r"(from[2]), "r"(from[3])
+                 : "memory");
+}
+
 template <class Tile, bool kColumns>
 struct SharedOperand {
     static constexpr Major kMajor = kColumns ? Major::MN : Major::K;

@@ -7,7 +7,10 @@
 // within a few per cent, and nothing has to be counted while the kernel runs.
 #pragma once
 
+#if defined(__CUDACC__)
 #include "attention/gpu.h"
+#endif
+#include "attention/params.h"
 
 namespace hstu::attention::sm90 {
 
@@ -20,7 +23,7 @@ struct Schedule {
 
     // rows: of a row block; blocks: of the grid.
     Schedule(const Params& p, int rows, int blocks, bool of_keys = false)
-        : batch(p.batch), heads(p.heads), levels(block_count(of_keys ? p.max_seqlen_k : p.max_seqlen_q, rows)),
+        : batch(p.batch), heads(p.heads), levels(max_of(1, ceil_div(of_keys ? p.max_seqlen_k : p.max_seqlen_q, rows))),
           of_keys(of_keys) {
         // As many blocks as share a pair's keys at a time anyway, or four.
         chunk = blocks >= int64_t{6} * batch * heads ? 1 : 4;
@@ -30,9 +33,8 @@ struct Schedule {
     }
     int64_t places() const { return int64_t{levels} * heads * batch; }
 
-    // The place that a block takes in its round `round`.
-    static __device__ __forceinline__ int place(int round) {
-        const int block = blockIdx.x, blocks = gridDim.x;
+    // The place that block `block` of `blocks` takes in its round `round`.
+    HSTU_HOST_DEVICE static int place(int round, int block, int blocks) {
         return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
     }
 };
@@ -47,6 +49,7 @@ struct SortedBatch {
         uint16_t row_blocks[Schedule::kMaxSequences];
     };
 
+#if defined(__CUDACC__)
     // By one warp. Counting sort, stable, so that every block of the grid comes to the same order.
     __device__ void sort(const Params& p, int rows, int levels, bool of_keys, Scratch& scratch) {
         for (int n = lane(); n <= levels; n += 32) scratch.next[n] = 0;
@@ -92,6 +95,7 @@ struct SortedBatch {
             __syncwarp();
         }
     }
+#endif
 };
 
 // A lane's way through the places, which only rise.
@@ -104,15 +108,15 @@ struct PlaceFinder {
         int b, head, level;  // level < 0: behind the last place
     };
 
-    __device__ __forceinline__ PlaceFinder(const Schedule& schedule, const SortedBatch& batch)
+    HSTU_HOST_DEVICE PlaceFinder(const Schedule& schedule, const SortedBatch& batch)
         : schedule(schedule), batch(batch), top(schedule.levels - 1) {}
 
-    __device__ __forceinline__ int blocks_from(int level) const {
+    HSTU_HOST_DEVICE int blocks_from(int level) const {
         return schedule.sorted ? batch.blocks_from[level] : (schedule.levels - level) * schedule.batch;
     }
-    __device__ __forceinline__ int last() const { return blocks_from(0) * schedule.heads; }
+    HSTU_HOST_DEVICE int last() const { return blocks_from(0) * schedule.heads; }
 
-    __device__ __forceinline__ Rows operator()(int place) {
+    HSTU_HOST_DEVICE Rows operator()(int place) {
         const int heads = schedule.heads;
         int low = max_of(0, top - schedule.chunk + 1);
         while (place >= blocks_from(low) * heads) {
