@@ -99,8 +99,9 @@ __device__ __forceinline__ void load_works(const BackwardParams& p, const Backwa
     }
     PlaceFinder find(schedule, shared.batch());
     // 32 rounds at a time, one a lane, so that their offsets are read together.
-    for (int round = lane(); __any_sync(0xffffffff, schedule.place(round) < find.last()); round += 32) {
-        const auto [b, head, level] = find(schedule.place(round));
+    for (int round = lane(); __any_sync(0xffffffff, schedule.place(round, blockIdx.x, gridDim.x) < find.last());
+         round += 32) {
+        const auto [b, head, level] = find(schedule.place(round, blockIdx.x, gridDim.x));
         const Sequence seq(p, b);
         const Mask mask(p, seq, b, head);
         // The first keys come first: they have most work under a causal mask, and dQ is added up in that order.
