@@ -204,9 +204,7 @@ __device__ __forceinline__ void write_rows(const Accumulator<kHeadDim>& out, QTi
         uint32_t r[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) r[i] = pack<T>(factor * x[2 * i], factor * x[2 * i + 1]);
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r[0]), "r"(r[1]),
-                     "r"(r[2]), "r"(r[3])
-                     : "memory");
+        write_blocks(to, r);
     }
 }
 

@@ -7,10 +7,7 @@
 // within a few per cent, and nothing has to be counted while the kernel runs.
 #pragma once
 
-#if defined(__CUDACC__)
 #include "attention/gpu.h"
-#endif
-#include "attention/params.h"
 
 namespace hstu::attention::sm90 {
 
@@ -49,7 +46,6 @@ struct SortedBatch {
         uint16_t row_blocks[Schedule::kMaxSequences];
     };
 
-#if defined(__CUDACC__)
     // By one warp. Counting sort, stable, so that every block of the grid comes to the same order.
     __device__ void sort(const Params& p, int rows, int levels, bool of_keys, Scratch& scratch) {
         for (int n = lane(); n <= levels; n += 32) scratch.next[n] = 0;
@@ -95,7 +91,6 @@ struct SortedBatch {
             __syncwarp();
         }
     }
-#endif
 };
 
 // A lane's way through the places, which only rise.
