@@ -14,4 +14,4 @@ def test_block_order(tmp_path: Path) -> None:
 
 def test_schedule(tmp_path: Path) -> None:
     """Every row block has one place, and blocks get even shares of the work."""
-    cpp_program.run("test_schedule.cpp", tmp_path)
+    cpp_program.run("test_schedule.cpp", tmp_path, emulated=True)

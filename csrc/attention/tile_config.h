@@ -120,19 +120,36 @@ struct ForwardTile<32> {
     static constexpr int loader_registers = 32, consumer_registers = 160;
 };
 template <>
-struct ForwardTile<64> {
-    static constexpr int consumers = 3, cols = 128, stages = 4, q_stages = 2;
-    static constexpr int loader_registers = 32, consumer_registers = 160;
-};
+struct ForwardTile<64> : ForwardTile<32> {};
 template <>
 struct ForwardTile<128> {
-    static constexpr int consumers = 2, cols = 128, stages = 2, q_stages = 2;
-    static constexpr int loader_registers = 56, consumer_registers = 224;
+    static constexpr int consumers = 3, cols = 64, stages = 3, q_stages = 2;
+    static constexpr int loader_registers = 32, consumer_registers = 160;
 };
 template <>
 struct ForwardTile<256> {
     static constexpr int consumers = 2, cols = 64, stages = 2, q_stages = 1;
     static constexpr int loader_registers = 56, consumer_registers = 224;
+};
+
+// The same for batches whose mean length is at most up_to, where fewer query rows a block waste less.
+template <int kHeadDim>
+struct ShortForwardTile : ForwardTile<kHeadDim> {
+    static constexpr int up_to = 0;
+};
+template <>
+struct ShortForwardTile<32> {
+    static constexpr int consumers = 2, cols = 128, stages = 4, q_stages = 2;
+    static constexpr int loader_registers = 56, consumer_registers = 224;
+    static constexpr int up_to = 4096;
+};
+template <>
+struct ShortForwardTile<64> : ShortForwardTile<32> {};
+template <>
+struct ShortForwardTile<128> {
+    static constexpr int consumers = 2, cols = 64, stages = 4, q_stages = 2;
+    static constexpr int loader_registers = 56, consumer_registers = 224;
+    static constexpr int up_to = 512;
 };
 
 // A block owns `cols` keys and walks over the queries in steps of `rows`. Its two key warpgroups have 64 keys each or,

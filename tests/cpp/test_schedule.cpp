@@ -1,4 +1,6 @@
 // Schedule and PlaceFinder on the host: the places are all row blocks once each, and blocks get even shares of the work.
+#include "emulator.h"
+
 #include "attention/sm90/schedule.h"
 
 #include <algorithm>

@@ -409,6 +409,10 @@ void launch_forward(const Params& p, void* stream) {
 template <class T, int kHeadDim, class Mask, class Bias>
 void run_forward(const Params& p, void* stream) {
     static_assert(Bias::kKind == BiasKind::kNone);
+    using Short = ShortForwardTile<kHeadDim>;
+    if constexpr (Short::up_to > 0) {
+        if (p.total_q <= int64_t{Short::up_to} * p.batch) return launch_forward<T, kHeadDim, Mask, Short>(p, stream);
+    }
     launch_forward<T, kHeadDim, Mask, ForwardTile<kHeadDim>>(p, stream);
 }
 

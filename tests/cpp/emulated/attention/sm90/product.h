@@ -48,8 +48,10 @@ struct SharedOperand {
     float at(int index, int k) const {
         const int row = kColumns ? k : first + index, col = kColumns ? first + index : k;
         bf16 value;
-        std::memcpy(&value, emulated::shared_window + tile.address + col / Tile::kPanelCols * Tile::kPanelBytes +
-                                Tile::chunk_offset(row, col % Tile::kPanelCols) + col % 8 * 2, 2);
+        std::memcpy(&value,
+                    emulated::shared_window + tile.address + col / Tile::kPanelCols * Tile::kPanelBytes +
+                        Tile::chunk_offset(row, col % Tile::kPanelCols) + col % 8 * 2,
+                    2);
         return static_cast<float>(value);
     }
 };
