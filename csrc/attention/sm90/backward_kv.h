@@ -17,12 +17,12 @@ __device__ __forceinline__ uint32_t matrix_address(Tile tile, int row, int col) 
 template <int kSteps, class Tile>
 __device__ __forceinline__ void load_fragments(Fragments<kSteps>& to, Tile tile, int row) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) load_matrices(to.x[step], matrix_address(tile, row, 16 * step));
+    for (int step = 0; step < kSteps; ++step) read_blocks(to.x[step], matrix_address(tile, row, 16 * step));
 }
 template <int kSteps, class Tile>
 __device__ __forceinline__ void store_fragments(const Fragments<kSteps>& from, Tile tile, int row) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) store_matrices(matrix_address(tile, row, 16 * step), from.x[step]);
+    for (int step = 0; step < kSteps; ++step) write_blocks(matrix_address(tile, row, 16 * step), from.x[step]);
 }
 
 // Word i of lane j of a quad becomes word j of lane i.
@@ -111,7 +111,7 @@ template <class Tile, int kSteps, bool kInRegisters>
 struct Keys {
     SharedOperand<Tile, false> operand;
 
-    __device__ __forceinline__ Keys(Tile tile, int first) : operand(tile, first) {}
+    __device__ __forceinline__ Keys(Tile tile, int first) : operand(rows(tile, first)) {}
     template <class T, int kRows, class B>
     __device__ __forceinline__ void multiply_into(Accumulator<kRows>& acc, const B& b) {
         multiply<T, kSteps, true>(acc, operand, b);
