@@ -186,8 +186,7 @@ struct KeyGroup {
         shared.g_empty(g.stage).wait(g.phase ^ 1);
         store_fragments(gradients, shared.g(g.stage), 64 * group + threadIdx.x / 32 % 4 * 16);
         fence_async();
-        __syncwarp();
-        if (lane() == 0) shared.g_full(g.stage).arrive();
+        arrive_as_warp(shared.g_full(g.stage));
     }
     __device__ __forceinline__ void start_dk(int stage) {
         hold(gradients);
@@ -207,7 +206,6 @@ struct KeyGroup {
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void own_keys(const BackwardParams& p, const BackwardShared<kHeadDim, Mask, Config>& shared,
                                          int group) {
-    const bool signals = threadIdx.x % kWarpgroup == 0;
     RingPosition<Config::stages> q;
     RingPosition<2> g;
     for (RingPosition<Config::works> k;; k.next()) {
@@ -235,7 +233,7 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
                 shared.q_full(q.stage).wait(q.phase);
                 own.start_s(q.stage);
                 wait_products<1>();
-                if (signals) shared.q_empty(stage).arrive();
+                arrive_as_warp(shared.q_empty(stage));
                 own.finish_sums();
             }
             own.use_s(tiles - 1, half_alpha);
@@ -245,15 +243,14 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
             own.use_dp(g);
             own.start_dk(q.stage);
             own.finish_sums();
-            if (signals) shared.q_empty(q.stage).arrive();
+            arrive_as_warp(shared.q_empty(q.stage));
             g.next();
             q.next();
         }
         const int head = shared.work(k.stage).head, first_key = shared.work(k.stage).col0 + 64 * group;
         const int num_rows = shared.work(k.stage).mask.len_k - first_key;
         const int64_t packed_key = int64_t{shared.work(k.stage).k_begin} + first_key;
-        __syncwarp();
-        if (lane() == 0) shared.k_empty(k.stage).arrive();
+        arrive_as_warp(shared.k_empty(k.stage));
         store_product(own.dv, p.inv_scaling, p.dv.at<T>(packed_key, head), p.dv.row_stride, num_rows, p.dim_v);
         store_product(own.dk, 0.5f * p.alpha * p.inv_scaling, p.dk.at<T>(packed_key, head), p.dk.row_stride, num_rows,
                       p.dim_qk);

@@ -24,4 +24,9 @@ void launch(int64_t blocks, int threads, int shared_bytes, int, cudaStream_t, co
     if (blocks > 0) emulated::run_grid(static_cast<unsigned>(blocks), threads, [&] { kKernel(args...); });
 }
 
+template <auto kKernel, class... Args>
+void launch_together(int blocks, int threads, int shared_bytes, int device, cudaStream_t stream, const Args&... args) {
+    launch<kKernel>(blocks, threads, shared_bytes, device, stream, args...);
+}
+
 }  // namespace hstu
