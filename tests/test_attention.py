@@ -475,6 +475,25 @@ def test_lengths_above_max_seqlen_on_gpu() -> None:
     assert actual["out"][70:100].eq(0).all()
 
 
+@pytest.mark.gpu
+def test_backwards_side_by_side_on_gpu() -> None:
+    """Blocks of a backward may wait for one another: two on two streams must not keep each other from starting."""
+    case = Case("", (3000,) * 8, heads=4, dim=64)
+    require_cells(case, "cuda", torch.bfloat16, "fwd", "bwd")
+    problem = case.problem("cuda", torch.bfloat16)
+    expected = problem.run(attention, deterministic=True)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    results: list[dict[str, Tensor]] = []
+    for stream in streams * 10:
+        with torch.cuda.stream(stream):
+            results.append(problem.run(attention, deterministic=True))
+    torch.cuda.synchronize()
+    for result in results:
+        for key, value in result.items():
+            assert torch.equal(value, expected[key]), key
+
+
 def run_accuracy_tests(which: str, **environment: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", f"test_accuracy and {which}", __file__]
     result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)

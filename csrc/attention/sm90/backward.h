@@ -69,13 +69,14 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
         SequenceMap::make<T>(p.dout, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, Config::rows, kPanel),
         SequenceMap::make<T>(p.k, p.total_k, p.heads, p.dim_qk, p.max_seqlen_k, Config::cols, kPanel),
         SequenceMap::make<T>(p.v, p.total_k, p.heads, p.dim_v, p.max_seqlen_k, Config::cols, kPanel)};
-    if (schedule.levels > 1) {
-        using Scratch = DqScratch<kHeadDim, Config>;
-        check_cuda(cudaMemsetAsync(Scratch{p.dq_accum}.turns(p), 0, sizeof(int) * dq_tiles<Config>(p), stream),
-                   "clearing the turns");
-    }
-    launch<backward_kernel<T, kHeadDim, Mask, Config>>(min_of<int64_t>(schedule.places(), blocks), 4 * kWarpgroup,
-                                                       Shared::kBytes, p.device, stream, p, maps, schedule);
+    constexpr auto kKernel = backward_kernel<T, kHeadDim, Mask, Config>;
+    const int count = static_cast<int>(min_of<int64_t>(schedule.places(), blocks)), threads = 4 * kWarpgroup;
+    if (schedule.levels == 1)
+        return launch<kKernel>(count, threads, Shared::kBytes, p.device, stream, p, maps, schedule);
+    // Blocks wait for one another's turns.
+    int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
+    check_cuda(cudaMemsetAsync(turns, 0, sizeof(int) * dq_tiles<Config>(p), stream), "clearing the turns");
+    launch_together<kKernel>(count, threads, Shared::kBytes, p.device, stream, p, maps, schedule);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>

@@ -17,12 +17,12 @@ __device__ __forceinline__ uint32_t matrix_address(Tile tile, int row, int col) 
 template <int kSteps, class Tile>
 __device__ __forceinline__ void load_fragments(Fragments<kSteps>& to, Tile tile, int row) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) load_matrices(to.x[step], matrix_address(tile, row, 16 * step));
+    for (int step = 0; step < kSteps; ++step) read_blocks(to.x[step], matrix_address(tile, row, 16 * step));
 }
 template <int kSteps, class Tile>
 __device__ __forceinline__ void store_fragments(const Fragments<kSteps>& from, Tile tile, int row) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) store_matrices(matrix_address(tile, row, 16 * step), from.x[step]);
+    for (int step = 0; step < kSteps; ++step) write_blocks(matrix_address(tile, row, 16 * step), from.x[step]);
 }
 
 // Word i of lane j of a quad becomes word j of lane i.
@@ -111,7 +111,7 @@ template <class Tile, int kSteps, bool kInRegisters>
 struct Keys {
     SharedOperand<Tile, false> operand;
 
-    __device__ __forceinline__ Keys(Tile tile, int first) : operand(tile, first) {}
+    __device__ __forceinline__ Keys(Tile tile, int first) : operand(rows(tile, first)) {}
     template <class T, int kRows, class B>
     __device__ __forceinline__ void multiply_into(Accumulator<kRows>& acc, const B& b) {
         multiply<T, kSteps, true>(acc, operand, b);
@@ -186,8 +186,7 @@ struct KeyGroup {
         shared.g_empty(g.stage).wait(g.phase ^ 1);
         store_fragments(gradients, shared.g(g.stage), 64 * group + threadIdx.x / 32 % 4 * 16);
         fence_async();
-        __syncwarp();
-        if (lane() == 0) shared.g_full(g.stage).arrive();
+        arrive_as_warp(shared.g_full(g.stage));
     }
     __device__ __forceinline__ void start_dk(int stage) {
         hold(gradients);
@@ -207,7 +206,6 @@ struct KeyGroup {
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void own_keys(const BackwardParams& p, const BackwardShared<kHeadDim, Mask, Config>& shared,
                                          int group) {
-    const bool signals = threadIdx.x % kWarpgroup == 0;
     RingPosition<Config::stages> q;
     RingPosition<2> g;
     for (RingPosition<Config::works> k;; k.next()) {
@@ -235,7 +233,7 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
                 shared.q_full(q.stage).wait(q.phase);
                 own.start_s(q.stage);
                 wait_products<1>();
-                if (signals) shared.q_empty(stage).arrive();
+                arrive_as_warp(shared.q_empty(stage));
                 own.finish_sums();
             }
             own.use_s(tiles - 1, half_alpha);
@@ -245,15 +243,14 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
             own.use_dp(g);
             own.start_dk(q.stage);
             own.finish_sums();
-            if (signals) shared.q_empty(q.stage).arrive();
+            arrive_as_warp(shared.q_empty(q.stage));
             g.next();
             q.next();
         }
         const int head = shared.work(k.stage).head, first_key = shared.work(k.stage).col0 + 64 * group;
         const int num_rows = shared.work(k.stage).mask.len_k - first_key;
         const int64_t packed_key = int64_t{shared.work(k.stage).k_begin} + first_key;
-        __syncwarp();
-        if (lane() == 0) shared.k_empty(k.stage).arrive();
+        arrive_as_warp(shared.k_empty(k.stage));
         store_product(own.dv, p.inv_scaling, p.dv.at<T>(packed_key, head), p.dv.row_stride, num_rows, p.dim_v);
         store_product(own.dk, 0.5f * p.alpha * p.inv_scaling, p.dk.at<T>(packed_key, head), p.dk.row_stride, num_rows,
                       p.dim_qk);

@@ -60,7 +60,6 @@ template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void own_values(const BackwardParams& p,
                                            const BackwardShared<kHeadDim, Mask, Config>& shared) {
     constexpr int kRows = Config::rows;
-    const bool signals = threadIdx.x % kWarpgroup == 0;
     RingPosition<Config::stages> q;
     RingPosition<1> slope;
     for (RingPosition<Config::works> k;; k.next()) {
@@ -90,18 +89,16 @@ __device__ __forceinline__ void own_values(const BackwardParams& p,
             dv.template start<T>(weights, shared.dout(q.stage));
             shared.slopes_empty().wait(slope.phase ^ 1);
             put_slopes(slopes, shared.slopes());
-            __syncwarp();
-            if (lane() == 0) shared.slopes_full().arrive();
+            arrive_as_warp(shared.slopes_full());
             slope.next();
             dv.finish();
             hold(weights);
-            if (signals) shared.q_empty(q.stage).arrive();
+            arrive_as_warp(shared.q_empty(q.stage));
         }
         const int head = shared.work(k.stage).head, col0 = shared.work(k.stage).col0;
         const int num_rows = shared.work(k.stage).mask.len_k - col0;
         const int64_t packed_key = int64_t{shared.work(k.stage).k_begin} + col0;
-        __syncwarp();
-        if (lane() == 0) shared.k_empty(k.stage).arrive();
+        arrive_as_warp(shared.k_empty(k.stage));
         dv.store(p.inv_scaling, p.dv.at<T>(packed_key, head), p.dv.row_stride, num_rows, p.dim_v);
     }
 }
@@ -111,7 +108,6 @@ template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void own_gradients(const BackwardParams& p,
                                               const BackwardShared<kHeadDim, Mask, Config>& shared) {
     constexpr int kRows = Config::rows;
-    const bool signals = threadIdx.x % kWarpgroup == 0;
     RingPosition<Config::stages> q;
     RingPosition<2> g;
     RingPosition<1> slope;
@@ -132,27 +128,24 @@ __device__ __forceinline__ void own_gradients(const BackwardParams& p,
             commit_products();
             shared.slopes_full().wait(slope.phase);
             take_slopes(slopes, shared.slopes());
-            __syncwarp();
-            if (lane() == 0) shared.slopes_empty().arrive();
+            arrive_as_warp(shared.slopes_empty());
             wait_products<0>();
             hold(dp);
             apply_slopes<T>(dp, slopes, gradients);
             shared.g_empty(g.stage).wait(g.phase ^ 1);
             store_fragments(gradients, shared.g(g.stage), threadIdx.x / 32 % 4 * 16);
             fence_async();
-            __syncwarp();
-            if (lane() == 0) shared.g_full(g.stage).arrive();
+            arrive_as_warp(shared.g_full(g.stage));
             hold(gradients);
             dk.template start<T>(gradients, shared.q(q.stage));
             dk.finish();
             hold(gradients);
-            if (signals) shared.q_empty(q.stage).arrive();
+            arrive_as_warp(shared.q_empty(q.stage));
         }
         const int head = shared.work(k.stage).head, col0 = shared.work(k.stage).col0;
         const int num_rows = shared.work(k.stage).mask.len_k - col0;
         const int64_t packed_key = int64_t{shared.work(k.stage).k_begin} + col0;
-        __syncwarp();
-        if (lane() == 0) shared.k_empty(k.stage).arrive();
+        arrive_as_warp(shared.k_empty(k.stage));
         dk.store(0.5f * p.alpha * p.inv_scaling, p.dk.at<T>(packed_key, head), p.dk.row_stride, num_rows, p.dim_qk);
     }
 }

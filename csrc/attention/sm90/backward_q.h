@@ -116,7 +116,6 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
     constexpr int kRows = Config::rows, kUnitCols = Config::unit_cols;
     constexpr int kUnitsN = kHeadDim / kUnitCols, kUnits = kRows / 64 * kUnitsN;
     using Scratch = DqScratch<kHeadDim, Config>;
-    const bool signals = threadIdx.x % kWarpgroup == 0;
     RingPosition<2> g, came, over;
     for (RingPosition<Config::works> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
@@ -129,8 +128,7 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                 reinterpret_cast<float4*>(p.dq_accum + visit.tile * Scratch::kTile) + threadIdx.x % kWarpgroup;
             if (!visit.first) {
                 shared.turn_came(came.stage).wait(came.phase);
-                __syncwarp();
-                if (lane() == 0) shared.turn_taken(came.stage).arrive();
+                arrive_as_warp(shared.turn_taken(came.stage));
                 came.next();
             }
 #pragma unroll
@@ -151,7 +149,7 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                 wait_products<0>();
                 hold(dq);
                 if (unit == kUnits - 1) {
-                    if (signals) shared.g_empty(g.stage).arrive();
+                    arrive_as_warp(shared.g_empty(g.stage));
                     if (t == work.walk.tiles - 1 && lane() == 0) shared.k_empty(k.stage).arrive();
                 }
                 if (visit.last) {
@@ -167,8 +165,7 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
             }
             if (!visit.last) {
                 shared.turn_passed(over.stage).wait(over.phase ^ 1);
-                __syncwarp();
-                if (lane() == 0) shared.turn_over(over.stage).arrive();
+                arrive_as_warp(shared.turn_over(over.stage));
                 over.next();
             }
         }

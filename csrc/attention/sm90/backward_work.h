@@ -9,6 +9,12 @@
 
 namespace hstu::attention::sm90 {
 
+// An arrival for all that the warp's lanes have done so far.
+__device__ __forceinline__ void arrive_as_warp(Barrier barrier) {
+    __syncwarp();
+    if (lane() == 0) barrier.arrive();
+}
+
 struct BackwardMaps {
     SequenceMap q, dout, k, v;
 };
@@ -67,9 +73,9 @@ struct BackwardShared {
 
     __device__ void init_barriers() const {
         for (int i = 0; i < kWorks; ++i) k_full(i).init(1), k_empty(i).init(14);
-        for (int i = 0; i < kStages; ++i) q_full(i).init(1), q_empty(i).init(2);
+        for (int i = 0; i < kStages; ++i) q_full(i).init(1), q_empty(i).init(8);
         for (int i = 0; i < 2; ++i) {
-            g_full(i).init(kCols / 16), g_empty(i).init(1);
+            g_full(i).init(kCols / 16), g_empty(i).init(4);
             turn_came(i).init(1), turn_taken(i).init(4), turn_over(i).init(4), turn_passed(i).init(1);
         }
         slopes_full().init(4), slopes_empty().init(4);

@@ -58,16 +58,11 @@ __device__ __forceinline__ void write_blocks(uint32_t to, const uint32_t (&block
                  : "memory");
 }
 
-// Four 8 x 8 matrices between shared memory and registers: lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t row_address) {
+// The same the other way round.
+__device__ __forceinline__ void read_blocks(uint32_t (&blocks)[4], uint32_t from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(row_address)
-                 : "memory");
-}
-__device__ __forceinline__ void store_matrices(uint32_t row_address, const uint32_t (&from)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address), "r"(from[0]),
-                 "r"(from[1]), "r"(from[2]), "r"(from[3])
+                 : "=r"(blocks[0]), "=r"(blocks[1]), "=r"(blocks[2]), "=r"(blocks[3])
+                 : "r"(from)
                  : "memory");
 }
 

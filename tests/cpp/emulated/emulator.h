@@ -33,6 +33,12 @@ struct dim3 {
 struct uint4 {
     uint32_t x, y, z, w;
 };
+struct float2 {
+    float x, y;
+};
+struct float4 {
+    float x, y, z, w;
+};
 
 namespace hstu::attention::sm90 {
 alignas(1024) unsigned char shared_memory[232448];  // what a kernel declares as `extern __shared__`
@@ -90,6 +96,8 @@ struct Block {
     ucontext_t scheduler;
     Fiber* current = nullptr;
     std::function<void()> body;
+    std::vector<unsigned char> memory;  // its shared memory while another block runs
+    int left;                           // threads that have not ended
 };
 
 inline Block* block = nullptr;
@@ -154,13 +162,13 @@ inline void run_random_copy() {
     copy();
 }
 
-inline void run_block(dim3 index, dim3 grid, int threads, std::function<void()> body) {
-    Block b;
-    block = &b;
-    b.index = index, b.grid = grid, b.size = {static_cast<unsigned>(threads), 1, 1};
-    b.body = std::move(body);
-    b.warps.resize(threads / 32);
-    std::memset(shared_window, 0xff, kSharedBytes);  // NaN
+inline std::unique_ptr<Block> start_block(dim3 index, dim3 grid, int threads, std::function<void()> body) {
+    auto b = std::make_unique<Block>();
+    b->index = index, b->grid = grid, b->size = {static_cast<unsigned>(threads), 1, 1};
+    b->body = std::move(body);
+    b->warps.resize(threads / 32);
+    b->memory.assign(kSharedBytes, 0xff);  // NaN
+    b->left = threads;
     constexpr size_t kStack = 128 << 10;
     for (int t = 0; t < threads; ++t) {
         auto f = std::make_unique<Fiber>();
@@ -169,13 +177,21 @@ inline void run_block(dim3 index, dim3 grid, int threads, std::function<void()> 
         getcontext(&f->context);
         f->context.uc_stack.ss_sp = f->stack.get();
         f->context.uc_stack.ss_size = kStack;
-        f->context.uc_link = &b.scheduler;
+        f->context.uc_link = &b->scheduler;
         makecontext(&f->context, start_fiber, 0);
-        b.fibers.push_back(std::move(f));
+        b->fibers.push_back(std::move(f));
     }
-    const int warps = threads / 32;
-    for (int left = threads; left > 0;) {
-        bool progress = false;
+    return b;
+}
+
+// Runs a block until it has ended or nothing in it can go on; false where nothing could.
+inline bool advance(Block& b) {
+    block = &b;
+    std::memcpy(shared_window, b.memory.data(), kSharedBytes);
+    const int threads = static_cast<int>(b.fibers.size()), warps = threads / 32;
+    bool ever = false;
+    for (bool progress = true; progress && b.left > 0; ever |= progress) {
+        progress = false;
         const int first = static_cast<int>(random_numbers() % warps);
         for (int i = 0; i < threads; ++i) {
             Fiber& f = *b.fibers[(first * 32 + i) % threads];
@@ -184,22 +200,42 @@ inline void run_block(dim3 index, dim3 grid, int threads, std::function<void()> 
             progress = true;
             b.current = &f;
             swapcontext(&b.scheduler, &f.context);
-            left -= f.done;
+            b.left -= f.done;
         }
         while (!b.copies.empty() && (!progress || (!late && random_numbers() % 4 != 0))) {
             run_random_copy();
             progress = true;
         }
-        if (!progress) {
-            std::string text = "deadlock:";
-            for (int w = 0; w < warps; ++w)
-                if (const Fiber& f = *b.fibers[w * 32]; !f.done)
-                    text += " warp " + std::to_string(w) + " waits for " + f.waits_for + ";";
-            fail(text);
-        }
     }
-    while (!b.copies.empty()) run_random_copy();
+    if (b.left == 0)
+        while (!b.copies.empty()) run_random_copy();
+    std::memcpy(b.memory.data(), shared_window, kSharedBytes);
     block = nullptr;
+    return ever;
+}
+
+// All blocks of a grid, side by side: they may wait for one another.
+inline void run_grid(unsigned blocks, int threads, const std::function<void()>& body) {
+    std::vector<std::unique_ptr<Block>> grid;
+    for (unsigned i = 0; i < blocks; ++i) grid.push_back(start_block({i, 1, 1}, {blocks, 1, 1}, threads, body));
+    for (bool running = true; running;) {
+        running = false;
+        bool progress = false;
+        const unsigned first = random_numbers() % blocks;
+        for (unsigned i = 0; i < blocks; ++i) {
+            Block& b = *grid[(first + i) % blocks];
+            if (b.left > 0) progress |= advance(b);
+            running |= b.left > 0;
+        }
+        if (progress || !running) continue;
+        std::string text = "deadlock:";
+        for (const auto& b : grid)
+            for (size_t w = 0; w < b->warps.size(); ++w)
+                if (const Fiber& f = *b->fibers[w * 32]; !f.done)
+                    text += " block " + std::to_string(b->index.x) + " warp " + std::to_string(w) + " waits for " +
+                            f.waits_for + ";";
+        fail(text);
+    }
 }
 
 struct ThreadIndex {
@@ -272,4 +308,13 @@ inline int atomicAdd(int* address, int value) {
     const int before = *address;
     *address += value;
     return before;
+}
+
+template <class T>
+T __ldcg(const T* from) {
+    return *from;
+}
+template <class T>
+void __stcg(T* to, T value) {
+    *to = value;
 }

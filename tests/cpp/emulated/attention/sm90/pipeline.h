@@ -72,4 +72,21 @@ void lower_registers() {}
 inline bool elected() { return threadIdx.x % 32 == 0; }
 inline int uniform_warp() { return threadIdx.x / 32; }
 
+inline uint4 load_shared(uint32_t address) {
+    if (address % 16 != 0) emulated::fail("an address that is not aligned");
+    uint4 x;
+    std::memcpy(&x, emulated::shared_window + address, 16);
+    return x;
+}
+inline void store_shared(uint32_t address, uint4 x) {
+    if (address % 16 != 0) emulated::fail("an address that is not aligned");
+    std::memcpy(emulated::shared_window + address, &x, 16);
+}
+
+inline void await_counter(const int* counter, int least) {
+    emulated::wait_until("a counter", [=] { return *counter >= least; });
+}
+inline void raise_counter(int* counter) { ++*counter; }
+inline void add_to_global(float4* to, float4 x) { to->x += x.x, to->y += x.y, to->z += x.z, to->w += x.w; }
+
 }  // namespace hstu::attention::sm90

@@ -38,6 +38,15 @@ inline void write_blocks(uint32_t to, const uint32_t (&blocks)[4]) {
     }
 }
 
+inline void read_blocks(uint32_t (&blocks)[4], uint32_t from) {
+    const int self = lane();
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t row = __shfl_sync(~0u, from, 8 * i + self / 4);
+        if (row % 16 != 0) emulated::fail("a block's row that is not aligned");
+        std::memcpy(&blocks[i], emulated::shared_window + row + self % 4 * 4, 4);
+    }
+}
+
 template <class Tile_, bool kColumns>
 struct SharedOperand {
     using Tile = Tile_;
