@@ -35,6 +35,20 @@ class Batch:
     actions: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """The users of a batch that is yet to be cut, and what the host knows of it.
+
+    users: int64 [at most batch_size], indices into the log, on its device
+    total: events of the batch
+    longest: of its sequences
+    """
+
+    users: Tensor
+    total: int
+    longest: int
+
+
 class SequenceBatches:
     """Iterates over a log, batch_size users at a time, each with its latest max_len events.
 
@@ -99,6 +113,11 @@ class SequenceBatches:
             self.epoch, self._done, self._resume = epoch, 0, 0
 
     def __iter__(self) -> Iterator[Batch]:
+        for chosen in self.chosen():
+            yield self._cut(chosen)
+
+    def chosen(self) -> Iterator[Chosen]:
+        """As iteration over the batches, but leaving their cutting, by padded(), to the caller."""
         epoch, first = self.epoch, self._resume
         self._resume, self._done = 0, first
         order = self._rows
@@ -112,19 +131,44 @@ class SequenceBatches:
         longest = np.maximum.reduceat(lengths, starts).tolist() if len(order) else []
         for number in range(first, len(self)):
             self._done = number + 1
-            chosen = users[number * self.batch_size : (number + 1) * self.batch_size]
-            yield self._cut(chosen, totals[number], longest[number])
+            of_batch = users[number * self.batch_size : (number + 1) * self.batch_size]
+            yield Chosen(of_batch, totals[number], longest[number])
         self.epoch, self._done = epoch + 1, 0
 
-    def _cut(self, users: Tensor, total: int, longest: int) -> Batch:
-        log = self.log
+    def _cut(self, chosen: Chosen) -> Batch:
+        users, total = chosen.users, chosen.total
         lengths = self._lengths[users]
-        cu_seqlens = torch.zeros(users.numel() + 1, dtype=torch.int32, device=users.device)
-        torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
-        # How far a row's events lie in the log from where they go in the batch.
-        shift = log.offsets[1:][users] - lengths - cu_seqlens[:-1]
+        cu_seqlens = _offsets(lengths)
         index = torch.arange(total, device=users.device)
-        index += torch.repeat_interleave(shift, lengths, output_size=total)
+        index += torch.repeat_interleave(self._shift(users, lengths, cu_seqlens), lengths, output_size=total)
+        return self._gather(users, cu_seqlens, chosen.longest, index)
+
+    def padded(self, users: Tensor, rows: int) -> Batch:
+        """The batch of these users in a given number of rows, whatever their lengths.
+
+        All shapes follow from those of the arguments and nothing is read back from the device, so that one CUDA graph
+        serves many batches.
+
+        Args:
+            users: int64 [batch], indices into the log; -1 for nobody, an empty sequence.
+            rows: at least the users' events. Rows past cu_seqlens[-1] belong to no sequence and hold some event.
+        """
+        present = users >= 0
+        users = users.clamp(min=0)
+        lengths = torch.where(present, self._lengths[users], 0)
+        cu_seqlens = _offsets(lengths)
+        index = torch.arange(rows, device=users.device)
+        row = torch.searchsorted(cu_seqlens[1:].long(), index, right=True).clamp(max=users.numel() - 1)
+        index += self._shift(users, lengths, cu_seqlens)[row]
+        index = index.clamp(0, self.log.items.numel() - 1)
+        return self._gather(users, cu_seqlens, self.max_len, index)
+
+    def _shift(self, users: Tensor, lengths: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """How far a user's events lie in the log from where they go in the batch."""
+        return self.log.offsets[1:][users] - lengths - cu_seqlens[:-1]
+
+    def _gather(self, users: Tensor, cu_seqlens: Tensor, longest: int, index: Tensor) -> Batch:
+        log = self.log
         return Batch(
             log.items[index],
             cu_seqlens,
@@ -159,3 +203,10 @@ class SequenceBatches:
                 )
         self.epoch = int(state["epoch"])
         self._done = self._resume = int(state["done"])
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    """int32 [batch + 1]"""
+    offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int32, device=lengths.device)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=offsets[1:])
+    return offsets

@@ -11,20 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hstu_ext.models.sequence import Layout, SequenceBlock
-from hstu_ext.ops.attention import hstu_attn_varlen_func
+from hstu_ext.ops.attention import hstu_attn_qkvpacked_func
+
+ALIGNMENT = 8  # the attention's kernels take heads whose width is a multiple of it
 
 
 class HSTULayer(nn.Module):
-    """x + W2 dropout(norm(attention(q, k, v)) * u), with u, v, q, k = silu(W1 norm(x)).
+    """x + W2 dropout(norm(attention(q, k, v)) * u), with q, k, v, u = silu(W1 norm(x)).
 
     The norms are layer norms without parameters. q, k and v go to the attention as views of the one projected tensor;
     it is causal, contexts see one another, and its sums are divided by max_tokens, whatever the batch. On a GPU the
     attention of an fp32 model runs in bf16, as its kernels have no fp32.
 
+    Heads may have any width. For one that is no multiple of 8, W1 gets rows of zeros at the end of each head of q, k
+    and v on its way into the product: silu(0) = 0 there adds nothing to q . k, and the columns of v are cut off again.
+
     Args:
         dim: of the tokens.
         heads: of the attention.
-        head_dim: of q, k and v, a multiple of 8 up to 256.
+        head_dim: of q, k and v, up to 256.
         max_tokens: the divisor above.
         dropout: before W2.
         alpha: the factor of q . k; None is head_dim ** -0.5.
@@ -37,7 +42,7 @@ class HSTULayer(nn.Module):
         self.heads, self.head_dim, self.max_tokens = heads, head_dim, max_tokens
         self.alpha = head_dim**-0.5 if alpha is None else alpha
         self.norm_in = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.uvqk = nn.Linear(dim, 4 * heads * head_dim, bias=False)
+        self.qkvu = nn.Linear(dim, 4 * heads * head_dim, bias=False)
         self.norm_out = nn.LayerNorm(heads * head_dim, eps=1e-6, elementwise_affine=False)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(heads * head_dim, dim)
@@ -46,27 +51,37 @@ class HSTULayer(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """x [tokens, dim] -> [tokens, dim]"""
-        uvqk = F.silu(self.uvqk(self.norm_in(x))).view(-1, 4, self.heads, self.head_dim)
-        gate = uvqk[:, 0].flatten(1)
-        if uvqk.is_cuda and uvqk.dtype == torch.float32:
-            uvqk = uvqk.to(torch.bfloat16)
-        _, v, q, k = uvqk.unbind(1)
-        attended = hstu_attn_varlen_func(
-            q,
-            k,
-            v,
+        weight, padding = self._aligned_weight()
+        width = self.head_dim + padding
+        projected = F.silu(F.linear(self.norm_in(x), weight))
+        qkv, gate = torch.split(projected, [3 * self.heads * width, self.heads * self.head_dim], dim=1)
+        if qkv.is_cuda and qkv.dtype == torch.float32:
+            qkv = qkv.to(torch.bfloat16)
+        attended = hstu_attn_qkvpacked_func(
+            qkv.view(-1, 3, self.heads, width),
             layout.cu_seqlens,
-            layout.cu_seqlens,
-            layout.max_seqlen,
             layout.max_seqlen,
             layout.num_contexts,
             window_size=(-1, 0),
             alpha=self.alpha,
             scaling_seqlen=self.max_tokens,
         )
-        gated = self.norm_out(attended.flatten(1).to(gate.dtype)) * gate
+        if padding:
+            attended = attended[..., : self.head_dim]
+        gated = self.norm_out(attended.to(gate.dtype).flatten(1)) * gate
         update: Tensor = self.out(self.dropout(gated))
         return x + update
+
+    def _aligned_weight(self) -> tuple[Tensor, int]:
+        """W1 with heads of q, k and v as wide as kernels want them, and the columns that each got for that."""
+        weight: Tensor = self.qkvu.weight
+        padding = -self.head_dim % ALIGNMENT
+        if padding == 0:
+            return weight, 0
+        heads = 3 * self.heads
+        qkv, gate = torch.split(weight, [heads * self.head_dim, self.heads * self.head_dim])
+        padded = F.pad(qkv.view(heads, self.head_dim, -1), (0, 0, 0, padding))
+        return torch.cat([padded.flatten(0, 1), gate]), padding
 
 
 class HSTUBlock(SequenceBlock):
@@ -77,6 +92,8 @@ class HSTUBlock(SequenceBlock):
         num_layers, heads, head_dim, alpha: as in HSTULayer.
         dropout: of the embeddings and of every layer.
     """
+
+    capturable = True
 
     def __init__(
         self,
