@@ -217,3 +217,27 @@ def test_a_padded_batch_holds_the_batch() -> None:
             assert padded.cu_seqlens.dtype == torch.int32
             absent = 4 - chosen.users.numel()
             assert padded.cu_seqlens.tolist() == batch.cu_seqlens.tolist() + [chosen.total] * absent
+
+
+def test_random_windows_are_in_a_row_and_reach_every_event() -> None:
+    lengths = [3, 9, 1, 14, 7]
+    log = log_of(lengths)
+    batches = SequenceBatches(log, 2, 7, shuffle=True, seed=4, random_windows=True)
+    seen: set[int] = set()
+    for epoch in range(40):
+        batches.set_epoch(epoch)
+        for chosen in batches.chosen():
+            rows = rows_of(batches._cut(chosen))
+            padded = batches.padded(chosen.users, 20)
+            assert padded.items[: chosen.total].tolist() == [item for row in rows for item in row]
+            for user, row in zip(chosen.users.tolist(), rows):
+                events = list(range(10 * user, 10 * user + lengths[user]))
+                assert len(row) == min(7, len(events))
+                assert row == events[events.index(row[0]) :][: len(row)]
+                seen |= set(row)
+    assert seen == set(log.items.tolist())
+    starts = []
+    for _ in range(2):
+        batches.set_epoch(3)
+        starts.append([rows_of(batch) for batch in batches])
+    assert starts[0] == starts[1]

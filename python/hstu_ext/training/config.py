@@ -89,6 +89,11 @@ class TrainingConfig:
     learning_rate: float = option(1e-3, "of AdamW, at its highest", above=0.0)
     betas: tuple[float, float] = option((0.9, 0.98), "of AdamW", at_least=0.0, below=1.0, length=2)
     weight_decay: float = option(0.0, "of AdamW", at_least=0.0)
+    window: str = option(
+        "latest",
+        "of users with more than model.max_len events: the latest, or in every epoch as many from a random place on",
+        choices=("latest", "random"),
+    )
     warmup_steps: int = option(0, "steps over which the learning rate rises", at_least=0)
     schedule: str = option(
         "constant", "the learning rate after that, down to 0 for cosine", choices=("constant", "cosine")

@@ -75,6 +75,7 @@ class Trainer:
             shuffle=True,
             seed=training.seed,
             min_len=2,
+            random_windows=training.window == "random",
         )
         on_gpu = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
