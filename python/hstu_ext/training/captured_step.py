@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,7 +75,7 @@ class CapturedStep:
         torch.cuda.set_rng_state(state, self._device)
 
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with _without_garbage_collection(), torch.cuda.graph(graph, pool=self._pool):
             self._update(self._batches.padded(self._users, rows))
         self._pool = graph.pool()
         return graph
@@ -92,3 +94,16 @@ class CapturedStep:
             rate.copy_(value)
         for values in self._optimizer.state.values():
             values["step"].zero_()
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """A collection during a capture may destroy graphs of an earlier trainer, which breaks the capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
