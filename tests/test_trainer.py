@@ -426,6 +426,7 @@ def test_what_is_captured() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.plain_allocations
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_on_a_gpu(precision: str, tmp_path: Path) -> None:
     log = synthetic_log(400, 200, max_len=60, seed=1)
