@@ -92,8 +92,11 @@ def eager_hstu(layer: HSTULayer, x: Tensor, contexts: int) -> Tensor:
     heads = []
     for h in range(layer.heads):
         columns = slice(h * layer.head_dim, (h + 1) * layer.head_dim)
-        scores = F.silu(q[:, columns] @ k[:, columns].T * layer.alpha) * keep / layer.max_tokens
-        heads.append(scores @ v[:, columns])
+        scores = q[:, columns] @ k[:, columns].T * layer.alpha
+        if layer.position_bias is not None:
+            distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+            scores = scores + layer.position_bias[distance + layer.max_tokens - 1]
+        heads.append(F.silu(scores) * keep / layer.max_tokens @ v[:, columns])
     return x + (norm(torch.cat(heads, dim=-1), 1e-6) * u) @ layer.out.weight.T + layer.out.bias
 
 
@@ -158,6 +161,7 @@ VARIANTS = {
     "hstu": {},
     "hstu-one-odd-head": {"num_heads": 1, "head_dim": 50},
     "hstu-odd-heads": {"num_heads": 3, "head_dim": 5, "contexts": ["age"]},
+    "hstu-bias": {"position_bias": True, "head_dim": 5, "contexts": ["gender"], "actions": "interleave"},
     "hstu-contexts": {"contexts": ["age", "gender"]},
     "hstu-actions": {"actions": "interleave"},
     "hstu-all": {"contexts": ["gender"], "actions": "interleave", "item_features": ["year", "genres"]},

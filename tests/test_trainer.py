@@ -347,6 +347,7 @@ def test_a_step_on_padded_rows_is_a_step(kind: str) -> None:
 GRAPHS = {
     "hstu": {},
     "odd heads": {"model": {"num_heads": 1, "head_dim": 50}},
+    "bias": {"model": {"position_bias": True}},
     "sasrec": {"model": {"encoder": "sasrec"}},
     "features": {"model": {"contexts": ["age"], "actions": "interleave", "item_features": ["kind"]}},
     "full": {"loss": {"kind": "full", "log_q": True}, "training": {"precision": "bf16"}},

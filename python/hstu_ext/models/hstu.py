@@ -26,6 +26,8 @@ class HSTULayer(nn.Module):
     Heads may have any width. For one that is no multiple of 8, W1 gets rows of zeros at the end of each head of q, k
     and v on its way into the product: silu(0) = 0 there adds nothing to q . k, and the columns of v are cut off again.
 
+    With position_bias, the score of tokens i and j is alpha q_i . k_j + b[i - j], the learned b the same for all heads.
+
     Args:
         dim: of the tokens.
         heads: of the attention.
@@ -33,10 +35,20 @@ class HSTULayer(nn.Module):
         max_tokens: the divisor above.
         dropout: before W2.
         alpha: the factor of q . k; None is head_dim ** -0.5.
+        position_bias: whether scores depend on the distance. Its gradient takes batch * heads * max_seqlen^2 elements.
     """
 
+    position_bias: nn.Parameter | None
+
     def __init__(
-        self, dim: int, heads: int, head_dim: int, max_tokens: int, dropout: float = 0.0, alpha: float | None = None
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int,
+        max_tokens: int,
+        dropout: float = 0.0,
+        alpha: float | None = None,
+        position_bias: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.max_tokens = heads, head_dim, max_tokens
@@ -48,6 +60,8 @@ class HSTULayer(nn.Module):
         self.out = nn.Linear(heads * head_dim, dim)
         nn.init.xavier_uniform_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        bias = nn.Parameter(torch.empty(2 * max_tokens - 1).normal_(std=0.02)) if position_bias else None
+        self.register_parameter("position_bias", bias)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """x [tokens, dim] -> [tokens, dim]"""
@@ -64,6 +78,8 @@ class HSTULayer(nn.Module):
             layout.num_contexts,
             window_size=(-1, 0),
             alpha=self.alpha,
+            rab=None if self.position_bias is None else self._relative_bias(self.position_bias, layout, qkv.dtype),
+            has_drab=self.position_bias is not None,
             scaling_seqlen=self.max_tokens,
         )
         if padding:
@@ -71,6 +87,13 @@ class HSTULayer(nn.Module):
         gated = self.norm_out(attended.to(gate.dtype).flatten(1)) * gate
         update: Tensor = self.out(self.dropout(gated))
         return x + update
+
+    def _relative_bias(self, bias: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+        """[batch, 1, longest, longest], the same matrix for every sequence, over alpha, as the attention's rab is."""
+        longest, middle = layout.max_seqlen, self.max_tokens - 1
+        distances = bias[middle - longest + 1 : middle + longest] / self.alpha  # from 1 - longest to longest - 1
+        by_distance = distances.to(dtype).unfold(0, longest, 1).flip(1)  # [i, j] is that of i - j
+        return by_distance.expand(layout.cu_seqlens.shape[0] - 1, 1, longest, longest)
 
     def _aligned_weight(self) -> tuple[Tensor, int]:
         """W1 with heads of q, k and v as wide as kernels want them, and the columns that each got for that."""
@@ -89,7 +112,7 @@ class HSTUBlock(SequenceBlock):
 
     Args:
         dim, max_len, num_contexts, interleave, recompute: as in SequenceBlock.
-        num_layers, heads, head_dim, alpha: as in HSTULayer.
+        num_layers, heads, head_dim, alpha, position_bias: as in HSTULayer.
         dropout: of the embeddings and of every layer.
     """
 
@@ -107,11 +130,12 @@ class HSTUBlock(SequenceBlock):
         interleave: bool = False,
         dropout: float = 0.0,
         alpha: float | None = None,
+        position_bias: bool = False,
         recompute: bool = False,
     ) -> None:
         tokens = self.max_tokens(max_len, num_contexts, interleave)
         super().__init__(
-            [HSTULayer(dim, heads, head_dim, tokens, dropout, alpha) for _ in range(num_layers)],
+            [HSTULayer(dim, heads, head_dim, tokens, dropout, alpha, position_bias) for _ in range(num_layers)],
             dim=dim,
             max_len=max_len,
             num_contexts=num_contexts,

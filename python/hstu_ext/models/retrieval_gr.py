@@ -107,7 +107,7 @@ class RetrievalGR(nn.Module):
         }
         encoder: SequenceBlock
         if model.encoder == "hstu":
-            encoder = HSTUBlock(**common, alpha=model.attention_alpha or None)
+            encoder = HSTUBlock(**common, alpha=model.attention_alpha or None, position_bias=model.position_bias)
         else:
             encoder = SASRecBlock(**common, ffn_dim=model.ffn_dim)
         features = {name: catalogue.item_features[name] for name in model.item_features}

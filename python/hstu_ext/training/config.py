@@ -55,6 +55,7 @@ class ModelConfig:
     max_len: int = option(200, "events of a user that are read, the latest", at_least=1)
     dropout: float = option(0.2, "of embeddings and layers", at_least=0.0, below=1.0)
     attention_alpha: float = option(0.0, "hstu's factor of q . k; 0 is head_dim^-0.5", at_least=0.0)
+    position_bias: bool = option(False, "hstu's scores get a learned term of the distance between two tokens")
     actions: str = option(
         "none", "interleave makes a token of every event's action, after its item", choices=("none", "interleave")
     )
