@@ -58,7 +58,7 @@ string(REPLACE "\n" ";" cell_sources "${cell_sources}")
 add_library(
   hstu_gpu OBJECT
   csrc/attention/cell_table.cpp ${cell_sources}
-  csrc/jagged/cuda.cu
+  csrc/jagged/cuda.cu csrc/norm/cuda.cu
   csrc/similarity/sm80/in_batch_fused.cu csrc/similarity/sm80/in_batch_softmax.cu csrc/similarity/sm80/l2norm.cu
   csrc/similarity/sm80/sampled_softmax.cu csrc/similarity/sm80/topk.cu)
 target_include_directories(hstu_gpu PRIVATE csrc ${CMAKE_CURRENT_BINARY_DIR}/include)
