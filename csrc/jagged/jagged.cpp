@@ -132,6 +132,7 @@ void join(const JoinInputs& in, Execution execution) {
     p.split = in.split;
     p.part_count = static_cast<int>(in.parts.size());
     p.num_threads = execution.num_threads;
+    p.parts.resize(in.parts.size());
 
     // What the caller gave comes first: the parts to be joined, or the joined rows to be split.
     const Name joined_name{"values"}, parts_name{in.split ? "out" : "values"};

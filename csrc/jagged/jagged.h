@@ -40,7 +40,7 @@ struct JoinParams {
     void* joined_offsets;  // [batch + 1], written: sum over the parts. nullptr for a split on a GPU
     bool offsets_are_int64;
     int num_threads;
-    Part parts[kMaxParts];
+    std::vector<Part> parts;
 };
 
 // Row t of sequence b is jagged row offsets[b] + t and dense row (b, t). Dense rows past the sequence become padding;

@@ -25,6 +25,7 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 def execution(x: Tensor) -> tuple[int, int]:
     """The current CUDA stream and the number of CPU threads, as _C takes them."""
-    if x.is_cuda:
-        return torch._C._cuda_getCurrentRawStream(x.get_device()), 1
-    return 0, torch.get_num_threads()
+    device = x.get_device()  # -1 for the CPU
+    if device < 0:
+        return 0, torch.get_num_threads()
+    return torch._C._cuda_getCurrentRawStream(device), 1
