@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.compiler import is_compiling
 
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 """Types of tensors that _C reads; any other goes through torch.library."""
@@ -14,7 +16,7 @@ PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 def is_transformed() -> bool:
     """Whether torch.compile or a transform of torch.func is at work: then a call must go through torch.library."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return is_compiling() or _are_functorch_transforms_active()
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
