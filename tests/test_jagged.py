@@ -568,6 +568,7 @@ BAD = {
         "jagged_concat: offsets[0] must be a tensor, got list", concat_of(offsets=[[0], OB]), TypeError
     ),
     "offsets_fewer": Bad("jagged_concat: offsets must be a list of 2 like values, got 1", concat_of(offsets=[OA])),
+    "offsets_none": Bad("jagged_concat: offsets must be a list of 2 like values, got 0", concat_of(offsets=[])),
     "split_tensor": Bad("jagged_split: offsets must be a list of tensors, got Tensor", split_of(offsets=OA), TypeError),
     "split_257": Bad("jagged_split: offsets must be a list of 1 to 256 tensors, got 257", split_of(offsets=[OA] * 257)),
     "split_list": Bad("jagged_split: values must be a tensor, got list", split_of([1.0]), TypeError),
@@ -675,6 +676,10 @@ BAD = {
     "padding_half": Bad(
         "jagged_to_dense: padding_value must be a number that torch.float16 can hold, got 1000000.0",
         to_dense_of(A.half(), padding=1e6),
+    ),
+    "padding_huge": Bad(
+        "jagged_to_dense: padding_value must be a number that torch.float32 can hold, got 1000",
+        to_dense_of(padding=10**400),
     ),
     "padding_int": Bad(
         "jagged_to_dense: padding_value must be a number that torch.int32 can hold, got 4294967296",

@@ -81,6 +81,7 @@ struct Sizes {
 };
 
 void check_part_count(const char* op, const char* name, int64_t count);
+void check_offsets_count(const char* op, int64_t parts, int64_t count);
 
 void join(const JoinInputs& inputs, Execution execution);
 void dense(const DenseInputs& inputs, Execution execution);
