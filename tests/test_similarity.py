@@ -621,7 +621,7 @@ def test_gpu_tensors() -> None:
     sampled: tuple[Any, ...] = (rows, rows, IDS, NEGATIVES, 1.0, 1e-6, None)
     for function, others in (
         (_C.sampled_softmax_forward, (X, X, X)),
-        (_C.sampled_softmax_items, (IDS,)),
+        (_C.sampled_softmax_sort, (IDS, IDS, IDS, IDS, IDS)),
         (_C.sampled_softmax_table, (X, X, IDS, IDS, None, None, 1, X, X, X)),
     ):
         with pytest.raises(MissingKernelError, match=rf"hstu_ext\.sampled_softmax_loss: query {text}"):

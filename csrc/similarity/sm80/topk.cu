@@ -1,5 +1,6 @@
 #include "similarity/sm80/topk.h"
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 
@@ -12,7 +13,7 @@ namespace {
 using namespace hstu::attention::sm80;  // tiles and warp-level products
 
 constexpr int kTileItems = kTopkTileItems, kStages = 3, kThreads = 256, kSelectThreads = 512;
-constexpr int kNarrowKeys = 32, kNarrowWarps = 4;  // keys of a lane, rows of a block of the narrow selection
+constexpr int kNarrowKeys = 64, kNarrowWarps = 4;  // keys of a lane, rows of a block of the narrow selection
 constexpr int kListed = 112;  // candidates that a block of the scan collects before it appends them
 
 // ---- Candidates ----
@@ -65,6 +66,7 @@ __device__ __forceinline__ void append(const TopkScan& p, int64_t row, int slot,
 struct Round {
     int64_t begin, end;     // positions [begin, end) of all tiles
     int64_t tiles, stride;  // have no factor in common
+    bool is_first;          // there is no threshold: every item is a candidate, in the slot of its place in the round
     bool is_dense;          // more candidates than a list takes are expected of a tile
 
     HSTU_HOST_DEVICE int64_t operator[](int64_t position) const { return position * stride % tiles; }
@@ -104,23 +106,51 @@ __device__ __forceinline__ bool qualifies(const TopkScan& p, int64_t row, int64_
     return score > least || candidate(p, item, score, p.thresholds[row]) != 0;
 }
 
-// Appends what four neighbouring lanes found in one row, with one addition to its count.
-__device__ __noinline__ void append_row(const TopkScan& p, int64_t row, int64_t item0, int col0, const float* scores,
-                                        uint32_t found, float least) {
-    uint32_t beaten = 0;
-    for (uint32_t rest = found; rest; rest &= rest - 1) {
-        const int i = __ffs(rest) - 1;
-        if (qualifies(p, row, item0 + column(col0, i), scores[i], least)) beaten |= 1u << i;
+// Appends what the thread found in its rows, every eighth from `row` on. The four lanes of a row make one addition to its
+// count, and the additions of all rows are under way at once.
+template <int kRowCount, int kCount>
+__device__ __noinline__ void append_rows(const TopkScan& p, int64_t row, int64_t item0, int col0,
+                                         const float (&scores)[kRowCount][kCount], const float (&least)[kRowCount]) {
+    uint32_t beaten[kRowCount];
+    int slot[kRowCount];
+#pragma unroll
+    for (int r = 0; r < kRowCount; ++r) {
+        beaten[r] = 0;
+        for (int i = 0; i < kCount; ++i) {
+            if (scores[r][i] >= least[r] && qualifies(p, row + r * 8, item0 + column(col0, i), scores[r][i], least[r]))
+                beaten[r] |= 1u << i;
+        }
+        __syncwarp();
+        const int count = __popc(beaten[r]), neighbour = __shfl_xor_sync(0xffffffffu, count, 1);
+        const int pair = count + neighbour, other_pair = __shfl_xor_sync(0xffffffffu, pair, 2);
+        slot[r] = (lane() & 1 ? neighbour : 0) + (lane() & 2 ? other_pair : 0);
+        if (lane() % 4 == 0 && pair + other_pair > 0) slot[r] = atomicAdd(p.counts + row + r * 8, pair + other_pair);
     }
-    __syncwarp();
-    const int count = __popc(beaten), neighbour = __shfl_xor_sync(0xffffffffu, count, 1);
-    const int pair = count + neighbour, other_pair = __shfl_xor_sync(0xffffffffu, pair, 2);
-    int slot = 0;
-    if (lane() % 4 == 0 && pair + other_pair > 0) slot = atomicAdd(p.counts + row, pair + other_pair);
-    slot = __shfl_sync(0xffffffffu, slot, lane() & ~3) + (lane() & 1 ? neighbour : 0) + (lane() & 2 ? other_pair : 0);
-    for (; beaten; beaten &= beaten - 1) {
-        const int i = __ffs(beaten) - 1;
-        append(p, row, slot++, key_of(scores[i], item0 + column(col0, i)));
+#pragma unroll
+    for (int r = 0; r < kRowCount; ++r) {
+        const int first = __shfl_sync(0xffffffffu, slot[r], lane() & ~3);
+        int to = first + (lane() % 4 == 0 ? 0 : slot[r]);
+        for (; beaten[r]; beaten[r] &= beaten[r] - 1) {
+            const int i = __ffs(beaten[r]) - 1;
+            append(p, row + r * 8, to++, key_of(scores[r][i], item0 + column(col0, i)));
+        }
+    }
+}
+
+// The keys of all items of a tile, one beside the other from `slot0` on; 0 for those that can be no candidates.
+template <int kRowCount, int kCount>
+__device__ __noinline__ void place_rows(const TopkScan& p, int64_t row, int64_t item0, int slot0, int col0,
+                                        const float (&scores)[kRowCount][kCount], const float (&least)[kRowCount]) {
+#pragma unroll
+    for (int r = 0; r < kRowCount; ++r) {
+        if (least[r] > 0) continue;  // outside
+#pragma unroll
+        for (int i = 0; i < kCount; i += 2) {
+            const int64_t col = column(col0, i);
+            const ulonglong2 keys{candidate(p, item0 + col, scores[r][i], 0),
+                                  candidate(p, item0 + col + 1, scores[r][i + 1], 0)};
+            *reinterpret_cast<ulonglong2*>(p.keys + (row + r * 8) * p.capacity + slot0 + col) = keys;
+        }
     }
 }
 
@@ -142,20 +172,20 @@ __device__ __noinline__ bool list_row(const TopkScan& p, List& list, int64_t row
     return is_filling;
 }
 
-// By the whole block, while nobody adds to the list.
+// By the whole block, while nobody adds to the list; afterwards it can be added to.
 __device__ __noinline__ void empty_list(const TopkScan& p, const Round& round, List& list, int64_t row0) {
+    const bool has_entry = threadIdx.x < min_of(list.count, kListed);
+    const uint64_t entry = has_entry ? list.entries[threadIdx.x] : 0;
     __syncthreads();
-    if (threadIdx.x < min_of(list.count, kListed)) {
-        const uint64_t entry = list.entries[threadIdx.x];
+    if (threadIdx.x == 0) list.count = 0;
+    __syncthreads();
+    if (has_entry) {
         const uint32_t place = static_cast<uint32_t>(entry);
         const int64_t row = row0 + (place >> 7 & 127);
         const int64_t position = round.begin + blockIdx.y + int64_t{place >> 14} * gridDim.y;
         const uint64_t key = key_of(__uint_as_float(entry >> 32), round[position] * kTileItems + (place & 127));
         append(p, row, atomicAdd(p.counts + row, 1), key);
     }
-    __syncthreads();
-    if (threadIdx.x == 0) list.count = 0;
-    __syncthreads();
 }
 
 // One block: kRows queries, which stay in shared memory, and every gridDim.y-th tile of the round. Panels of 64 columns
@@ -225,29 +255,44 @@ __global__ void __launch_bounds__(kThreads, 2)
                          RightRows<typename Shared::ItemPanel>(shared.items(stage), Grid::col()));
             stage = stage + 1 == kStages ? 0 : stage + 1;
         }
-        const int col0 = Grid::col() + lane() % 4 * 2;
+        constexpr int kRowCount = Grid::kM * 2, kCount = Grid::kN * 2;
+        const int col0 = Grid::col() + lane() % 4 * 2, row = Grid::row() + lane() / 4;
+        uint32_t found[kRowCount], any = 0;
 #pragma unroll
-        for (int m = 0; m < Grid::kM; ++m) {
+        for (int r = 0; r < kRowCount; ++r) {
+            found[r] = 0;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                uint32_t found = 0;
+            for (int i = 0; i < kCount; ++i)
+                found[r] |= scores.x[r / 2][i / 2][r % 2 * 2 + i % 2] >= least[r] ? 1u << i : 0;
+            any |= found[r];
+        }
+        if (!round.is_first && !__any_sync(0xffffffffu, any != 0)) continue;
+        if (round.is_first || round.is_dense) {
+            float copy[kRowCount][kCount];
 #pragma unroll
-                for (int i = 0; i < Grid::kN * 2; ++i)
-                    found |= scores.x[m][i / 2][half * 2 + i % 2] >= least[m * 2 + half] ? 1u << i : 0;
-                if (!__any_sync(0xffffffffu, found != 0)) continue;
-                float row_scores[Grid::kN * 2];
+            for (int r = 0; r < kRowCount; ++r) {
 #pragma unroll
-                for (int i = 0; i < Grid::kN * 2; ++i) row_scores[i] = scores.x[m][i / 2][half * 2 + i % 2];
-                const int row = Grid::row() + m * 16 + half * 8 + lane() / 4;
-                if (round.is_dense)
-                    append_row(p, row0 + row, item0, col0, row_scores, found, least[m * 2 + half]);
-                else
-                    is_filling |=
-                        list_row(p, list, row0, row, item0, number, col0, row_scores, found, least[m * 2 + half]);
+                for (int i = 0; i < kCount; ++i) copy[r][i] = scores.x[r / 2][i / 2][r % 2 * 2 + i % 2];
             }
+            if (round.is_first)
+                place_rows(p, row0 + row, item0, static_cast<int>(position) * kTileItems, col0, copy, least);
+            else
+                append_rows(p, row0 + row, item0, col0, copy, least);
+            continue;
+        }
+#pragma unroll
+        for (int r = 0; r < kRowCount; ++r) {
+            if (!found[r]) continue;
+            float copy[kCount];
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) copy[i] = scores.x[r / 2][i / 2][r % 2 * 2 + i % 2];
+            is_filling |= list_row(p, list, row0, row + r * 8, item0, number, col0, copy, found[r], least[r]);
         }
     }
+    __syncthreads();
     empty_list(p, round, list, row0);
+    if (round.is_first && blockIdx.y == 0 && threadIdx.x < rows)
+        p.counts[row0 + threadIdx.x] = static_cast<int>(round.end - round.begin) * kTileItems;
 }
 
 // The same for scores that are there already: a warp takes kAhead x 32 columns of a row with one addition to its count.
@@ -374,31 +419,34 @@ __global__ void __launch_bounds__(kNarrowWarps * 32) topk_narrow_kernel(const __
     uint64_t mine[kNarrowKeys];
 #pragma unroll
     for (int i = 0; i < kNarrowKeys; ++i) mine[i] = i * 32 + lane() < offered ? stored[i * 32 + lane()] : 0;
-    const auto not_below = [&](uint64_t bound) {
-        int found = 0;
+    const auto count = [&](const auto& is_counted) {
+        constexpr int kChunk = 8;
+        int found[4] = {};
 #pragma unroll
-        for (int i = 0; i < kNarrowKeys; ++i) {
-            if (i * 32 >= offered) break;
-            found += mine[i] >= bound;
-        }
-        return __reduce_add_sync(0xffffffffu, found);
-    };
-    const auto score_not_below = [&](uint32_t bound) {
-        int found = 0;
+        for (int begin = 0; begin < kNarrowKeys; begin += kChunk) {
+            if (begin * 32 >= offered) break;
 #pragma unroll
-        for (int i = 0; i < kNarrowKeys; ++i) {
-            if (i * 32 >= offered) break;
-            found += static_cast<uint32_t>(mine[i] >> 32) >= bound;
+            for (int i = 0; i < kChunk; ++i) found[i % 4] += is_counted(mine[begin + i]) ? 1 : 0;
         }
-        return __reduce_add_sync(0xffffffffu, found);
+        return __reduce_add_sync(0xffffffffu, found[0] + found[1] + found[2] + found[3]);
     };
+    // The k-th score lies between the threshold and the best one, whose leading bits it shares with both.
+    uint32_t best = 0;
+#pragma unroll
+    for (int i = 0; i < kNarrowKeys; ++i) best = max_of(best, static_cast<uint32_t>(mine[i] >> 32));
+    best = __reduce_max_sync(0xffffffffu, best);
+    const uint32_t least = static_cast<uint32_t>(p.thresholds[row] >> 32), differing = best ^ least;
+    const int first_bit = differing == 0 ? 31 : 63 - __clz(differing);
+    const uint64_t shared = uint64_t{best} << 32 & ~((uint64_t{2} << first_bit) - 1);
     uint64_t last = 0;
     for (bool is_final = false; !is_final;) {
-        last = 0;
+        last = shared;
         int total = -1;
-        for (int bit = 63; bit >= 0 && total != p.k; --bit) {
+        for (int bit = first_bit; bit >= 0 && total != p.k; --bit) {
             const uint64_t trial = last | uint64_t{1} << bit;
-            total = bit >= 32 ? score_not_below(static_cast<uint32_t>(trial >> 32)) : not_below(trial);
+            const uint32_t score = static_cast<uint32_t>(trial >> 32);
+            total = bit >= 32 ? count([&](uint64_t key) { return static_cast<uint32_t>(key >> 32) >= score; })
+                              : count([&](uint64_t key) { return key >= trial; });
             if (total >= p.k) last = trial;
         }
         bool found_excluded = false;
@@ -551,7 +599,7 @@ void scan(const TopkScan& p, cudaStream_t stream) {
     for (int64_t done = 0; done < tiles;) {
         const int64_t length = topk_round(p.items, done * kTileItems, p.k) / kTileItems;
         const bool is_dense = p.k * int64_t{128} > kListed / 4 * done;
-        const Round round{done, min_of(tiles, done + length), tiles, stride, is_dense};
+        const Round round{done, min_of(tiles, done + length), tiles, stride, done == 0, is_dense};
         if (wide)
             scan_round<T, 128, 4>(p, round, stream);
         else
@@ -562,6 +610,19 @@ void scan(const TopkScan& p, cudaStream_t stream) {
 }
 
 }  // namespace
+
+int64_t topk_round(int64_t items, int64_t done, int64_t k) {
+    const double room = topk_capacity(k), count = static_cast<double>(k), deviation = 1 / std::sqrt(count);
+    const int64_t first = clamp_to<int64_t>(9 * k / 2 / kTileItems * kTileItems, 32 * kNarrowKeys, topk_capacity(k));
+    if (done == 0) return first;
+    const double fits = (room - count) / (1 + 5 * deviation);
+    const double is_fast = k <= 512 ? (32 * kNarrowKeys - count) / (1 + 2 * deviation) : 5 * count / 2;
+    const double most = 1 + std::min(fits, is_fast) / count,
+                 all = static_cast<double>(items) / static_cast<double>(first);
+    const double rounds = max_of(1.0, std::ceil(std::log(all) / std::log(most)));
+    const auto length = static_cast<int64_t>(static_cast<double>(done) * (std::pow(all, 1 / rounds) - 1));
+    return max_of<int64_t>(1, ceil_div<int64_t>(length, kTileItems)) * kTileItems;
+}
 
 int topk_scan_rows(const TopkScan& p) {
     const auto aligned = [](const Matrix& x) {

@@ -1,7 +1,7 @@
 // Exact top-k of dot products on the GPU, without the matrix of scores (compute capability 8.0 and later).
 //
 // Items are taken in rounds. A round appends every item whose score beats the row's threshold to the row's candidates,
-// and a block per row then keeps the best k and makes the k-th the new threshold. Where a round's candidates do
+// and a warp per row, or a block, then keeps the best k and makes the k-th the new threshold. Where a round's candidates do
 // not fit, the row's block goes through the round again item by item, so the result is exact whatever the order.
 //
 // A candidate is a 64-bit key: the score as an unsigned integer of the same order, then the complement of the item's
@@ -45,15 +45,9 @@ struct TopkScores {
     int64_t col0, cols;
 };
 
-// Items of the round after `done` of them, whole tiles. A share k / done of them is expected to beat the threshold: some
-// 500, or 2.5 k, but never more than half of the room.
-constexpr int64_t topk_round(int64_t items, int64_t done, int64_t k) {
-    const int64_t room = topk_capacity(k);
-    if (items <= room) return room;
-    if (done == 0) return clamp_to<int64_t>(9 * k / 2 / kTopkTileItems * kTopkTileItems, 1024, room);
-    const int64_t candidates = min_of(max_of<int64_t>(500, 5 * k / 2), (room - k) / 2);
-    return max_of<int64_t>(1, done * candidates / k / kTopkTileItems) * kTopkTileItems;
-}
+// Items of the round after `done` of them, whole tiles: as few rounds as the room for candidates allows, each growing by
+// the same factor. Growing by g brings k (g - 1) new candidates, with a deviation of a share 1 / sqrt(k).
+int64_t topk_round(int64_t items, int64_t done, int64_t k);
 
 // Rows of the tile of queries that the fused scan would use, 0 where this D does not fit or is not aligned.
 int topk_scan_rows(const TopkScan& p);
