@@ -128,7 +128,7 @@ def topk_check(
 def topk_capacity(k: int, /) -> int:
     """Candidates of a row on the GPU, 0 where k is too large for its kernels."""
 
-def topk_round(items: int, done: int, k: int, /) -> int:
+def topk_round(items: int, done: int, k: int, rows: int, /) -> int:
     """Items of the round after `done` of them."""
 
 def topk_can_scan(query: Tensor, items: Tensor, /) -> bool: ...

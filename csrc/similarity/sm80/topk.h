@@ -1,7 +1,7 @@
 // Exact top-k of dot products on the GPU, without the matrix of scores (compute capability 8.0 and later).
 //
 // Items are taken in rounds. A round appends every item whose score beats the row's threshold to the row's candidates,
-// and a warp per row, or a block, then keeps the best k and makes the k-th the new threshold. Where a round's candidates do
+// and a block per row then keeps the best k and makes the k-th the new threshold. Where a round's candidates do
 // not fit, the row's block goes through the round again item by item, so the result is exact whatever the order.
 //
 // A candidate is a 64-bit key: the score as an unsigned integer of the same order, then the complement of the item's
@@ -45,9 +45,10 @@ struct TopkScores {
     int64_t col0, cols;
 };
 
-// Items of the round after `done` of them, whole tiles: as few rounds as the room for candidates allows, each growing by
-// the same factor. Growing by g brings k (g - 1) new candidates, with a deviation of a share 1 / sqrt(k).
-int64_t topk_round(int64_t items, int64_t done, int64_t k);
+// Items of the round after `done` of them, whole tiles: as few rounds as can be, each growing by the same factor. Growing by
+// g brings k (g - 1) new candidates, with a deviation of a share 1 / sqrt(k); they must fit, and where many queries share
+// the time of a round, the cost of one more candidate for each is more than that of a further round.
+int64_t topk_round(int64_t items, int64_t done, int64_t k, int64_t rows);
 
 // Rows of the tile of queries that the fused scan would use, 0 where this D does not fit or is not aligned.
 int topk_scan_rows(const TopkScan& p);

@@ -150,7 +150,7 @@ def sampled_softmax_loss(
 
     Raises:
         TypeError, ValueError: an argument is not as above.
-        MissingKernelError: a tensor is on a GPU.
+        MissingKernelError: a tensor is on a GPU and this build has CPU kernels only.
 
     Source: the sampled softmax of Zhai et al., "Actions Speak Louder than Words" (ICML 2024); log q after Yi et al.,
     "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations" (RecSys 2019).
@@ -533,13 +533,13 @@ def _scores_in_rounds(query: Tensor, items: Tensor, k: int) -> Iterator[tuple[sl
     step = _GPU_TILE_ELEMENTS // query.shape[0]
     if items.dtype != query.dtype:
         step = min(step, _GPU_TILE_ITEM_ELEMENTS // items.shape[1])
-    step = max(step, _C.topk_round(count, 0, k))
+    step = max(step, _C.topk_round(count, 0, k, query.shape[0]))
     buffer = query.new_empty((query.shape[0], min(step, count)))
     for tile in _spans(count, step):
         scores = torch.mm(query, items[tile].float().t(), out=buffer[:, : tile.stop - tile.start])
         done = tile.start
         while done < tile.stop:
-            cols = slice(done, min(tile.stop, done + _C.topk_round(count, done, k)))
+            cols = slice(done, min(tile.stop, done + _C.topk_round(count, done, k, query.shape[0])))
             yield cols, scores[:, cols.start - tile.start : cols.stop - tile.start]
             done = cols.stop
 
