@@ -340,6 +340,16 @@ def test_l2norm_dot_gradcheck() -> None:
     assert torch.autograd.gradcheck(l2norm_dot, (q, items))
 
 
+def test_l2norm_dot_of_nothing() -> None:
+    """No row adds to a gradient: it is 0 and not what memory holds."""
+    for rows, count in ((0, 5), (3, 0), (0, 0)):
+        q, items = torch.randn(rows, 4), torch.randn(count, 4)
+        out, dq, ditems = gradients(lambda q, items: l2norm_dot(q, items).sum(), q, items)
+        assert out == 0
+        assert not dq.any()
+        assert not ditems.any()
+
+
 # in_batch_softmax_loss
 
 

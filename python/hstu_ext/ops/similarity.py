@@ -344,10 +344,10 @@ def _factor_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.is_cuda else _compute_dtype(x)
 
 
-def _unit(x: Tensor, eps: float) -> Tensor:
+def _unit(x: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """Normalised rows, factors of a product."""
     x = _rows(x.to(_factor_dtype(x)))
-    out = _empty_like(x)
+    out = _empty_like(x) if out is None else out
     _C.l2norm(x, out, eps, *execution(x))
     return out
 
@@ -735,25 +735,30 @@ _sampled = _differentiable(
 # l2norm_dot
 
 
-def _dot_tile_shape(q: Tensor, items: Tensor) -> tuple[int, int]:
-    """Tiles as wide as the items of one may be: the scores are written once, so only the items need the cache."""
+def _dot_tile_shape(q: Tensor, items: Tensor, is_direct: bool = False) -> tuple[int, int]:
+    """Tiles as wide as the items of one may be: the scores are written once, so only the items need the cache.
+
+    is_direct: the product writes the result itself.
+    """
     if q.is_cuda:
         return max(1, q.shape[0]), max(1, min(items.shape[0], _GPU_TILE_ITEM_ELEMENTS // items.shape[1]))
-    cols = max(1, min(items.shape[0], _TILE_ITEM_ELEMENTS // items.shape[1]))
+    cols = max(1, min(items.shape[0], (4 if is_direct else 1) * _TILE_ITEM_ELEMENTS // items.shape[1]))
     return max(1, min(q.shape[0], 4 * _TILE_ELEMENTS // cols)), cols
 
 
 def _tiles_of_units(items: Tensor, step: int, eps: float) -> Iterator[tuple[slice, Tensor]]:
-    """The normalised rows of one tile after the other."""
+    """The normalised rows of one tile after the other, in one buffer."""
+    buffer = items.new_empty((step, items.shape[1]), dtype=_factor_dtype(items))
     for cols in _spans(items.shape[0], step):
-        yield cols, _unit(items[cols], eps)
+        yield cols, _unit(items[cols], eps, out=buffer[: cols.stop - cols.start])
 
 
 def _dot_run(q: Tensor, items: Tensor, eps: float) -> Tensor:
     _C.l2norm_dot_check(q, items, eps)
-    rows_step, cols_step = _dot_tile_shape(q, items)
+    is_direct = q.dtype == _factor_dtype(q)
+    rows_step, cols_step = _dot_tile_shape(q, items, is_direct)
     unit_q, out = _unit(q, eps), q.new_empty((q.shape[0], items.shape[0]))
-    wide = None if out.dtype == unit_q.dtype else unit_q.new_empty((rows_step, cols_step))
+    wide = None if is_direct else unit_q.new_empty((rows_step, cols_step))
     for cols, unit_items in _tiles_of_units(items, cols_step, eps):
         if wide is None:
             torch.mm(unit_q, unit_items.t(), out=out[:, cols])
@@ -773,13 +778,13 @@ def _dot_backward_run(dout: Tensor, q: Tensor, items: Tensor, eps: float) -> tup
     unit_q, ditems = _unit(q, eps), _empty_like(items)
     dunit_q = torch.zeros_like(unit_q, dtype=_compute_dtype(q))
     for cols, unit_items in _tiles_of_units(items, cols_step, eps):
-        dunit_items = torch.empty_like(unit_items, dtype=dunit_q.dtype)
+        dunit_items = unit_items.new_empty(unit_items.shape, dtype=dunit_q.dtype)
         for rows in _spans(q.shape[0], rows_step):
             tile = dout[rows, cols].to(unit_q.dtype)
             _add_product(dunit_q[rows], tile, unit_items)
             _add_product(dunit_items, tile.t(), unit_q[rows], is_first=rows.start == 0)
         _unit_backward(dunit_items, items[cols], eps, out=ditems[cols])
-    return _unit_backward(dunit_q, q, eps), ditems
+    return _unit_backward(dunit_q, q, eps), ditems if q.shape[0] > 0 else ditems.zero_()
 
 
 _dot_backward = _by_library(
