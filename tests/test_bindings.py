@@ -66,7 +66,7 @@ def test_gpu_tensors_in_a_cpu_build() -> None:
     rows, offsets = GpuTensor((4, 64), (64, 1)), OFFSETS
     for call in (
         forward,
-        lambda: _C.jagged_join(False, False, rows, offsets, 0, 1, 1, rows, offsets),
+        lambda: _C.jagged_join(False, False, rows, offsets, [rows], [offsets], 0, 1),
         lambda: _C.jagged_dense(True, replace(rows, shape=(1, 4, 64), strides=(256, 64, 1)), rows, offsets, 0, 0, 1),
     ):
         with pytest.raises(MissingKernelError, match=r"CPU kernels only.*HSTU_EXT_CUDA=on"):
