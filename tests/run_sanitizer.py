@@ -85,7 +85,7 @@ def check(*results: Any) -> None:
 
 
 def run_similarity(name: str) -> None:
-    """Aligned rows and others, in every dtype; more rows than a tile, and ids out of range."""
+    """Aligned rows and others, in every dtype; more rows than a tile and fewer, ids out of range, a sparse gradient."""
     import torch
 
     import hstu_ext
@@ -100,12 +100,14 @@ def run_similarity(name: str) -> None:
                 check(out, *torch.autograd.grad(out.float().sum(), (query,)))
             elif name == "topk_dot":
                 exclude, valid = torch.randint(-1, 1500, (140, 5), device="cuda"), torch.rand(1500, device="cuda") < 0.9
-                for k in (10, 300, 700):
-                    check(*hstu_ext.topk_dot(query, items.repeat(6, 1), k, exclude, valid.repeat(6)))
+                for rows, k in ((140, 10), (140, 300), (140, 700), (20, 300)):
+                    found = hstu_ext.topk_dot(query[:rows], items.repeat(6, 1), k, exclude[:rows], valid.repeat(6))
+                    check(*found)
             elif name == "sampled_softmax":
                 for negatives in (torch.randint(1500, (140, 33), device="cuda"), torch.full((140, 3), 2**40).cuda()):
-                    loss = hstu_ext.sampled_softmax_loss(query, items, ids, negatives)
-                    check(loss, *torch.autograd.grad(loss, inputs))
+                    for sparse in (False, True):
+                        loss = hstu_ext.sampled_softmax_loss(query, items, ids, negatives, sparse=sparse)
+                        check(loss, *(x.to_dense() for x in torch.autograd.grad(loss, inputs)))
             else:
                 item_ids, sequences = torch.arange(1500, device="cuda") % 1400, torch.arange(1500, device="cuda") // 9
                 for threshold in (None, 0.9):
