@@ -31,7 +31,7 @@ LEGAL: dict[str, tuple[str | int, ...]] = {
     "dtype": ("bf16", "fp16"),
     "head_dim": (32, 64, 128, 256),
     "mask": ("window", "target", "interval"),
-    "bias": ("none", "rab"),
+    "bias": ("none", "rab", "relative"),
 }
 ELEMENTS = {"bf16": "sm80::bf16", "fp16": "sm80::fp16"}
 DTYPES = {"bf16": "DType::kBFloat16", "fp16": "DType::kFloat16"}
@@ -80,7 +80,7 @@ class Cell:
             element=element,
             head_dim=self.head_dim,
             mask=f"{self.mask.capitalize()}Mask",
-            bias="NoBias" if self.bias == "none" else f"{self.bias.capitalize()}Bias<{element}>",
+            bias={"none": "NoBias", "rab": f"RabBias<{element}>", "relative": "RelativeBias<float>"}[self.bias],
         )
 
     @property
