@@ -53,6 +53,7 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
     if (plan == DqPlan::kReduce)
         launch<backward_dq_convert_kernel<T, kHeadDim, Config>>(dq_tiles * pairs, Config::warps * 32, 0, p.device,
                                                                 stream, p, order(dq_tiles), dq_tiles);
+    if constexpr (Bias::kKind == BiasKind::kRelative) finish_exact_sums(p, stream);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>

@@ -1,6 +1,6 @@
 // HSTU attention forward, mma.sync + cp.async (compute capability 8.0 and later).
 //
-//   O_i = 1/N sum_j keep(i, j) silu(alpha (q_i.k_j + rab_ij)) v_j
+//   O_i = 1/N sum_j keep(i, j) silu(alpha (q_i.k_j + rab_ij) + bias_ij) v_j
 //
 // One block: one head, `rows` queries of one sequence. Q stays in shared memory (or registers); K and V tiles of `cols`
 // keys come through a two-stage ring, the next pair being fetched while this one is used; a single barrier a step both
@@ -13,6 +13,7 @@
 #include "attention/activation.h"
 #include "attention/bias.h"
 #include "attention/sm80/block_order.h"
+#include "attention/sm80/relative.h"
 #include "attention/sm80/tile.h"
 #include "attention/tile_config.h"
 #include "common/cuda_launch.h"
@@ -41,7 +42,8 @@ struct ForwardGrids {
     using Out = WarpGrid<Config::rows, kHeadDim, kWarpsM, Config::warps_n>;
 };
 
-// S -> P N = silu(alpha (S + rab)), 0 where masked, in ranges of elements that can be interleaved with products.
+// S -> P N = silu(alpha (S + rab)), 0 where masked, in ranges of elements that can be interleaved with products. With a
+// relative bias, which is added to a whole tile, S comes as (alpha S + bias) / 2.
 template <class Grid, class Mask, class Bias, bool kMasked>
 struct Activation {
     static constexpr int kPiece = Grid::kM * 8;  // this thread's elements in 16 columns, numbered one after another
@@ -64,7 +66,7 @@ struct Activation {
                 if constexpr (Bias::kKind == BiasKind::kRab) x += static_cast<float>(bias.at(row, col));
                 if constexpr (kMasked) x = mask.row(row).keeps(col) ? x : 0.0f;
             }
-            x = silu_of_twice(half_alpha * x);
+            x = silu_of_twice(Bias::kKind == BiasKind::kRelative ? x : half_alpha * x);
         }
     }
     // Part `step` of `steps` of elements [from, to).
@@ -93,7 +95,7 @@ __device__ __forceinline__ void attend(Out& out, const Q& q, KTile k, KTile v, c
     };
     const RightRows<KTile> keys(k, 0);
     const RightColumns<KTile> values(v, 0);
-    if constexpr (Config::q_in_registers) {
+    if constexpr (Config::q_in_registers && Bias::kKind != BiasKind::kRelative) {
         matmul_by_columns<T>(s, q, keys, [&](int step) {
             if (step >= kSteps) activate_piece(step / kSteps - 1, step % kSteps, kSteps);
         });
@@ -101,7 +103,11 @@ __device__ __forceinline__ void attend(Out& out, const Q& q, KTile k, KTile v, c
         values_ready();
         matmul_by_rows<T>(out, weights, values);
     } else {
-        matmul<T, kSteps>(s, q, keys);
+        if constexpr (Config::q_in_registers)
+            matmul_by_columns<T>(s, q, keys);
+        else
+            matmul<T, kSteps>(s, q, keys);
+        if constexpr (Bias::kKind == BiasKind::kRelative) bias.add(s, row0, col0, 0.5f * alpha);
         activate_piece(0, 0, 1);
         values_ready();
         constexpr int kPairs = Out::kN / 2;
@@ -172,6 +178,7 @@ __device__ __forceinline__ void walk_keys_ahead(Out& out, const Shared& shared, 
     const auto score = [&](typename Grid::Acc& s, int t) {
         s.clear();
         matmul<T, kHeadDim / 16>(s, q, RightRows<typename Shared::KTile>(shared.k(t & 1), Grid::col()));
+        if constexpr (Bias::kKind == BiasKind::kRelative) bias.add(s, row0, walk[t], 0.5f * alpha);
     };
     const auto add_values = [&](int t, const auto& meanwhile) {
         matmul<T, Config::cols / 16>(out, LeftRows<typename Shared::PTile>(shared.p(t & 1), OutGrid::row()),
@@ -219,6 +226,7 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
     constexpr int kRows = Config::rows, kCols = Config::cols, kThreads = Config::warps * 32;
     using Shared = ForwardShared<kHeadDim, Config>;
     using OutGrid = typename ForwardGrids<kHeadDim, Config>::Out;
+    using ScoreGrid = typename ForwardGrids<kHeadDim, Config>::Score;
     extern __shared__ __align__(128) unsigned char shared_memory[];
     const Shared shared{static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory))};
 
@@ -230,7 +238,7 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
     if (row0 >= seq.len_q) return;
 
     const Mask mask(p, seq, b, head);
-    const Bias bias(p, seq, b, head);
+    const BlockBias<Bias, ScoreGrid, true> bias(p, seq, b, head, row0);
     const TileWalk walk(mask.kv_range(row0, kRows), kCols);
     const T* k = p.k.at<T>(seq.k_begin, head);
     const T* v = p.v.at<T>(seq.k_begin, head);
