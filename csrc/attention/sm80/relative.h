@@ -90,8 +90,7 @@ struct RelativeTiles : RelativeBias<float> {
         if (time == nullptr) return 0;
         const TimeRange rows = kRowsStay ? staying : rows_range(row0 + Grid::row());
         const TimeRange keys = kRowsStay ? keys_range(col0 + Grid::col()) : staying;
-        const float largest =
-            fmaxf(fmaxf(fabsf(rows.low), fabsf(rows.high)), fmaxf(fabsf(keys.low), fabsf(keys.high)));
+        const float largest = fmaxf(fmaxf(fabsf(rows.low), fabsf(rows.high)), fmaxf(fabsf(keys.low), fabsf(keys.high)));
         const float slack = fmaf(largest, 0x1p-21f, 2.0f);
         const float low = fmaxf(rows.low - keys.high, keys.low - rows.high) - slack;
         const float high = fmaxf(rows.high - keys.low, keys.high - rows.low) + slack;

@@ -15,7 +15,7 @@ namespace hstu::attention::sm80 {
 
 // Where the sums of one head go.
 struct TableGradients {
-    float *position, *time;        // at distance 0 and bucket 0; nullptr where not wanted
+    float *position, *time;  // at distance 0 and bucket 0; nullptr where not wanted
     int64_t *exact_position = nullptr, *exact_time = nullptr;
     float scale;
 
