@@ -20,6 +20,7 @@ operations at this run's own bf16 matmul rate, and of every input and output mov
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+import hstu_ext
 from attention_providers import BIASED, PROVIDERS, QUADRATIC, Attention, Problem, eager_fits
 from harness import (
     RESULTS,
@@ -110,7 +112,9 @@ def cell_name(problem: Problem, direction: str, dtype_name: str, provider: str =
     if suffix is None or problem.device != "cuda":
         return None
     bucket = next(bucket for bucket in HEAD_DIMS if problem.head_dim <= bucket)
-    return f"attn_{direction}_sm80_{dtype_name}_d{bucket}_window{suffix}"
+    name = f"attn_{direction}_sm90_{dtype_name}_d{bucket}_window{suffix}"
+    hopper = torch.cuda.get_device_capability() == (9, 0) and os.environ.get("HSTU_EXT_GPU") != "sm80"
+    return name if hopper and name in hstu_ext.cells() else name.replace("sm90", "sm80")
 
 
 def load_providers(names: str) -> list[str]:

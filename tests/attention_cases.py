@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -465,6 +466,53 @@ def kernel_grid() -> list[Case]:
         for mask, more in masks.items()
         for name, rab, bias in (("", "", ""), ("_rab_heads", "heads", ""), ("_bias", "", "position+time+heads"))
     ]
+
+
+def random_case(seed: int, longest: int = 300) -> Case:
+    """Anything that is legal, with sequences of at most `longest` keys."""
+    choose = random.Random(seed)
+    count = choose.randint(0, 6)
+    dim, dim_v = (8 * choose.randint(1, choose.choice((4, 8, 16, 32))) for _ in range(2))
+    lengths = tuple(choose.choice((0, 1, choose.randint(0, 40), choose.randint(0, longest))) for _ in range(count))
+    case = Case(
+        f"seed_{seed}", lengths, heads=choose.randint(1, 4), dim=dim, dim_v=choose.choice((None, dim_v)),
+        alpha=choose.uniform(-0.3, 0.3), scaling=choose.choice((-1, 1, 77)),
+        offsets=choose.choice((torch.int32, torch.int64)), layout=choose.choice(("plain", "padded", "transposed")),
+        max_margin=choose.choice((0, 0, 1, 100)), outside=choose.choice(((0, 0), (0, 0), (1, 0), (3, 130))),
+    )  # fmt: skip
+    used_k = tuple(choose.randint(0, n) for n in lengths) if choose.random() < 0.3 else None
+    keys = used_k or lengths
+    if choose.random() < 0.3:
+        lengths_q = tuple(choose.randint(0, n) for n in keys)
+    elif choose.random() < 0.2:
+        lengths_q = tuple(choose.randint(0, n + 50) for n in keys)
+    else:
+        lengths_q = lengths if used_k is None else keys
+    case = replace(case, used_k=used_k, lengths_q=lengths_q)
+    if choose.random() < 0.3:
+        case = replace(case, used_q=tuple(choose.randint(0, n) for n in lengths_q))
+    kind = choose.choice(("window", "target", "interval"))
+    if kind == "window":
+        left, right = (choose.choice((-1, 0, choose.randint(0, 5), choose.randint(0, longest))) for _ in range(2))
+        case = replace(case, window=(left, right))
+    elif kind == "target":
+        contexts = tuple(choose.choice((0, choose.randint(0, n))) for n in keys)
+        targets = tuple(choose.choice((0, choose.randint(0, n - c))) for n, c in zip(keys, contexts))
+        group = choose.choice((1, 2, choose.randint(1, 90)))
+        case = replace(case, contexts=contexts, targets=targets, group=group)
+    else:
+        case = replace(case, bounds=choose.choice((1, 3, 5, 9)), bounds_per_head=choose.random() < 0.5)
+    queries = case.used_q or lengths_q
+    if choose.random() < 0.3 and all(q <= k for q, k in zip(queries, keys)):
+        case = replace(case, rab=choose.choice(("one", "heads")), rab_margin=choose.choice((0, 0, 5)))
+    elif choose.random() < 0.4:
+        case = replace(
+            case,
+            bias=choose.choice(("position", "time", "position+time")) + choose.choice(("", "+heads")),
+            times=choose.choice(("sorted", "unordered", "milliseconds", "small", "extreme")),
+            max_len=choose.choice((1, choose.randint(1, 300))), num_buckets=choose.choice((0, 40, 60, 128, 200)),
+        )  # fmt: skip
+    return case
 
 
 def long_cases() -> list[Case]:

@@ -30,6 +30,7 @@ from attention_cases import (
     assert_accurate,
     kernel_grid,
     long_cases,
+    random_case,
 )
 from hstu_ext import hstu_attn_qkvpacked_func, hstu_attn_varlen_func
 
@@ -94,53 +95,6 @@ def test_accuracy(case: Case, device: str, dtype: torch.dtype, direction: str, d
     else:
         actual = problem.run(attention, deterministic=deterministic)
     assert_accurate(actual, expected, eager, dtype)
-
-
-def random_case(seed: int) -> Case:
-    """Anything that is legal, small enough to be quick."""
-    choose = random.Random(seed)
-    count = choose.randint(0, 6)
-    dim, dim_v = (8 * choose.randint(1, choose.choice((4, 8, 16, 32))) for _ in range(2))
-    lengths = tuple(choose.choice((0, 1, choose.randint(0, 40), choose.randint(0, 300))) for _ in range(count))
-    case = Case(
-        f"seed_{seed}", lengths, heads=choose.randint(1, 4), dim=dim, dim_v=choose.choice((None, dim_v)),
-        alpha=choose.uniform(-0.3, 0.3), scaling=choose.choice((-1, 1, 77)),
-        offsets=choose.choice((torch.int32, torch.int64)), layout=choose.choice(("plain", "padded", "transposed")),
-        max_margin=choose.choice((0, 0, 1, 100)), outside=choose.choice(((0, 0), (0, 0), (1, 0), (3, 130))),
-    )  # fmt: skip
-    used_k = tuple(choose.randint(0, n) for n in lengths) if choose.random() < 0.3 else None
-    keys = used_k or lengths
-    if choose.random() < 0.3:
-        lengths_q = tuple(choose.randint(0, n) for n in keys)
-    elif choose.random() < 0.2:
-        lengths_q = tuple(choose.randint(0, n + 50) for n in keys)
-    else:
-        lengths_q = lengths if used_k is None else keys
-    case = replace(case, used_k=used_k, lengths_q=lengths_q)
-    if choose.random() < 0.3:
-        case = replace(case, used_q=tuple(choose.randint(0, n) for n in lengths_q))
-    kind = choose.choice(("window", "target", "interval"))
-    if kind == "window":
-        left, right = (choose.choice((-1, 0, choose.randint(0, 5), choose.randint(0, 300))) for _ in range(2))
-        case = replace(case, window=(left, right))
-    elif kind == "target":
-        contexts = tuple(choose.choice((0, choose.randint(0, n))) for n in keys)
-        targets = tuple(choose.choice((0, choose.randint(0, n - c))) for n, c in zip(keys, contexts))
-        group = choose.choice((1, 2, choose.randint(1, 90)))
-        case = replace(case, contexts=contexts, targets=targets, group=group)
-    else:
-        case = replace(case, bounds=choose.choice((1, 3, 5, 9)), bounds_per_head=choose.random() < 0.5)
-    queries = case.used_q or lengths_q
-    if choose.random() < 0.3 and all(q <= k for q, k in zip(queries, keys)):
-        case = replace(case, rab=choose.choice(("one", "heads")), rab_margin=choose.choice((0, 0, 5)))
-    elif choose.random() < 0.4:
-        case = replace(
-            case,
-            bias=choose.choice(("position", "time", "position+time")) + choose.choice(("", "+heads")),
-            times=choose.choice(("sorted", "unordered", "milliseconds", "small", "extreme")),
-            max_len=choose.choice((1, choose.randint(1, 300))), num_buckets=choose.choice((0, 40, 60, 128, 200)),
-        )  # fmt: skip
-    return case
 
 
 @pytest.mark.parametrize("seed", range(120))

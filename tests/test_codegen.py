@@ -52,7 +52,7 @@ def test_ci_covers_every_mask_direction_and_bias() -> None:
 def test_names_are_unique_and_give_the_cell_back() -> None:
     names = [cell.name for cell in SETS["full"]]
     assert len(set(names)) == len(names)
-    pattern = re.compile(r"attn_(fwd|bwd)_(sm80)_(bf16|fp16)_d(\d+)_(window|target|interval)(?:_(rab|relative))?")
+    pattern = re.compile(r"attn_(fwd|bwd)_(sm80|sm90)_(bf16|fp16)_d(\d+)_(window|target|interval)(?:_(rab|relative))?")
     for cell in SETS["full"]:
         match = pattern.fullmatch(cell.name)
         assert match, cell.name
@@ -64,21 +64,29 @@ def test_forward_instance() -> None:
     cell = generate.Cell("attn", "fwd", "sm80", "bf16", 64, "window", "none")
     assert '#include "attention/sm80/forward.h"' in cell.source
     assert "void attn_fwd_sm80_bf16_d64_window(const Params& p, void* stream)" in cell.source
-    assert "sm80::run_forward<sm80::bf16, 64, WindowMask, NoBias>(p, stream);" in cell.source
+    assert "sm80::run_forward<bf16, 64, WindowMask, NoBias>(p, stream);" in cell.source
+
+
+def test_sm90_instance() -> None:
+    cell = generate.Cell("attn", "fwd", "sm90", "fp16", 256, "target", "none")
+    assert '#include "attention/sm90/forward.h"' in cell.source
+    assert "void attn_fwd_sm90_fp16_d256_target(const Params& p, void* stream)" in cell.source
+    assert "sm90::run_forward<fp16, 256, TargetMask, NoBias>(p, stream);" in cell.source
+    assert "Arch::kSm90" in cell.row
 
 
 def test_backward_instance_with_rab() -> None:
     cell = generate.Cell("attn", "bwd", "sm80", "fp16", 128, "interval", "rab")
     assert '#include "attention/sm80/backward.h"' in cell.source
     assert "void attn_bwd_sm80_fp16_d128_interval_rab(const BackwardParams& p, void* stream)" in cell.source
-    call = "sm80::run_backward<sm80::fp16, 128, IntervalMask, RabBias<sm80::fp16>>(p, stream);"
+    call = "sm80::run_backward<fp16, 128, IntervalMask, RabBias<fp16>>(p, stream);"
     assert call in cell.source
 
 
 def test_instance_with_a_relative_bias() -> None:
     cell = generate.Cell("attn", "bwd", "sm80", "bf16", 64, "target", "relative")
     assert "void attn_bwd_sm80_bf16_d64_target_relative(const BackwardParams& p, void* stream)" in cell.source
-    assert "sm80::run_backward<sm80::bf16, 64, TargetMask, RelativeBias<float>>(p, stream);" in cell.source
+    assert "sm80::run_backward<bf16, 64, TargetMask, RelativeBias<float>>(p, stream);" in cell.source
 
 
 @pytest.mark.parametrize("name", generate.SETS)
@@ -141,6 +149,10 @@ bias = ["none"]
         (ENTRY.replace("64", "48"), "head_dim must be one of (32, 64, 128, 256), got 48"),
         (ENTRY.replace('"fwd"', '"forward"'), "direction must be one of ('fwd', 'bwd'), got 'forward'"),
         (ENTRY.replace('bias = ["none"]', ""), "an entry must have exactly the keys"),
+        (
+            ENTRY.replace("sm80", "sm90").replace("window", "interval"),
+            "sm90 has the masks ('window', 'target') and the biases ('none',), got attn_fwd_sm90_bf16_d64_interval",
+        ),
         (ENTRY.replace("[[ci]]", "[[tiny]]"), "sets must be among ('ci', 'default', 'full'), got ['tiny']"),
         (ENTRY + ENTRY, "set ci lists cells twice: ['attn_fwd_sm80_bf16_d64_window']"),
         ("[[ci]\n", "Expected"),
@@ -154,12 +166,21 @@ def test_a_bad_manifest_is_named(text: str, message: str, tmp_path: Path) -> Non
     assert message in result.stderr
 
 
+def test_a_family_can_be_left_out(tmp_path: Path) -> None:
+    names = run("--list", "--families", "sm80").stdout.split()
+    assert names == [cell.name for cell in SETS["default"] if cell.arch == "sm80"]
+    run("--families", "sm80", "--out", tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.cu")} == set(names)
+    assert "sm90" not in (tmp_path / "dispatch.cpp").read_text()
+
+
 def test_list_and_count() -> None:
     assert run("--list", "--set", "ci").stdout.split() == [cell.name for cell in SETS["ci"]]
     assert run("--count").stdout.splitlines() == [f"{name} {len(cells)}" for name, cells in SETS.items()]
 
 
 def test_this_build_has_the_cells_of_its_set() -> None:
-    built = hstu_ext.build_info()["set"]
-    expected = [cell.name for cell in SETS[built]] if built else []
+    info = hstu_ext.build_info()
+    hopper = {"90", "90a"} & set(info["archs"])
+    expected = [c.name for c in SETS[info["set"]] if c.arch != "sm90" or hopper] if info["set"] else []
     assert hstu_ext.cells() == expected

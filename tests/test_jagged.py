@@ -632,8 +632,10 @@ BAD = {
         "jagged_split: offsets must add up to at most the 8 rows of values, got 10 in offsets[0] to offsets[1]",
         split_of(offsets=[OA, index(0, 3, 5)]),
     ),
-    "totals_count": Bad("jagged_split: totals must be a list of 2 sizes like offsets, got [5]", split_of(totals=[5])),
-    "totals_int": Bad("jagged_split: totals must be a list of 2 sizes like offsets, got 8", split_of(totals=8)),
+    "totals_count": Bad("jagged_split: totals must be a list of 2 sizes like offsets, got 1", split_of(totals=[5])),
+    "totals_int": Bad(
+        "jagged_split: totals must be a list of 2 sizes like offsets, got int", split_of(totals=8), TypeError
+    ),
     "totals_small": Bad(
         "jagged_split: offsets[1] must be within the 2 rows, got 3 at the end", split_of(totals=[5, 2])
     ),
@@ -902,10 +904,10 @@ def test_gpu_joins_write_and_read_rows_alone(
         sums = torch.full((62,), -1, dtype=offsets_dtype, device="cuda")
         inputs, out = [framed(len(x), width, gap, start, x) for x in values], framed(total, width, gap, start)
         given = [x.given() for x in inputs]
-        _C.jagged_join(False, interleave, out.given(), sums[:61], *where, parts, *given, *on_gpu)
+        _C.jagged_join(False, interleave, out.given(), sums[:61], given, on_gpu, *where)
         whole, separated = framed(total, width, gap, start, joined), [framed(n, width, gap, start) for n in totals]
         given = [x.given() for x in separated]
-        _C.jagged_join(True, interleave, whole.given(), sums[:61].clone(), *where, parts, *given, *on_gpu)
+        _C.jagged_join(True, interleave, whole.given(), None, given, on_gpu, *where)
         for x in (*inputs, out, whole, *separated):
             x.assert_frame_is_intact()
         assert sums[61] == -1

@@ -1,6 +1,8 @@
 #include "attention/cell_table.h"
 
 #include <array>
+#include <cstdlib>
+#include <cstring>
 #include <string>
 
 #include "attention/api.h"
@@ -43,6 +45,12 @@ std::string cell_name(Direction direction, DType dtype, int head_dim, MaskKind m
            kMaskNames[static_cast<int>(mask)] + kBiasSuffixes[static_cast<int>(bias)];
 }
 
+// HSTU_EXT_GPU=sm80 makes a Hopper GPU run the sm80 family, to compare the two.
+bool sm90_wanted() {
+    static const char* const family = std::getenv("HSTU_EXT_GPU");
+    return !family || std::strcmp(family, "sm80") != 0;
+}
+
 [[noreturn]] void fail_missing(const std::string& name) {
     fail<MissingKernelError>("hstu_ext.attention: kernel ", name, " is not in this build, which has the set \"",
                              build::kSet, "\" (", cells().size(),
@@ -58,7 +66,7 @@ const Cell& find_cell(Direction direction, int compute_capability, DType dtype, 
     if (compute_capability < 80)
         fail<MissingKernelError>("hstu_ext.attention: GPU kernels need compute capability 8.0 or newer, got ",
                                  compute_capability / 10, ".", compute_capability % 10);
-    if (compute_capability == 90)
+    if (compute_capability == 90 && sm90_wanted())
         if (const Cell* cell = table[index_of(direction, Arch::kSm90, dtype, head_dim, mask, bias)]) return *cell;
     if (const Cell* cell = table[index_of(direction, Arch::kSm80, dtype, head_dim, mask, bias)]) return *cell;
     fail_missing(cell_name(direction, dtype, head_dim, mask, bias));

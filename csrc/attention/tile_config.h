@@ -1,4 +1,4 @@
-// The tile table of the SM80 family: one row a head-dim bucket and direction. A new bucket is a row here and in the
+// The tile tables of the GPU families: one row a head-dim bucket and direction. A new bucket is a row here and in the
 // manifest. rows: query rows of a tile; cols: keys of a tile; blocks: thread blocks meant to share an SM.
 #pragma once
 
@@ -107,3 +107,36 @@ struct CompactBackwardTile<256> {
 };
 
 }  // namespace hstu::attention::sm80
+
+namespace hstu::attention::sm90 {
+
+// consumers: warpgroups of 64 query rows each; stages: K and V tiles in flight; q_stages: Q tiles.
+// Registers: (loader + consumers * consumer) * 128 <= 65536.
+template <int kHeadDim>
+struct ForwardTile;
+template <>
+struct ForwardTile<32> {
+    static constexpr int consumers = 3, cols = 128, stages = 4, q_stages = 2;
+    static constexpr bool q_in_registers = false, takes_turns = false;
+    static constexpr int loader_registers = 32, consumer_registers = 160;
+};
+template <>
+struct ForwardTile<64> {
+    static constexpr int consumers = 3, cols = 128, stages = 4, q_stages = 2;
+    static constexpr bool q_in_registers = false, takes_turns = false;
+    static constexpr int loader_registers = 32, consumer_registers = 160;
+};
+template <>
+struct ForwardTile<128> {
+    static constexpr int consumers = 2, cols = 128, stages = 2, q_stages = 2;
+    static constexpr bool q_in_registers = false, takes_turns = false;
+    static constexpr int loader_registers = 56, consumer_registers = 224;
+};
+template <>
+struct ForwardTile<256> {
+    static constexpr int consumers = 2, cols = 64, stages = 2, q_stages = 1;
+    static constexpr bool q_in_registers = false, takes_turns = false;
+    static constexpr int loader_registers = 56, consumer_registers = 224;
+};
+
+}  // namespace hstu::attention::sm90

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import TypedDict
 
 from torch import Tensor
@@ -99,14 +100,35 @@ def jagged_join(
     split: bool,
     interleave: bool,
     joined: Tensor,
-    joined_offsets: Tensor,
+    joined_offsets: Tensor | None,
+    values: Sequence[Tensor],
+    offsets: Sequence[Tensor],
     stream: int,
     num_threads: int,
-    parts: int,
     /,
-    *values_and_offsets: Tensor,
 ) -> None:
-    """The parts' values, then their offsets. Writes joined, or with split the values, and joined_offsets."""
+    """Writes joined and joined_offsets, or with split the values of the parts."""
+
+# Plans: what to allocate, and whether an input requires a gradient. None where the type of a tensor is not in plain.
+def jagged_join_plan(
+    interleave: bool,
+    plain: frozenset[type],
+    values: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    total: int | None,
+    /,
+) -> tuple[tuple[int, ...], tuple[int, ...], bool] | None:
+    """The shape of the joined values, as many rows as the values have unless total says otherwise; the rows of each."""
+
+def jagged_separate_plan(
+    interleave: bool, plain: frozenset[type], values: Tensor, offsets: Sequence[Tensor], totals: Sequence[int], /
+) -> tuple[tuple[tuple[int, ...], ...], bool] | None:
+    """The shape of every part."""
+
+def jagged_dense_plan(
+    to_jagged: bool, plain: frozenset[type], x: Tensor, offsets: Tensor, size: int, /
+) -> tuple[tuple[int, ...], bool] | None:
+    """The shape of the dense tensor of size rows for each sequence, or with to_jagged of the size jagged rows."""
 
 def jagged_dense(
     to_jagged: bool,

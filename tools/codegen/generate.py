@@ -4,6 +4,8 @@ generate.py --list --set ci            print the names of a set's cells
 generate.py --count                    print how many cells each set has
 generate.py --out DIR --set default    write the files into DIR and print their paths
 generate.py --check [--out DIR]        verify the manifest, and that DIR holds exactly what would be written
+
+--families sm80 leaves the cells of the other families out.
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ SETS = ("ci", "default", "full")  # each holds the ones before it
 LEGAL: dict[str, tuple[str | int, ...]] = {
     "op": ("attn",),
     "direction": ("fwd", "bwd"),
-    "arch": ("sm80",),
+    "arch": ("sm80", "sm90"),
     "dtype": ("bf16", "fp16"),
     "head_dim": (32, 64, 128, 256),
     "mask": ("window", "target", "interval"),
     "bias": ("none", "rab", "relative"),
 }
-ELEMENTS = {"bf16": "sm80::bf16", "fp16": "sm80::fp16"}
+SM90_MASKS, SM90_BIASES = ("window", "target"), ("none",)  # sm80 serves the rest, on Hopper too
+ELEMENTS = {"bf16": "bf16", "fp16": "fp16"}
 DTYPES = {"bf16": "DType::kBFloat16", "fp16": "DType::kFloat16"}
 
 
@@ -111,7 +114,10 @@ def _cells_of_entry(entry: dict[str, Any]) -> Iterator[Cell]:
             if value not in LEGAL[name]:
                 raise ManifestError(f"{name} must be one of {LEGAL[name]}, got {value!r}")
     for values in itertools.product(*lists):
-        yield Cell(*values)
+        cell = Cell(*values)
+        if cell.arch == "sm90" and (cell.mask not in SM90_MASKS or cell.bias not in SM90_BIASES):
+            raise ManifestError(f"sm90 has the masks {SM90_MASKS} and the biases {SM90_BIASES}, got {cell.name}")
+        yield cell
 
 
 def load(manifest: Path = HERE / "manifest.toml") -> dict[str, list[Cell]]:
@@ -166,6 +172,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--manifest", type=Path, default=HERE / "manifest.toml")
     parser.add_argument("--set", choices=SETS, default="default", help="which cells (default: %(default)s)")
+    parser.add_argument("--families", nargs="+", choices=LEGAL["arch"], default=LEGAL["arch"], help="default: all")
     parser.add_argument("--out", type=Path, help="directory of the generated files")
     parser.add_argument("--list", action="store_true", help="print the cells of the set")
     parser.add_argument("--count", action="store_true", help="print the number of cells of every set")
@@ -177,6 +184,7 @@ def main() -> int:
     except (ManifestError, tomllib.TOMLDecodeError) as error:
         print(f"{args.manifest}: {error}", file=sys.stderr)
         return 1
+    sets = {name: [cell for cell in cells if cell.arch in args.families] for name, cells in sets.items()}
     cells = sets[args.set]
     if args.list:
         print("\n".join(cell.name for cell in cells))

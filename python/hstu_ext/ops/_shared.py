@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 """Types of tensors that _C reads; any other goes through torch.library."""
+
+
+def is_transformed() -> bool:
+    """Whether torch.compile or a transform of torch.func is at work: then a call must go through torch.library."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply without what torch does for torch.func, which is a third of what it costs: see is_transformed."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 def execution(x: Tensor) -> tuple[int, int]:

@@ -1,0 +1,109 @@
+// What the kernels of every GPU family share: element types, the layout of tiles in shared memory, rows and tiles of a
+// sequence.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "attention/mask.h"
+
+namespace hstu::attention {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+// A [kRows, kDim] tile of 16-bit elements at a 128-byte aligned shared-memory address. Columns are cut into panels of
+// 64 (or 32) that follow one another; within a panel the 16-byte chunks of a row are permuted by an exclusive or with
+// the row number, so that ldmatrix and fragment stores meet no bank conflict.
+template <int kRows_, int kDim_>
+struct Tile {
+    static constexpr int kRows = kRows_, kDim = kDim_;
+    static constexpr int kPanelCols = kDim % 64 == 0 ? 64 : 32, kPanels = kDim / kPanelCols;
+    static constexpr int kRowBytes = 2 * kPanelCols, kPanelBytes = kRows * kRowBytes, kBytes = kPanels * kPanelBytes;
+
+    uint32_t address;  // in the shared window
+
+    static __device__ __forceinline__ int swizzle(int row) { return kPanelCols == 64 ? row & 7 : (row >> 1) & 3; }
+    // Of the 16-byte chunk that holds columns [col, col + 8) of the first panel.
+    static __device__ __forceinline__ int chunk_offset(int row, int col) {
+        return row * kRowBytes + ((col / 8 ^ swizzle(row)) << 4);
+    }
+};
+
+__device__ __forceinline__ int lane() { return threadIdx.x & 31; }
+__device__ __forceinline__ int warp() { return threadIdx.x >> 5; }
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
+    if constexpr (std::is_same_v<T, bf16>) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+        return reinterpret_cast<const uint32_t&>(pair);
+    } else {
+        const __half2 pair = __floats2half2_rn(low, high);
+        return reinterpret_cast<const uint32_t&>(pair);
+    }
+}
+
+// Blocks along a sequence; at least one, which clears the rows that nobody uses.
+__host__ __device__ __forceinline__ int block_count(int max_seqlen, int rows) {
+    return max_of(1, ceil_div(max_seqlen, rows));
+}
+
+// Threads of a block that share a loop: all of them, unless said otherwise.
+struct Team {
+    int thread, threads;
+
+    __device__ __forceinline__ Team() : thread(threadIdx.x), threads(blockDim.x) {}
+    __device__ __forceinline__ Team(int thread, int threads) : thread(thread), threads(threads) {}
+};
+
+// Writes 0 to rows [begin, end) of one head.
+template <class T>
+__device__ __forceinline__ void zero_rows(const Jagged& out, int head, int64_t begin, int64_t end, int num_cols,
+                                          Team team = {}) {
+    const int chunks = num_cols / 8;
+    for (int64_t i = team.thread; i < (end - begin) * chunks; i += team.threads)
+        *reinterpret_cast<uint4*>(out.at<T>(begin + i / chunks, head) + i % chunks * 8) = uint4{0, 0, 0, 0};
+}
+
+// Rows of a [total, heads, dim] result that belong to no used row, cleared by the block that owns rows
+// [row0, row0 + rows) of sequence b: its own tail past `len`, past the last block, and before or after all sequences.
+template <class T>
+__device__ __forceinline__ void zero_unused_rows(const Jagged& out, int head, int num_cols, int b, int batch,
+                                                 int64_t total, int64_t begin, int alloc, int len, int row0, int rows,
+                                                 bool last_block, Team team = {}) {
+    const int64_t owned_end = last_block ? alloc : min_of(row0 + rows, alloc);
+    if (owned_end > max_of(row0, len))
+        zero_rows<T>(out, head, begin + max_of(row0, len), begin + owned_end, num_cols, team);
+    if (b == 0 && row0 == 0 && begin > 0) zero_rows<T>(out, head, 0, begin, num_cols, team);
+    if (b == batch - 1 && row0 == 0 && begin + alloc < total)
+        zero_rows<T>(out, head, begin + alloc, total, num_cols, team);
+}
+
+// The spans with their starts moved down to multiples of `step`; empty ones stay empty.
+__device__ __forceinline__ Spans aligned(Spans spans, int step) {
+    if (spans.first.size() > 0) spans.first.begin -= spans.first.begin % step;
+    if (spans.second.size() > 0) spans.second.begin -= spans.second.begin % step;
+    return spans;
+}
+
+// The tiles of at most two spans, in order. A tile starts where a span starts and never covers an index twice.
+struct TileWalk {
+    int first, first_tiles, second, tiles, step;
+
+    __device__ __forceinline__ TileWalk(Spans spans, int step) : step(step) {
+        first = spans.first.begin;
+        first_tiles = ceil_div(spans.first.size(), step);
+        second = spans.second.begin;
+        if (first_tiles > 0) second = max_of(second, first + first_tiles * step);
+        tiles = first_tiles + ceil_div(Span{second, spans.second.end}.size(), step);
+    }
+    __device__ __forceinline__ int operator[](int t) const {
+        return t < first_tiles ? first + t * step : second + (t - first_tiles) * step;
+    }
+};
+
+}  // namespace hstu::attention

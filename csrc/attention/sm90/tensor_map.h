@@ -1,0 +1,139 @@
+// Copies between packed [rows, heads, dim] tensors and shared memory by TMA, with the bounds of one sequence.
+//
+// Rows behind a sequence's last one must read as 0 (0 * NaN would reach the result) and must not be written, and TMA
+// knows only the bounds of the whole tensor. So the map has a row dimension of `reach` (at least the longest sequence)
+// and a fourth dimension whose stride is one row again. Row r of a sequence that starts at packed row `begin` with `len`
+// rows has the coordinates
+//     (column, reach - len + r, head, begin + len)
+// and, as the map starts `reach` rows before the tensor, the address of packed row begin + r; r >= len is out of bounds.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "attention/params.h"
+#include "common/cuda.h"
+
+namespace hstu::attention::sm90 {
+
+// libcuda is not linked: its entry point is asked for at run time.
+inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+    static const auto encoder = [] {
+        void* entry = nullptr;
+        cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+        check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
+                   "looking up cuTensorMapEncodeTiled");
+#else
+        check_cuda(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found),
+                   "looking up cuTensorMapEncodeTiled");
+#endif
+        if (found != cudaDriverEntryPointSuccess)
+            throw std::runtime_error("hstu_ext: this driver has no cuTensorMapEncodeTiled; it must know CUDA 12.0");
+        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
+    }();
+    return encoder;
+}
+
+// TMA copies of boxes of `box_rows` rows and `panel` columns (64: 128-byte swizzle, 32: 64-byte swizzle), one head.
+struct SequenceMap {
+    CUtensorMap map;
+    int reach;
+    int head_step;  // 0 where all heads are one (expanded): stride 0 is no TMA stride
+
+    // dim: columns of the tensor; those behind it read as 0 too. rows: packed rows. max_length: no sequence is longer.
+    template <class T>
+    static SequenceMap make(const Jagged& x, int64_t rows, int heads, int dim, int max_length, int box_rows,
+                            int panel) {
+        SequenceMap result{};
+        if (rows == 0) return result;  // nothing will be copied
+        result.reach = max_of(1, max_length);
+        result.head_step = x.head_stride != 0;
+        const uint64_t row_bytes = max_of<int64_t>(16, 2 * x.row_stride);
+        const uint64_t head_bytes = max_of<int64_t>(16, 2 * x.head_stride);
+        const cuuint64_t dims[] = {static_cast<cuuint64_t>(dim), static_cast<cuuint64_t>(result.reach),
+                                   static_cast<cuuint64_t>(max_of(1, heads)), static_cast<cuuint64_t>(rows + 1)};
+        const cuuint64_t strides[] = {row_bytes, head_bytes, row_bytes};
+        const cuuint32_t box[] = {static_cast<cuuint32_t>(panel), static_cast<cuuint32_t>(box_rows), 1, 1};
+        const cuuint32_t steps[] = {1, 1, 1, 1};
+        void* const start = static_cast<char*>(x.data) - result.reach * row_bytes;
+        const CUresult status = tensor_map_encoder()(
+            &result.map,
+            std::is_same_v<T, __nv_bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+            start, dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+            panel == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        if (status != CUDA_SUCCESS)
+            throw std::runtime_error("hstu_ext: cuTensorMapEncodeTiled failed with CUresult " +
+                                     std::to_string(static_cast<int>(status)));
+        return result;
+    }
+};
+
+#if defined(__CUDACC__)
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+__device__ __forceinline__ void copy_box_in(uint32_t to, uint32_t barrier, const CUtensorMap& map, int col, int row,
+                                            int head, int end) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(col), "r"(row), "r"(head), "r"(end)
+        : "memory");
+}
+
+__device__ __forceinline__ void copy_box_out(const CUtensorMap& map, uint32_t from, int col, int row, int head,
+                                             int end) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+                 "r"(from), "r"(col), "r"(row), "r"(head), "r"(end)
+                 : "memory");
+}
+__device__ __forceinline__ void commit_copies_out() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// At most kPending of this thread's committed groups have not yet read their shared memory.
+template <int kPending>
+__device__ __forceinline__ void wait_copies_out_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// ... have not yet written global memory.
+template <int kPending>
+__device__ __forceinline__ void wait_copies_out() {
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// One head's rows of one sequence, seen through a map.
+struct SequenceRows {
+    int head, begin, len;
+};
+
+// Starts the copy of rows [row, row + Tile::kRows) into a tile; `barrier` gets Tile::kBytes, whatever is out of bounds.
+// One thread calls it.
+template <class Tile>
+__device__ __forceinline__ void load_rows(Tile tile, uint32_t barrier, const SequenceMap& from, SequenceRows rows,
+                                          int row) {
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel)
+        copy_box_in(tile.address + panel * Tile::kPanelBytes, barrier, from.map, panel * Tile::kPanelCols,
+                    from.reach - rows.len + row, rows.head * from.head_step, rows.begin + rows.len);
+}
+
+// Starts the copy of kRows of the tile's rows, from its row `tile_row` on, into rows [row, ...) of the sequence. The map's
+// boxes have kRows rows. One thread calls it, after fence_async() by the writers and a barrier; it then commits.
+template <int kRows, class Tile>
+__device__ __forceinline__ void store_rows(Tile tile, int tile_row, const SequenceMap& to, SequenceRows rows, int row) {
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel)
+        copy_box_out(to.map, tile.address + panel * Tile::kPanelBytes + tile_row * Tile::kRowBytes,
+                     panel * Tile::kPanelCols, to.reach - rows.len + row, rows.head, rows.begin + rows.len);
+}
+
+#endif
+
+}  // namespace hstu::attention::sm90
