@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import cpp_program
 import hstu_ext
 from attention_cases import NAMED_BY_NAME, SHORT, TABLES, Case, assert_accurate
 from hstu_ext import RelativeBias, hstu_attn_qkvpacked_func, hstu_attn_varlen_func, reference
@@ -212,6 +214,12 @@ def test_same_as_a_dense_rab(device: str) -> None:
     expected = hstu_attn_varlen_func(**inputs, rab=rab, **problem.arguments())
     actual = hstu_attn_varlen_func(**inputs, bias=bias, **problem.arguments())
     torch.testing.assert_close(actual.float(), expected.float(), rtol=2e-2, atol=2e-3)
+
+
+def test_warp_level_code_on_the_host(tmp_path: Path) -> None:
+    """What the GPU kernels compute of the bias and its gradients, by a warp of coroutines."""
+    host = str(cpp_program.ROOT / "tests/cpp/host")
+    cpp_program.run("test_relative.cpp", tmp_path, "-Wno-unknown-pragmas", "-I", host)
 
 
 def test_threads_change_no_bit() -> None:

@@ -166,7 +166,7 @@ constexpr uint64_t kTimeEdges[] = {
 constexpr int kTimeBuckets = sizeof(kTimeEdges) / sizeof(kTimeEdges[0]);
 
 // A quarter of an octave: differences with the same highest set bit and the same two bits below it.
-struct TimeQuarter {
+struct alignas(16) TimeQuarter {  // kernels read it in one piece
     uint32_t edge_low;  // the low and the high half of the edge: of a difference in 32 bits only the low one matters
     int32_t bucket;     // of the differences below the edge; the others are in the next one
     uint32_t edge_high;

@@ -7,6 +7,24 @@
 
 namespace hstu::attention::sm80 {
 
+// table[i] = the sum in words [i].
+static __global__ void hstu_exact_sums(const int64_t* words, float* table, int64_t entries) {
+    const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+    if (i < entries) table[i] = exact_sum(words + i * kExactWords);
+}
+
+// The exact sums, where deterministic, into the tables' gradients.
+inline void finish_exact_sums(const BackwardParams& p, cudaStream_t stream) {
+    if (p.table_accum == nullptr) return;
+    const auto convert = [&](const int64_t* words, void* table, int64_t entries) {
+        launch<hstu_exact_sums>(ceil_div<int64_t>(entries, 128), 128, 0, p.device, stream, words,
+                                static_cast<float*>(table), entries);
+    };
+    const int64_t positions = TableGradients::position_entries(p);
+    convert(p.table_accum, p.dposition, positions);
+    convert(p.table_accum + positions * kExactWords, p.dtime, TableGradients::time_entries(p));
+}
+
 struct BackwardBlocks {
     BlockOrder kv_order, q_order;
     int col_blocks, row_blocks;  // along a sequence

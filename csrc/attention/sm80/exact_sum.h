@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "attention/params.h"
+#include "common/host_device.h"
 
 namespace hstu::attention::sm80 {
 
@@ -46,12 +46,6 @@ __device__ __forceinline__ float exact_sum(const int64_t* words) {
     double sum = 0.0;
     for (int k = kExactWords - 1; k >= 0; --k) sum += ldexp(static_cast<double>(digit[k]), 32 * k - 149);
     return static_cast<float>(negative ? -sum : sum);
-}
-
-// table[i] = the sum in words [i].
-static __global__ void hstu_exact_sums(const int64_t* words, float* table, int64_t entries) {
-    const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-    if (i < entries) table[i] = exact_sum(words + i * kExactWords);
 }
 
 }  // namespace hstu::attention::sm80

@@ -11,9 +11,8 @@
 // taken modulo 2^32.
 #pragma once
 
-#include "attention/activation.h"
 #include "attention/bias.h"
-#include "attention/sm80/tile.h"
+#include "attention/gpu.h"
 #include "attention/time_bucket.h"
 
 namespace hstu::attention::sm80 {

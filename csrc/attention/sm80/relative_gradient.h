@@ -144,16 +144,4 @@ __device__ __forceinline__ void add_distances(const typename Grid::Acc& grad, co
         to.add(to.position, to.exact_position, clamp_to(tile + r + 8 * (k - Grid::kN), -reach, reach), sum[k]);
 }
 
-// The exact sums, where deterministic, into the tables' gradients.
-inline void finish_exact_sums(const BackwardParams& p, cudaStream_t stream) {
-    if (p.table_accum == nullptr) return;
-    const auto convert = [&](const int64_t* words, void* table, int64_t entries) {
-        launch<hstu_exact_sums>(ceil_div<int64_t>(entries, 128), 128, 0, p.device, stream, words,
-                                static_cast<float*>(table), entries);
-    };
-    const int64_t positions = TableGradients::position_entries(p);
-    convert(p.table_accum, p.dposition, positions);
-    convert(p.table_accum + positions * kExactWords, p.dtime, TableGradients::time_entries(p));
-}
-
 }  // namespace hstu::attention::sm80
