@@ -109,7 +109,7 @@ void check_tile(Problem& problem, int head, int row0, int col0) {
     const Sequence sequence(problem.p, 0);
     using Tiles = RelativeTiles<G, kRowsStay>;
     constexpr int kRows = G::kM * 16, kCols = G::kN * 8;
-    std::vector<float> score(kRows * kCols), grad(kRows * kCols), got(kRows * kCols);
+    std::vector<float> score(kRows * kCols), grad(kRows * kCols), got(kRows * kCols), half_times(kRows * kCols);
     for (float& x : score) x = static_cast<float>(uniform() - 0.5);
     for (int r = 0; r < kRows; ++r)
         for (int c = 0; c < kCols; ++c) {
@@ -149,9 +149,13 @@ void check_tile(Problem& problem, int head, int row0, int col0) {
             const PieceBuckets in = Tiles::unpack(packed, piece);
             if (lane() == 0)
                 ++paths[in.first == in.last ? 0 : in.wide ? 3 : in.last - in.first <= Tiles::kMaxEdges ? 1 : 2];
-            float value[Tiles::kPieceSize], of_piece[Tiles::kPieceSize];
+            float of_piece[Tiles::kPieceSize];
             int bucket[Tiles::kPieceSize];
-            tiles.template half_times<true>(in, piece, row0, col0, value, bucket);
+            tiles.template half_times<true>(in, piece, row0, col0, bucket, [&](int i, float half_time) {
+                // The other way to the same bias: no edges are compared.
+                const int at = place(Tiles::m(i), 2 * piece + Tiles::n(i), Tiles::half(i) * 2 + Tiles::c(i));
+                half_times[at] = half_time;
+            });
             for (int i = 0; i < Tiles::kPieceSize; ++i)
                 of_piece[i] = g.x[Tiles::m(i)][2 * piece + Tiles::n(i)][Tiles::half(i) * 2 + Tiles::c(i)];
             if (gradients.time != nullptr) sums.add_piece(in, of_piece, bucket);
@@ -167,7 +171,11 @@ void check_tile(Problem& problem, int head, int row0, int col0) {
             if (i >= len_q || j >= len_k) continue;
             float bias = 0.0f;
             if (p.relative.position) bias += problem.position_at(head, i, j);
-            if (p.relative.time) bias += problem.time[head * p.relative.time_head_stride + problem.bucket_at(i, j)];
+            const float time_bias =
+                p.relative.time ? problem.time[head * p.relative.time_head_stride + problem.bucket_at(i, j)] : 0.0f;
+            REQUIRE(half_times[r * kCols + c] == 0.5f * time_bias, "row %d key %d: %g, expected %g", i, j,
+                    half_times[r * kCols + c], 0.5f * time_bias);
+            bias += time_bias;
             const float expected = 0.75f * score[r * kCols + c] + 0.5f * bias;
             REQUIRE(std::fabs(got[r * kCols + c] - expected) <= 1e-3f, "row %d key %d: %g, expected %g", i, j,
                     got[r * kCols + c], expected);

@@ -88,11 +88,9 @@ __device__ __forceinline__ void differentiate_relative(typename Grid::Acc& s, ty
 #pragma unroll
     for (int piece = 0; piece < Bias::kPieces; ++piece) {
         const PieceBuckets in = Bias::unpack(packed, piece);
-        float value[kSize], grad[kSize];
+        float grad[kSize];
         int bucket[kSize];
-        bias.template half_times<kSums>(in, piece, row0, col0, value, bucket);
-        bias.next_band(band, piece == 0, piece, row0, col0);
-        Bias::apply(s, piece, value, band, 0.5f * alpha);
+        bias.template add_piece<kSums>(s, in, piece, band, row0, col0, 0.5f * alpha, bucket);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
             float& x = s.x[Bias::m(i)][2 * piece + Bias::n(i)][Bias::half(i) * 2 + Bias::c(i)];

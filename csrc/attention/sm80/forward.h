@@ -75,6 +75,18 @@ struct Activation {
     }
 };
 
+// S -> (alpha S + bias) / 2 with a relative bias, 0 where masked: the activation after it tests nothing, so that this long
+// piece of code stands in a kernel once.
+template <class Grid, class Config, class Mask, class Bias>
+__device__ __forceinline__ void add_relative(typename Grid::Acc& s, const Mask& mask, const Bias& bias, int row0,
+                                             int col0, float half_alpha) {
+    bias.add(s, row0, col0, half_alpha);
+    if (mask.is_full(row0, Config::rows, col0, Config::cols)) return;
+    Grid::for_each(
+        s, [&](int row) { return mask.row(row0 + row); },
+        [&](const auto& rule, int, int col, float& x) { x = rule.keeps(col0 + col) ? x : 0.0f; });
+}
+
 // out += P V for one tile of keys, P staying in registers; values_ready() is called before V is read. The activation of
 // 16 keys runs among the products of the 16 keys before (or, where Q is in registers, already among the products that
 // compute the following scores), so that the tensor cores and the special-function units work at the same time.
@@ -107,7 +119,8 @@ __device__ __forceinline__ void attend(Out& out, const Q& q, KTile k, KTile v, c
             matmul_by_columns<T>(s, q, keys);
         else
             matmul<T, kSteps>(s, q, keys);
-        if constexpr (Bias::kKind == BiasKind::kRelative) bias.add(s, row0, col0, 0.5f * alpha);
+        if constexpr (Bias::kKind == BiasKind::kRelative)
+            add_relative<Grid, Config>(s, mask, bias, row0, col0, 0.5f * alpha);
         activate_piece(0, 0, 1);
         values_ready();
         constexpr int kPairs = Out::kN / 2;
@@ -155,11 +168,16 @@ __device__ __forceinline__ void walk_keys(Out& out, const Shared& shared, const 
                 run(q_shared);
         };
         // Of a tile that the block needs in part, this warp's rows may need nothing.
-        if (mask.is_full(row0, Config::rows, walk[t], Config::cols))
+        const bool full = mask.is_full(row0, Config::rows, walk[t], Config::cols);
+        const bool needed = full || t == 0 || !Mask::kCheapRanges ||
+                            overlaps(mask.kv_range(warp_row0, Out::kM * 16), walk[t], Config::cols);
+        if constexpr (Bias::kKind == BiasKind::kRelative) {
+            if (needed) step(std::false_type{});
+        } else if (full) {
             step(std::false_type{});
-        else if (t == 0 || !Mask::kCheapRanges ||
-                 overlaps(mask.kv_range(warp_row0, Out::kM * 16), walk[t], Config::cols))
+        } else if (needed) {
             step(std::true_type{});
+        }
     }
 }
 
@@ -178,7 +196,8 @@ __device__ __forceinline__ void walk_keys_ahead(Out& out, const Shared& shared, 
     const auto score = [&](typename Grid::Acc& s, int t) {
         s.clear();
         matmul<T, kHeadDim / 16>(s, q, RightRows<typename Shared::KTile>(shared.k(t & 1), Grid::col()));
-        if constexpr (Bias::kKind == BiasKind::kRelative) bias.add(s, row0, walk[t], 0.5f * alpha);
+        if constexpr (Bias::kKind == BiasKind::kRelative)
+            add_relative<Grid, Config>(s, mask, bias, row0, walk[t], 0.5f * alpha);
     };
     const auto add_values = [&](int t, const auto& meanwhile) {
         matmul<T, Config::cols / 16>(out, LeftRows<typename Shared::PTile>(shared.p(t & 1), OutGrid::row()),
@@ -186,7 +205,7 @@ __device__ __forceinline__ void walk_keys_ahead(Out& out, const Shared& shared, 
     };
     // Calls `run` with the activation of tile t, masked or not.
     const auto with_activation = [&](typename Grid::Acc& s, int t, const auto& run) {
-        if (mask.is_full(row0, Config::rows, walk[t], Config::cols))
+        if (Bias::kKind == BiasKind::kRelative || mask.is_full(row0, Config::rows, walk[t], Config::cols))
             run(Activation<Grid, Mask, Bias, false>{s, mask, bias, row0, walk[t], 0.5f * alpha});
         else
             run(Activation<Grid, Mask, Bias, true>{s, mask, bias, row0, walk[t], 0.5f * alpha});

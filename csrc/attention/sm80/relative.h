@@ -102,43 +102,64 @@ struct RelativeTiles : RelativeBias<float> {
         return {of_piece & 255, of_piece >> 8 & 255, of_piece >> 16 != 0};
     }
 
-    // Half the time bias of a piece's elements; with kKeep their buckets, unless there is only one.
-    template <bool kKeep>
+    // Calls emit(i, half the time bias of element i) for a piece's elements; with kKeep their buckets are left in `bucket`,
+    // unless there is only one.
+    template <bool kKeep, class Emit>
     __device__ __forceinline__ void half_times(const PieceBuckets& in, int piece, int row0, int col0,
-                                               float (&value)[kPieceSize], int (&bucket)[kPieceSize]) const {
+                                               int (&bucket)[kPieceSize], const Emit& emit) const {
         const int row = row0 + Grid::row() + lane() / 4, col = col0 + Grid::col() + piece * 16 + lane() % 4 * 2;
-        const auto row_of = [&](int i) { return min_of(row + m(i) * 16 + half(i) * 8, len_q - 1); };
-        const auto col_of = [&](int i) { return min_of(col + n(i) * 8 + c(i), len_k - 1); };
+        const auto query_of = [&](int i) { return query_times + min_of(row + i / 4 * 8, len_q - 1); };
+        const auto key_of = [&](int i) { return key_times + min_of(col + n(i) * 8 + c(i), len_k - 1); };
         const auto difference = [&](int i) {
-            const uint32_t signed_x = low_word(query_times + row_of(i)) - low_word(key_times + col_of(i));
+            const uint32_t signed_x = low_word(query_of(i)) - low_word(key_of(i));
             return static_cast<uint32_t>(abs(static_cast<int>(signed_x)));
         };
-        const auto look_up = [&](int i, int found) {
-            if constexpr (kKeep) bucket[i] = min_of(found, num_buckets);
-            value[i] = 0.5f * __ldg(time + min_of(found, num_buckets));
-        };
-        if (in.first == in.last || (!kKeep && !in.wide && in.last - in.first <= kMaxEdges)) {
-            const float constant = time == nullptr ? 0.0f : 0.5f * __ldg(time + in.first);
+        const auto half_time = [&](int b) { return 0.5f * __ldg(time + b); };
+        if (in.first == in.last) {
+            const float constant = time == nullptr ? 0.0f : half_time(in.first);
 #pragma unroll
-            for (int i = 0; i < kPieceSize; ++i) value[i] = constant;
-            if (in.first == in.last) return;
+            for (int i = 0; i < kPieceSize; ++i) emit(i, constant);
+        } else if (!kKeep && !in.wide && in.last - in.first <= kMaxEdges) {
             uint32_t x[kPieceSize];
+            float value[kPieceSize];
+            const float constant = half_time(in.first);
 #pragma unroll
-            for (int i = 0; i < kPieceSize; ++i) x[i] = difference(i);
+            for (int i = 0; i < kPieceSize; ++i) x[i] = difference(i), value[i] = constant;
 #pragma unroll 1
             for (int b = in.first + 1; b <= in.last; ++b) {
                 const uint32_t edge = __ldg(kEdgesOfTime.at + b);
-                const float above = 0.5f * __ldg(time + b);
+                const float above = half_time(b);
 #pragma unroll
                 for (int i = 0; i < kPieceSize; ++i) value[i] = x[i] >= edge ? above : value[i];
             }
+#pragma unroll
+            for (int i = 0; i < kPieceSize; ++i) emit(i, value[i]);
         } else if (!in.wide) {
 #pragma unroll
-            for (int i = 0; i < kPieceSize; ++i) look_up(i, bucket_of(difference(i)));
+            for (int i = 0; i < kPieceSize; ++i) {
+                const int found = min_of(bucket_of(difference(i)), num_buckets);
+                if constexpr (kKeep) bucket[i] = found;
+                emit(i, half_time(found));
+            }
         } else {
+            // Seldom: row by row in a loop, which keeps the code small.
+            float value[kPieceSize] = {};
+#pragma unroll 1
+            for (int r = 0; r < kPieceSize; r += 4) {
+                const int64_t query_time = __ldg(query_of(r));
+                int found[4];
 #pragma unroll
-            for (int i = 0; i < kPieceSize; ++i)
-                look_up(i, bucket_of(time_difference(__ldg(query_times + row_of(i)), __ldg(key_times + col_of(i)))));
+                for (int i = 0; i < 4; ++i)
+                    found[i] = min_of(bucket_of(time_difference(query_time, __ldg(key_of(i)))), num_buckets);
+#pragma unroll
+                for (int i = 0; i < kPieceSize; ++i) {
+                    if (i / 4 * 4 != r) continue;
+                    value[i] = half_time(found[i % 4]);
+                    if constexpr (kKeep) bucket[i] = found[i % 4];
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < kPieceSize; ++i) emit(i, value[i]);
         }
     }
 
@@ -173,21 +194,20 @@ struct RelativeTiles : RelativeBias<float> {
         Band band = {};
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
-            float value[kPieceSize];
             int unused[kPieceSize];
-            half_times<false>(unpack(packed, piece), piece, row0, col0, value, unused);
-            next_band(band, piece == 0, piece, row0, col0);
-            apply(s, piece, value, band, half_alpha);
+            add_piece<false>(s, unpack(packed, piece), piece, band, row0, col0, half_alpha, unused);
         }
     }
 
-    __device__ __forceinline__ static void apply(typename Grid::Acc& s, int piece, const float (&value)[kPieceSize],
-                                                 const Band& band, float half_alpha) {
-#pragma unroll
-        for (int i = 0; i < kPieceSize; ++i) {
+    // The same on one piece, the pieces in order; see half_times() for kKeep.
+    template <bool kKeep>
+    __device__ __forceinline__ void add_piece(typename Grid::Acc& s, const PieceBuckets& in, int piece, Band& band,
+                                              int row0, int col0, float half_alpha, int (&bucket)[kPieceSize]) const {
+        next_band(band, piece == 0, piece, row0, col0);
+        half_times<kKeep>(in, piece, row0, col0, bucket, [&](int i, float half_time) {
             float& x = s.x[m(i)][2 * piece + n(i)][half(i) * 2 + c(i)];
-            x = fmaf(half_alpha, x, fmaf(0.5f, band.at[2 * m(i) + half(i) - n(i) + 1][c(i)], value[i]));
-        }
+            x = fmaf(half_alpha, x, fmaf(0.5f, band.at[2 * m(i) + half(i) - n(i) + 1][c(i)], half_time));
+        });
     }
 
   private:
