@@ -8,17 +8,19 @@
 namespace hstu::attention::sm80 {
 
 // table[i] = the sum in words [i].
-static __global__ void hstu_exact_sums(const int64_t* words, float* table, int64_t entries) {
-    const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) hstu_exact_sums(const int64_t* words, float* table, int64_t entries) {
+    const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     if (i < entries) table[i] = exact_sum(words + i * kExactWords);
 }
 
 // The exact sums, where deterministic, into the tables' gradients.
-inline void finish_exact_sums(const BackwardParams& p, cudaStream_t stream) {
+template <int kThreads = 128>
+void finish_exact_sums(const BackwardParams& p, cudaStream_t stream) {
     if (p.table_accum == nullptr) return;
     const auto convert = [&](const int64_t* words, void* table, int64_t entries) {
-        launch<hstu_exact_sums>(ceil_div<int64_t>(entries, 128), 128, 0, p.device, stream, words,
-                                static_cast<float*>(table), entries);
+        launch<hstu_exact_sums<kThreads>>(ceil_div<int64_t>(entries, kThreads), kThreads, 0, p.device, stream, words,
+                                          static_cast<float*>(table), entries);
     };
     const int64_t positions = TableGradients::position_entries(p);
     convert(p.table_accum, p.dposition, positions);
