@@ -17,7 +17,6 @@
 namespace hstu::attention {
 namespace {
 
-constexpr int64_t kExactWords = 10;               // of an exact fp32 sum, see attention/sm80/exact_sum.h
 constexpr int64_t kMaxLength = int64_t{1} << 29;  // positions and window ends add up inside an int
 
 void check_given(const char* name, const Tensor& x) { CHECK(x, name, " must be a tensor, got None"); }

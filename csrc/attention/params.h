@@ -80,6 +80,8 @@ struct Params {
     int num_threads = 1;  // CPU only
 };
 
+constexpr int kExactWords = 10;  // 64-bit words of an exact sum in fp32 (sm80/exact_sum.h)
+
 struct BackwardParams : Params {
     Jagged dout;                // [total_q, heads, dim_v]
     Jagged dq, dk, dv;          // as q, k, v; every element is written
@@ -87,8 +89,9 @@ struct BackwardParams : Params {
     void* dposition = nullptr;  // as relative.position and .time, zeroed by the caller; may be nullptr
     void* dtime = nullptr;
     int64_t dposition_head_stride = 0, dtime_head_stride = 0;
-    int64_t* table_accum = nullptr;  // zeroed exact sums of both, on a GPU where deterministic; may be nullptr
-    float* dq_accum = nullptr;       // fp32 scratch of dq_accum_elements(); nullptr: dQ by its own pass
+    int64_t* table_accum =
+        nullptr;                // zeroed exact sums of both, kExactWords an entry; set where deterministic on a GPU
+    float* dq_accum = nullptr;  // fp32 scratch of dq_accum_elements(); nullptr: dQ by its own pass
     bool deterministic = false;
 };
 

@@ -9,8 +9,6 @@
 
 namespace hstu::attention::sm80 {
 
-constexpr int kExactWords = 10;
-
 __device__ __forceinline__ void add_exactly(int64_t* words, float x) {
     const auto add = [&](int k, int64_t value) {
         atomicAdd(reinterpret_cast<unsigned long long*>(words + k), static_cast<unsigned long long>(value));
