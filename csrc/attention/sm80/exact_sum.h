@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "common/host_device.h"
+#include "attention/params.h"
 
 namespace hstu::attention::sm80 {
 
