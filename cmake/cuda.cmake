@@ -73,7 +73,7 @@ list(FILTER cell_sources EXCLUDE REGEX "_sm90_")
 add_library(
   hstu_gpu OBJECT
   csrc/attention/cell_table.cpp ${cell_sources}
-  csrc/jagged/cuda.cu
+  csrc/jagged/cuda.cu csrc/norm/cuda.cu
   csrc/similarity/sm80/in_batch_fused.cu csrc/similarity/sm80/in_batch_softmax.cu csrc/similarity/sm80/l2norm.cu
   csrc/similarity/sm80/sampled_softmax.cu csrc/similarity/sm80/topk.cu)
 target_compile_definitions(hstu_gpu INTERFACE HSTU_EXT_CUDA=1)

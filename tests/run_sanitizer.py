@@ -1,7 +1,7 @@
 """Runs the GPU kernels of the installed hstu_ext under NVIDIA's compute-sanitizer and prints what each tool found.
 
 The kernels are the attention cells, jagged_join (concat, split and their interleaved forms), jagged_dense, l2norm,
-topk_dot, sampled_softmax and in_batch_softmax.
+topk_dot, sampled_softmax, in_batch_softmax and gated_norm.
 
     python tests/run_sanitizer.py [--tools memcheck,racecheck] [--match bf16_d64] [--limit 600] [--jobs 4]
 
@@ -35,6 +35,7 @@ OPTIONS = {
 }
 JAGGED = ("jagged_join", "jagged_dense")
 SIMILARITY = ("l2norm", "topk_dot", "sampled_softmax", "in_batch_softmax")
+NORM = ("gated_norm",)
 EXIT_CODE = 77
 BEGIN, END = "@@ begin ", "@@ end "
 # The first line of a finding: the tool's prefix and a line that is neither indented nor a frame of the report.
@@ -117,6 +118,20 @@ def run_similarity(name: str) -> None:
                     check(loss, *torch.autograd.grad(loss, inputs))
 
 
+def run_norm() -> None:
+    """Whole vectors and single elements, columns that do not count, with a gate of another dtype and without."""
+    import torch
+
+    import hstu_ext
+
+    for dtype, gate_dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        for heads, width, dim in ((1, 64, 64), (2, 32, 25), (1, 600, 600)):
+            x = torch.randn(70, heads, width, device="cuda").to(dtype).requires_grad_()
+            gate = torch.randn(70, heads * dim, device="cuda").to(gate_dtype).requires_grad_()
+            gated, plain = hstu_ext.gated_norm(x, gate), hstu_ext.gated_norm(x, dtype=gate_dtype)
+            check(gated, plain, *torch.autograd.grad((gated.float().sum() + plain.float().sum()), (x, gate)))
+
+
 def run_jagged(name: str) -> None:
     """Rows of whole vectors, of odd bytes and longer than a tile; a few parts and many; right offsets and garbage."""
     import torch
@@ -158,7 +173,9 @@ def run_cells(cells: list[str]) -> None:
             run_jagged(cell)
         elif cell in SIMILARITY:
             run_similarity(cell)
-        for problem in () if cell in JAGGED + SIMILARITY else problems_of(cell):
+        elif cell in NORM:
+            run_norm()
+        for problem in () if cell in JAGGED + SIMILARITY + NORM else problems_of(cell):
             for deterministic in (False, True) if "_bwd_" in cell else (False,):
                 results = problem.run(
                     hstu_attn_varlen_func,
@@ -260,7 +277,7 @@ def main() -> int:
     if not Path(sanitizer).exists():
         print(f"{sanitizer} not found: install the CUDA toolkit or give --sanitizer")
         return 2
-    cells = [cell for cell in (*hstu_ext.cells(), *JAGGED, *SIMILARITY) if re.search(options.match, cell)]
+    cells = [cell for cell in (*hstu_ext.cells(), *JAGGED, *SIMILARITY, *NORM) if re.search(options.match, cell)]
     tools = options.tools.split(",")
     if not cells or not set(tools) <= set(TOOLS):
         print(f"no cell matches {options.match!r}" if not cells else f"tools are {', '.join(TOOLS)}")

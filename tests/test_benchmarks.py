@@ -133,13 +133,14 @@ def test_jagged_rows(op: str, capsys: pytest.CaptureFixture[str]) -> None:
     rows = list(bench_jagged.run([op], cases, list(bench_jagged.PROVIDERS), "fp32", "cpu", FakeTimer()))
     assert len(rows) == len(bench_jagged.PROVIDERS) * 6
     assert {row["lengths"] for row in rows} == {"5xjag20", bench_jagged.SMALL}
-    forward = rows[0]
-    assert set(ROW_KEYS) - {"tflops"} | {"gbps"} <= set(forward)
     lengths = harness.draw_lengths("5xjag20")
-    moved = sum(lengths) + (5 * 20 if op.startswith("to_") else sum(lengths))
-    assert forward["rows"] == sum(lengths)
-    assert forward["gbps"] == pytest.approx(moved * 4 * 4 / 0.5e-3 / 1e9)
-    assert forward["efficiency"] == pytest.approx(forward["gbps"])
+    dense_is_written = {"to_dense": "fwd", "to_jagged": "bwd"}
+    for row, direction in zip(rows, ("fwd", "bwd")):
+        assert set(ROW_KEYS) - {"tflops"} | {"gbps"} <= set(row)
+        assert (row["rows"], row["direction"]) == (sum(lengths), direction)
+        moved = sum(lengths) + (5 * 20 if dense_is_written.get(op) == direction else sum(lengths))
+        assert row["gbps"] == pytest.approx(moved * 4 * 4 / 0.5e-3 / 1e9)
+        assert row["efficiency"] == pytest.approx(row["gbps"])
     bench_jagged.print_table(rows)
     assert "eager_index  1.00x" in capsys.readouterr().out
 

@@ -90,9 +90,10 @@ py::object jagged_join_plan(bool interleave, py::handle plain, py::handle values
                             py::handle total) {
     const char* const op = op_of(false, interleave);
     const List parts(op, "values", "a list of tensors", values);
+    const List own_offsets(op, "offsets", "a list of tensors", offsets);
     check_part_count(op, "values", parts.size());
-    if (!are_plain(plain, parts) || !are_plain(plain, List(op, "offsets", "a list of tensors", offsets)))
-        return py::none();
+    check_offsets_count(op, parts.size(), own_offsets.size());
+    if (!are_plain(plain, parts) || !are_plain(plain, own_offsets)) return py::none();
     const Tensor first = read_tensor(op, "values", parts[0]);
     py::tuple rows(parts.size());
     int64_t sum = 0;

@@ -122,16 +122,20 @@ void check_part_count(const char* op, const char* name, int64_t count) {
     CHECK(count >= 1 && count <= kMaxParts, name, " must be a list of 1 to ", kMaxParts, " tensors, got ", count);
 }
 
+void check_offsets_count(const char* op, int64_t parts, int64_t count) {
+    CHECK(count == parts, "offsets must be a list of ", parts, " like values, got ", count);
+}
+
 void join(const JoinInputs& in, Execution execution) {
     const char* const op = in.op;
     check_part_count(op, in.split ? "offsets" : "values", in.parts.size());
-    CHECK(in.offsets.size() == in.parts.size(), "offsets must be a list of ", in.parts.size(), " like values, got ",
-          in.offsets.size());
+    check_offsets_count(op, in.parts.size(), in.offsets.size());
     JoinParams p;
     p.order = in.order;
     p.split = in.split;
     p.part_count = static_cast<int>(in.parts.size());
     p.num_threads = execution.num_threads;
+    p.parts.resize(in.parts.size());
 
     // What the caller gave comes first: the parts to be joined, or the joined rows to be split.
     const Name joined_name{"values"}, parts_name{in.split ? "out" : "values"};

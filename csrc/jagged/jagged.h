@@ -40,7 +40,7 @@ struct JoinParams {
     void* joined_offsets;  // [batch + 1], written: sum over the parts. nullptr for a split on a GPU
     bool offsets_are_int64;
     int num_threads;
-    Part parts[kMaxParts];
+    std::vector<Part> parts;
 };
 
 // Row t of sequence b is jagged row offsets[b] + t and dense row (b, t). Dense rows past the sequence become padding;
@@ -81,6 +81,7 @@ struct Sizes {
 };
 
 void check_part_count(const char* op, const char* name, int64_t count);
+void check_offsets_count(const char* op, int64_t parts, int64_t count);
 
 void join(const JoinInputs& inputs, Execution execution);
 void dense(const DenseInputs& inputs, Execution execution);

@@ -145,6 +145,31 @@ def jagged_dense(
 def jagged_sizes(op: str, rows: int, is_list: bool, /, *offsets: Tensor) -> list[tuple[int, int]]:
     """The end of the last sequence and the length of the longest, of offsets on the CPU that must end within rows."""
 
+def gated_norm(
+    x: Tensor,
+    gate: Tensor | None,
+    out: Tensor,
+    statistics: Tensor,
+    eps: float,
+    stream: int,
+    num_threads: int,
+    /,
+) -> None:
+    """x [rows, heads, width] on a GPU, gate and out [rows, heads * dim], statistics float32 [rows, 2]."""
+
+def gated_norm_backward(
+    dout: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    statistics: Tensor,
+    dx: Tensor,
+    dgate: Tensor | None,
+    stream: int,
+    num_threads: int,
+    /,
+) -> None:
+    """Writes dx, and dgate where there is a gate."""
+
 # The similarity ops. C is float64 where the tensors are float64, else float32; ids and offsets not named otherwise are
 # int64. An op that has a _check is checked there alone.
 def l2norm(x: Tensor, out: Tensor, eps: float, stream: int, num_threads: int, /) -> None:

@@ -13,6 +13,7 @@ from hstu_ext.ops.jagged import (
     lengths_to_offsets,
     offsets_to_lengths,
 )
+from hstu_ext.ops.norm import gated_norm
 from hstu_ext.ops.similarity import in_batch_softmax_loss, l2norm, l2norm_dot, sampled_softmax_loss, topk_dot
 
 __version__: str = build_info()["version"]
@@ -23,6 +24,7 @@ __all__ = [
     "build_info",
     "cells",
     "dense_to_jagged",
+    "gated_norm",
     "hstu_attn_qkvpacked_func",
     "hstu_attn_varlen_func",
     "in_batch_softmax_loss",

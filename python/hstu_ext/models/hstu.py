@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hstu_ext.models.sequence import Layout, SequenceBlock
 from hstu_ext.ops.attention import hstu_attn_qkvpacked_func
+from hstu_ext.ops.norm import gated_norm
 
 ALIGNMENT = 8  # the attention's kernels take heads whose width is a multiple of it
 
@@ -53,9 +54,7 @@ class HSTULayer(nn.Module):
         super().__init__()
         self.heads, self.head_dim, self.max_tokens = heads, head_dim, max_tokens
         self.alpha = head_dim**-0.5 if alpha is None else alpha
-        self.norm_in = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.qkvu = nn.Linear(dim, 4 * heads * head_dim, bias=False)
-        self.norm_out = nn.LayerNorm(heads * head_dim, eps=1e-6, elementwise_affine=False)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(heads * head_dim, dim)
         nn.init.xavier_uniform_(self.out.weight)
@@ -65,9 +64,8 @@ class HSTULayer(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """x [tokens, dim] -> [tokens, dim]"""
-        weight, padding = self._aligned_weight()
-        width = self.head_dim + padding
-        projected = F.silu(F.linear(self.norm_in(x), weight))
+        weight, width = self._aligned_weight()
+        projected = F.silu(F.linear(gated_norm(x, dtype=_product_dtype(x)), weight))
         qkv, gate = torch.split(projected, [3 * self.heads * width, self.heads * self.head_dim], dim=1)
         if qkv.is_cuda and qkv.dtype == torch.float32:
             qkv = qkv.to(torch.bfloat16)
@@ -82,10 +80,7 @@ class HSTULayer(nn.Module):
             has_drab=self.position_bias is not None,
             scaling_seqlen=self.max_tokens,
         )
-        if padding:
-            attended = attended[..., : self.head_dim]
-        gated = self.norm_out(attended.to(gate.dtype).flatten(1)) * gate
-        update: Tensor = self.out(self.dropout(gated))
+        update: Tensor = self.out(self.dropout(gated_norm(attended, gate)))
         return x + update
 
     def _relative_bias(self, bias: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
@@ -96,15 +91,23 @@ class HSTULayer(nn.Module):
         return by_distance.expand(layout.cu_seqlens.shape[0] - 1, 1, longest, longest)
 
     def _aligned_weight(self) -> tuple[Tensor, int]:
-        """W1 with heads of q, k and v as wide as kernels want them, and the columns that each got for that."""
+        """W1 with heads of q, k and v as wide as kernels want them, and that width."""
         weight: Tensor = self.qkvu.weight
         padding = -self.head_dim % ALIGNMENT
         if padding == 0:
-            return weight, 0
+            return weight, self.head_dim
         heads = 3 * self.heads
         qkv, gate = torch.split(weight, [heads * self.head_dim, self.heads * self.head_dim])
         padded = F.pad(qkv.view(heads, self.head_dim, -1), (0, 0, 0, padding))
-        return torch.cat([padded.flatten(0, 1), gate]), padding
+        return torch.cat([padded.flatten(0, 1), gate]), self.head_dim + padding
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """That of the factors of a matrix product."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(device_type)
 
 
 class HSTUBlock(SequenceBlock):

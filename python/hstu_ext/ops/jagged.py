@@ -281,12 +281,12 @@ def _padding_bits(padding_value: Padding, dtype: torch.dtype) -> int:
         raise TypeError(f"hstu_ext.{op}: padding_value must be a number, got {type(padding_value).__name__}")
     if isinstance(padding_value, float) and not dtype.is_floating_point:
         raise ValueError(f"hstu_ext.{op}: padding_value must be an int for {dtype}, got {padding_value}")
-    return _bits_of(padding_value, math.copysign(1.0, padding_value), dtype)
+    return _bits_of(padding_value, padding_value == 0 and math.copysign(1.0, padding_value) < 0, dtype)
 
 
 @functools.lru_cache(maxsize=64)  # takes as long as the rest of a small call
-def _bits_of(padding_value: Padding, sign: float, dtype: torch.dtype) -> int:
-    """sign tells 0.0 from -0.0, which are equal."""
+def _bits_of(padding_value: Padding, is_negative_zero: bool, dtype: torch.dtype) -> int:
+    """The cache would take -0.0 for 0.0."""
     text = f"hstu_ext.jagged_to_dense: padding_value must be a number that {dtype} can hold, got {padding_value}"
     try:
         element = torch.tensor([padding_value], dtype=dtype, device="cpu")
