@@ -58,20 +58,22 @@ def problems_of(cell: str) -> list[Any]:
 
     from attention_cases import Case
 
-    match = re.fullmatch(r"attn_(?:fwd|bwd)_sm\d+_(bf16|fp16)_d(\d+)_(window|target|interval)(_rab)?", cell)
+    match = re.fullmatch(r"attn_(?:fwd|bwd)_sm\d+_(bf16|fp16)_d(\d+)_(window|target|interval)(_rab|_relative)?", cell)
     assert match, cell
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[match[1]]
-    dim, mask, rab = int(match[2]), match[3], "heads" if match[4] else ""
+    dim, mask, rab = int(match[2]), match[3], "heads" if match[4] == "_rab" else ""
+    biases = ("position+time", "position+time+heads") if match[4] == "_relative" else ("", "")
     lengths = (130, 1, 0, 65)
     more: dict[str, Any] = {
         "window": {"window": (70, 0)},
         "target": {"contexts": (3, 0, 0, 9), "targets": (40, 1, 0, 7), "group": 3},
         "interval": {"bounds": 3},
     }[mask]
-    plain = Case(cell, lengths, dim=dim, rab=rab, **more)
+    plain = Case(cell, lengths, dim=dim, rab=rab, bias=biases[0], **more)
     ragged = replace(
         plain, dim=dim - 8, dim_v=dim, layout="padded", lengths_q=(70, 1, 0, 64), used_q=(67, 1, 0, 10),
-        used_k=(129, 1, 0, 64), outside=(3, 7), offsets=torch.int64, rab="one" if rab else "",
+        used_k=(129, 1, 0, 64), outside=(3, 7), offsets=torch.int64, rab="one" if rab else "", bias=biases[1],
+        times="extreme",
     )  # fmt: skip
     return [case.problem("cuda", dtype) for case in (plain, ragged)]
 

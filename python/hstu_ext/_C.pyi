@@ -30,6 +30,8 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     rab: Tensor | None,
+    position_table: Tensor | None,
+    time_table: Tensor | None,
     out: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
@@ -45,6 +47,8 @@ def attention_forward(
     scaling_seqlen: int,
     seqused_q: Tensor | None,
     seqused_k: Tensor | None,
+    query_times: Tensor | None,
+    key_times: Tensor | None,
     stream: int,
     num_threads: int,
     /,
@@ -55,11 +59,16 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     rab: Tensor | None,
+    position_table: Tensor | None,
+    time_table: Tensor | None,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
     drab: Tensor | None,
+    dposition: Tensor | None,
+    dtime: Tensor | None,
     dq_accum: Tensor | None,
+    table_accum: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
@@ -74,6 +83,8 @@ def attention_backward(
     scaling_seqlen: int,
     seqused_q: Tensor | None,
     seqused_k: Tensor | None,
+    query_times: Tensor | None,
+    key_times: Tensor | None,
     deterministic: bool,
     stream: int,
     num_threads: int,
@@ -81,6 +92,9 @@ def attention_backward(
 ) -> None: ...
 def attention_backward_scratch(q: Tensor, v: Tensor, cu_seqlens_q: Tensor, max_seqlen_k: int, /) -> int:
     """Elements of dq_accum that attention_backward wants unless it is deterministic; 0 for none."""
+
+def attention_table_scratch(dposition: Tensor | None, dtime: Tensor | None, /) -> int:
+    """Zeroed int64 elements of table_accum that a deterministic attention_backward wants on a GPU; 0 for none."""
 
 def jagged_join(
     split: bool,
