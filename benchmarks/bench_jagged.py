@@ -9,8 +9,8 @@ and split a uniform draw (seed 1) cuts each sequence into two parts; for interle
 one fewer where the length is odd. Values are bf16, offsets int64, and sizes are given, so nothing waits for a device.
 Every op is timed on a small batch too, d64:8xu64 of 64 KB, once on the device and once by the host's time a call.
 
-GB/s counts every row once for its read and once for its write, and for the dense ops the dense tensor. Efficiency is
-the time of copying as many bytes, at this run's own copy rate, over the time.
+GB/s counts every row once for its read and once for its write, and a dense tensor whole where it is written. Efficiency
+is the time of copying as many bytes, at this run's own copy rate, over the time.
 
 eager_views cuts tensors into views by lengths that are Python lists already, and puts them together with torch.cat,
 torch.stack or pad_sequence. eager_index computes row numbers from the offsets and gathers.
@@ -37,6 +37,7 @@ SMALL = "8xu64"  # 64 KB at a dimension of 64: what a call costs beside the copy
 OPS = ("concat", "split", "interleave", "to_dense", "to_jagged")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LARGEST_DENSE = 1 << 30  # bytes
+LARGEST_GRADIENT = {"cuda": 1 << 36, "cpu": 1 << 33}  # bytes; that of pad_sequence copies a dense tensor a sequence
 LONGEST_CALL = {"cuda": 0.1, "cpu": 5.0}  # seconds; eager forms that take longer are left out
 Call = Callable[..., Sequence[Tensor]]
 
@@ -66,9 +67,15 @@ class Problem:
         self.offsets = [hstu_ext.lengths_to_offsets(part).to(device) for part in parts]
         row_bytes = case.dim * dtype.itemsize
         self.dense_bytes = self.batch * self.max_len * row_bytes if op.startswith("to_") else 0
-        self.nbytes = (2 - bool(self.dense_bytes)) * self.rows * row_bytes + self.dense_bytes
+        self.row_bytes = row_bytes
         self.row = {"dtype": dtype, "device": device}
         self.dim = case.dim
+
+    def nbytes(self, direction: str) -> int:
+        """A dense tensor is written whole, and read where it has rows."""
+        writes_dense = (self.op, direction) in (("to_dense", "fwd"), ("to_jagged", "bwd"))
+        rows_bytes = self.rows * self.row_bytes
+        return rows_bytes + (self.dense_bytes if writes_dense else rows_bytes)
 
     def inputs(self) -> list[Tensor]:
         def random(*shape: int) -> Tensor:
@@ -215,6 +222,9 @@ def measure(
             "fwd": lambda function=function, detached=detached: function(*detached),
             "bwd": lambda outs=outs, douts=douts: torch.autograd.grad(outs, inputs, douts, retain_graph=True),
         }
+        if (op, name) == ("to_dense", "eager_views") and problem.batch * problem.dense_bytes > LARGEST_GRADIENT[device]:
+            print(f"    {name} skipped at {op} bwd d{case.dim} {case.lengths}: it copies {problem.batch} dense tensors")
+            del calls["bwd"]
         for direction, call in calls.items():
             with timer.context():
                 took = seconds(call, device)
@@ -227,8 +237,8 @@ def measure(
                 "p50_ms": times.p50,
                 "p80_ms": times.p80,
                 "graph_ms": times.graph,
-                "gbps": problem.nbytes / (times.best * 1e6),
-                "efficiency": rates.roof_ms(0.0, problem.nbytes) / times.best,
+                "gbps": problem.nbytes(direction) / (times.best * 1e6),
+                "efficiency": rates.roof_ms(0.0, problem.nbytes(direction)) / times.best,
                 "matmul_tflops": rates.matmul_tflops,
                 "copy_gbps": rates.copy_gbps,
                 "extra_mib": timer.extra_mib(call),

@@ -7,6 +7,7 @@
 #include "build_info.h"
 #include "common/execution.h"
 #include "jagged/bindings.h"
+#include "norm/bindings.h"
 #include "similarity/bindings.h"
 
 namespace py = pybind11;
@@ -34,5 +35,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("build_info", &build_info, "Versions, architectures and the kernel set of this build.");
     hstu::attention::register_attention(m);
     hstu::jagged::register_jagged(m);
+    hstu::norm::register_norm(m);
     hstu::similarity::register_similarity(m);
 }

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 EMULATED = ROOT / "tests/cpp/emulated"  # stands in for CUDA and the headers that hold PTX
 
 
-def run(source: str, folder: Path, emulated: bool = False, **defines: object) -> None:
+def run(source: str, folder: Path, *options: str, emulated: bool = False, **defines: object) -> None:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -32,7 +32,9 @@ def run(source: str, folder: Path, emulated: bool = False, **defines: object) ->
         ]
         flags += ["-fno-strict-aliasing", "-I", str(EMULATED)]
     flags += [f"-D{name}={value}" for name, value in defines.items()]
-    subprocess.run([compiler, *flags, "-I", ROOT / "csrc", ROOT / "tests/cpp" / source, "-o", program], check=True)
+    subprocess.run(
+        [compiler, *flags, *options, "-I", ROOT / "csrc", ROOT / "tests/cpp" / source, "-o", program], check=True
+    )
     result = subprocess.run([program], capture_output=True, text=True)
     print(result.stdout, result.stderr)
     assert result.returncode == 0, result.stdout + result.stderr

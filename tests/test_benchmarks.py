@@ -19,6 +19,8 @@ import bench_attention
 import bench_jagged
 import bench_similarity
 import harness
+import train_retrieval
+from hstu_ext.data import synthetic_log
 
 ROW_KEYS = [
     "op",
@@ -131,13 +133,14 @@ def test_jagged_rows(op: str, capsys: pytest.CaptureFixture[str]) -> None:
     rows = list(bench_jagged.run([op], cases, list(bench_jagged.PROVIDERS), "fp32", "cpu", FakeTimer()))
     assert len(rows) == len(bench_jagged.PROVIDERS) * 6
     assert {row["lengths"] for row in rows} == {"5xjag20", bench_jagged.SMALL}
-    forward = rows[0]
-    assert set(ROW_KEYS) - {"tflops"} | {"gbps"} <= set(forward)
     lengths = harness.draw_lengths("5xjag20")
-    moved = sum(lengths) + (5 * 20 if op.startswith("to_") else sum(lengths))
-    assert forward["rows"] == sum(lengths)
-    assert forward["gbps"] == pytest.approx(moved * 4 * 4 / 0.5e-3 / 1e9)
-    assert forward["efficiency"] == pytest.approx(forward["gbps"])
+    dense_is_written = {"to_dense": "fwd", "to_jagged": "bwd"}
+    for row, direction in zip(rows, ("fwd", "bwd")):
+        assert set(ROW_KEYS) - {"tflops"} | {"gbps"} <= set(row)
+        assert (row["rows"], row["direction"]) == (sum(lengths), direction)
+        moved = sum(lengths) + (5 * 20 if dense_is_written.get(op) == direction else sum(lengths))
+        assert row["gbps"] == pytest.approx(moved * 4 * 4 / 0.5e-3 / 1e9)
+        assert row["efficiency"] == pytest.approx(row["gbps"])
     bench_jagged.print_table(rows)
     assert "eager_index  1.00x" in capsys.readouterr().out
 
@@ -272,3 +275,24 @@ def test_cuda_timer_measures_a_captured_backward() -> None:
     assert 0.0 < times.graph <= times.p80
     z = x.detach()
     assert timer.extra_mib(lambda: (z + z) @ z) >= 0.25
+
+
+def test_trials_are_overrides_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "trials.txt"
+    path.write_text("# what was tried\nmodel.dim=16 loss.kind=full  # wide\n\nmodel.dim=8\n", encoding="utf-8")
+    assert train_retrieval.read_trials(path) == [["model.dim=16", "loss.kind=full"], ["model.dim=8"]]
+
+
+@pytest.mark.plain_allocations
+def test_a_run_of_training_is_a_row() -> None:
+    log = synthetic_log(60, 50, min_len=4, max_len=12, seed=1)
+    overrides = ["training.epochs=2", "evaluation.every=1", "training.device=cpu", "model.dim=16", "model.head_dim=8"]
+    config = str(harness.ROOT / "configs" / "synthetic" / "hstu.toml")
+    rows = {v: train_retrieval.run(config, overrides, 3, v, log) for v in (True, False)}
+    assert [row["holdout"] for row in rows.values()] == ["validation", "test"]
+    for row in rows.values():
+        assert (row["config"], row["seed"], row["epochs"]) == (config, 3, 2)
+        assert 0 <= row["NDCG@10"] <= row["HR@10"] <= row["HR@50"] <= 1
+        assert row["best_NDCG@10"] >= row["NDCG@10"]
+        assert row["best_epoch"] in (1, 2)
+        assert row["seconds"] > 0 < row["step_ms"]

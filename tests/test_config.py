@@ -79,7 +79,14 @@ BAD = {
         "training.betas must be a list of 2 numbers, each of at least 0 and below 1",
     ),
     "options": ({"data": {"options": 1}}, "data.options must be a table, got 1 (int)"),
-    "heads": ({"model": {"head_dim": 50}}, "model.head_dim must be a multiple of 8 for hstu, got 50"),
+    "graphs": (
+        {"loss": {"kind": "in_batch"}, "training": {"cuda_graphs": "on"}},
+        "loss.kind must be sampled or full for training.cuda_graphs = on, got in_batch",
+    ),
+    "graphs of parts": (
+        {"training": {"cuda_graphs": "on", "accumulation": 4}},
+        "training.accumulation must be 1 for training.cuda_graphs = on, got 4",
+    ),
     "accumulation": (
         {"training": {"batch_size": 10, "accumulation": 3}},
         "training.batch_size must be a multiple of training.accumulation (3), got 10",

@@ -199,3 +199,45 @@ def test_batches_are_cut_on_the_gpu_without_a_synchronisation() -> None:
         assert batch.users.is_cuda
     moved = [Batch(batch.items.cpu(), batch.cu_seqlens.cpu(), batch.max_seqlen, batch.users.cpu()) for batch in got]
     assert_same(moved, expected)
+
+
+def test_a_padded_batch_holds_the_batch() -> None:
+    log = log_of([3, 9, 1, 12, 5])
+    batches = SequenceBatches(log, 3, 7, shuffle=True, seed=4)
+    for chosen, batch in zip(batches.chosen(), SequenceBatches(log, 3, 7, shuffle=True, seed=4)):
+        assert (chosen.total, chosen.longest) == (batch.items.numel(), batch.max_seqlen)
+        for rows in (chosen.total, chosen.total + 1, 40):
+            users = torch.full((4,), -1)
+            users[: chosen.users.numel()] = chosen.users
+            padded = batches.padded(users, rows)
+            assert padded.items.shape == (rows,)
+            assert torch.equal(padded.items[: chosen.total], batch.items)
+            assert torch.equal(padded.timestamps[: chosen.total], batch.timestamps)
+            assert padded.max_seqlen == 7
+            assert padded.cu_seqlens.dtype == torch.int32
+            absent = 4 - chosen.users.numel()
+            assert padded.cu_seqlens.tolist() == batch.cu_seqlens.tolist() + [chosen.total] * absent
+
+
+def test_random_windows_are_in_a_row_and_reach_every_event() -> None:
+    lengths = [3, 9, 1, 14, 7]
+    log = log_of(lengths)
+    batches = SequenceBatches(log, 2, 7, shuffle=True, seed=4, random_windows=True)
+    seen: set[int] = set()
+    for epoch in range(40):
+        batches.set_epoch(epoch)
+        for chosen in batches.chosen():
+            rows = rows_of(batches._cut(chosen))
+            padded = batches.padded(chosen.users, 20)
+            assert padded.items[: chosen.total].tolist() == [item for row in rows for item in row]
+            for user, row in zip(chosen.users.tolist(), rows):
+                events = list(range(10 * user, 10 * user + lengths[user]))
+                assert len(row) == min(7, len(events))
+                assert row == events[events.index(row[0]) :][: len(row)]
+                seen |= set(row)
+    assert seen == set(log.items.tolist())
+    starts = []
+    for _ in range(2):
+        batches.set_epoch(3)
+        starts.append([rows_of(batch) for batch in batches])
+    assert starts[0] == starts[1]

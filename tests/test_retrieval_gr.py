@@ -86,14 +86,17 @@ def norm(x: Tensor, eps: float) -> Tensor:
 
 def eager_hstu(layer: HSTULayer, x: Tensor, contexts: int) -> Tensor:
     width, tokens = layer.heads * layer.head_dim, x.shape[0]
-    u, v, q, k = F.silu(norm(x, 1e-6) @ layer.uvqk.weight.T).split(width, dim=-1)
+    q, k, v, u = F.silu(norm(x, 1e-6) @ layer.qkvu.weight.T).split(width, dim=-1)
     keep = torch.ones(tokens, tokens, dtype=torch.bool).tril()
     keep[:contexts] = True  # a context sees all contexts and the history
     heads = []
     for h in range(layer.heads):
         columns = slice(h * layer.head_dim, (h + 1) * layer.head_dim)
-        scores = F.silu(q[:, columns] @ k[:, columns].T * layer.alpha) * keep / layer.max_tokens
-        heads.append(scores @ v[:, columns])
+        scores = q[:, columns] @ k[:, columns].T * layer.alpha
+        if layer.position_bias is not None:
+            distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+            scores = scores + layer.position_bias[distance + layer.max_tokens - 1]
+        heads.append(F.silu(scores) * keep / layer.max_tokens @ v[:, columns])
     return x + (norm(torch.cat(heads, dim=-1), 1e-6) * u) @ layer.out.weight.T + layer.out.bias
 
 
@@ -156,6 +159,9 @@ def eager_loss(model: RetrievalGR, inputs: dict[str, Any], last_only: bool) -> T
 
 VARIANTS = {
     "hstu": {},
+    "hstu-one-odd-head": {"num_heads": 1, "head_dim": 50},
+    "hstu-odd-heads": {"num_heads": 3, "head_dim": 5, "contexts": ["age"]},
+    "hstu-bias": {"position_bias": True, "head_dim": 5, "contexts": ["gender"], "actions": "interleave"},
     "hstu-contexts": {"contexts": ["age", "gender"]},
     "hstu-actions": {"actions": "interleave"},
     "hstu-all": {"contexts": ["gender"], "actions": "interleave", "item_features": ["year", "genres"]},
@@ -192,6 +198,29 @@ def test_model_matches_its_eager_copy(variant: dict[str, Any], lengths: list[int
 
     count = sum(length >= 2 if last_only else max(length - 1, 0) for length in lengths)
     assert int(model.num_predictions(inputs["cu_seqlens"])) == count
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("last_only", [False, True], ids=["all", "last"])
+def test_rows_of_no_sequence_change_nothing(variant: dict[str, Any], lengths: list[int], last_only: bool) -> None:
+    """As many as there may be: more than any position has an embedding for."""
+    model = model_of({"supervision": "last" if last_only else "all"}, **variant)
+    inputs = inputs_of(lengths, model)
+    padded = {**inputs, "max_seqlen": MAX_LEN}
+    for name in ("items", "actions"):
+        if name in inputs:
+            padded[name] = torch.cat([inputs[name], torch.arange(3 * MAX_LEN) % 3])
+    parameters = list(model.parameters())
+    found = []
+    for each in (inputs, padded):
+        loss = model.loss(**each)
+        found.append((loss, *torch.autograd.grad(loss, parameters, allow_unused=True)))
+    for exact, with_rows in zip(*found):
+        if exact is not None:
+            torch.testing.assert_close(with_rows, exact, rtol=1e-10, atol=1e-12)
+        else:
+            assert with_rows is None or not with_rows.any()
 
 
 @pytest.mark.parametrize("encoder", ["hstu", "sasrec"])

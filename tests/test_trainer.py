@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,8 @@ def test_what_a_trainer_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         trainer_of(config_of(model={"dim": 24}), run).fit(resume=True)
     with pytest.raises(ValueError, match=r"training.device must be auto, cpu or cuda, got 'abacus'"):
         trainer_of(config_of(training={"device": "abacus"}))
+    with pytest.raises(ValueError, match=r"training.device must be cuda for training.cuda_graphs = on, got cpu"):
+        trainer_of(config_of(training={"cuda_graphs": "on"}))
     with pytest.raises(ValueError, match=r"model.contexts must be among the data's \(age\), got 'name'"):
         trainer_of(config_of(model={"contexts": ["name"]}))
     broken = trainer_of(config_of())
@@ -316,7 +319,126 @@ def test_broken_checkpoints(tmp_path: Path) -> None:
         load_model(checkpoint)
 
 
+@pytest.mark.parametrize("kind", ["sampled", "full"])
+def test_a_step_on_padded_rows_is_a_step(kind: str) -> None:
+    """What a CUDA graph captures, run without one: batches in a fixed number of rows, absent users among them."""
+    models = []
+    for padded in (False, True):
+        config = config_of(
+            model={"dropout": 0.0, "head_dim": 10, "contexts": ["age"]},
+            loss={"kind": kind},
+            training={"batch_size": 16},
+        )
+        trainer = trainer_of(config)
+        trainer.model.double()
+        if kind == "sampled":
+            trainer.model.criterion.sampler.forward = lambda positives: positives[:, None] % 7 + torch.arange(5) * 11
+        for chosen in trainer.batches.chosen():
+            users = torch.nn.functional.pad(chosen.users, (0, 16 - chosen.users.numel()), value=-1)
+            batch = trainer.batches.padded(users, 16 * 30) if padded else trainer.batches._cut(chosen)
+            trainer._train_step([batch])
+        models.append(trainer)
+    exact, padded = models
+    assert exact.step == padded.step == 3
+    for ours, theirs in zip(padded.model.parameters(), exact.model.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(padded._loss_sums, exact._loss_sums, rtol=1e-12, atol=0)
+
+
+GRAPHS = {
+    "hstu": {},
+    "odd heads": {"model": {"num_heads": 1, "head_dim": 50}},
+    "bias": {"model": {"position_bias": True}},
+    "sasrec": {"model": {"encoder": "sasrec"}},
+    "features": {"model": {"contexts": ["age"], "actions": "interleave", "item_features": ["kind"]}},
+    "full": {"loss": {"kind": "full", "log_q": True}, "training": {"precision": "bf16"}},
+    "schedule": {"training": {"warmup_steps": 3, "schedule": "cosine", "clip_norm": 0.5, "weight_decay": 0.1}},
+    "last": {"loss": {"supervision": "last"}},
+}
+
+
 @pytest.mark.gpu
+@pytest.mark.plain_allocations
+@pytest.mark.parametrize("sections", GRAPHS.values(), ids=GRAPHS)
+def test_captured_steps_are_the_steps(sections: dict[str, Any]) -> None:
+    """With dropout and sampled negatives: the same random numbers, the last and smaller batch included."""
+    found = []
+    for graphs in ("off", "on"):
+        training = {"cuda_graphs": graphs, "device": "cuda", "compile": "off", "epochs": 3, "batch_size": 32}
+        config = config_of(
+            **{**sections, "training": {**training, **sections.get("training", {})}},
+            evaluation={"every": 0},
+            output={"log_every": 1},
+        )
+        trainer = trainer_of(config, log=small_log(150))
+        losses = []
+        rows = trainer._captured._rows_apart if trainer._captured else 30
+        for epoch in range(3):
+            trainer.batches.set_epoch(epoch)
+            for chosen in trainer.batches.chosen():
+                if trainer._captured:
+                    trainer._set_learning_rate()
+                    trainer._captured(chosen)
+                    trainer._count_step()
+                else:  # the same shapes give the same random numbers
+                    users = torch.nn.functional.pad(chosen.users, (0, 32 - chosen.users.numel()), value=-1)
+                    trainer._train_step([trainer.batches.padded(users, -(-chosen.total // rows) * rows)])
+                losses.append(trainer._read_loss(1))
+        found.append((losses, trainer, torch.cuda.get_rng_state()))
+    (eager, one, state), (captured, other, captured_state) = found
+    assert other._captured is not None
+    assert len(other._captured._graphs) > 1
+    assert captured == pytest.approx(eager, rel=2e-3)
+    assert captured[0] == pytest.approx(eager[0], rel=1e-5)
+    assert torch.equal(state, captured_state)
+    for (name, ours), theirs in zip(other.model.state_dict().items(), one.model.state_dict().values()):
+        assert (ours - theirs).norm() <= 0.01 * theirs.norm(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.plain_allocations
+def test_captured_training_is_resumed(tmp_path: Path) -> None:
+    """By a new trainer, and by one that has graphs of where the optimizer's state was."""
+    config = config_of(training={"device": "cuda", "epochs": 3}, model={"dropout": 0.3})
+    whole = [each["loss"] for each in trainer_of(config, tmp_path / "whole").fit()]
+    first = trainer_of(config, tmp_path / "parts")
+    evaluate = first.evaluate
+
+    def interrupt() -> dict[str, float]:
+        if first.epoch == 2:
+            raise KeyboardInterrupt
+        return evaluate()
+
+    first.evaluate = interrupt  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    shutil.copytree(tmp_path / "parts", tmp_path / "copy")
+    torch.manual_seed(99)
+    new = trainer_of(config, tmp_path / "copy")
+    first.evaluate = evaluate  # type: ignore[method-assign]
+    for trainer in (first, new):
+        assert [each["loss"] for each in trainer.fit(resume=True)] == pytest.approx(whole, rel=1e-3)
+        assert trainer._captured is not None
+        assert trainer._captured._graphs
+
+
+@pytest.mark.gpu
+def test_what_is_captured() -> None:
+    for sections, captured in (
+        ({}, True),
+        ({"model": {"encoder": "sasrec"}}, True),
+        ({"loss": {"kind": "in_batch"}}, False),
+        ({"training": {"accumulation": 2}}, False),
+        ({"training": {"recompute": True}}, False),
+        ({"training": {"cuda_graphs": "off"}}, False),
+    ):
+        training = {"device": "cuda", **sections.get("training", {})}
+        trainer = trainer_of(config_of(**{**sections, "training": training}))
+        assert (trainer._captured is not None) == captured, sections
+
+
+@pytest.mark.gpu
+@pytest.mark.plain_allocations
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_on_a_gpu(precision: str, tmp_path: Path) -> None:
     log = synthetic_log(400, 200, max_len=60, seed=1)

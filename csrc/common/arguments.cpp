@@ -128,30 +128,28 @@ bool read_by_exchange_api(PyObject* source, PyObject* attribute_name, Tensor& te
     return tensor.defined = true;
 }
 
+[[noreturn]] void fail_type(const char* op, const char* name, const char* expected, PyObject* got) {
+    fail<py::type_error>("hstu_ext.", op, ": ", name, " must be ", expected, ", got ", Py_TYPE(got)->tp_name);
+}
+
 }  // namespace
 
-PyObject* Arguments::next() {
-    if (position_ >= static_cast<Py_ssize_t>(values_.size()))
-        throw py::type_error(std::string("hstu_ext.") + op_ + ": too few arguments");
-    return PyTuple_GET_ITEM(values_.ptr(), position_++);
+List::List(const char* op, const char* name, const char* expected, py::handle source) : source_(source.ptr()) {
+    if (!PyList_Check(source_) && !PyTuple_Check(source_)) fail_type(op, name, expected, source_);
 }
 
-void Arguments::fail_type(const char* name, const char* expected, PyObject* got) const {
-    fail<py::type_error>("hstu_ext.", op_, ": ", name, " must be ", expected, ", got ", Py_TYPE(got)->tp_name);
-}
-
-Tensor Arguments::tensor(const char* name) {
+Tensor read_tensor(const char* op, const char* name, py::handle object) {
     static const Names* const names = new Names;
-    PyObject* const source = next();
+    PyObject* const source = object.ptr();
     Tensor tensor;
     if (source == Py_None || read_by_exchange_api(source, names->exchange_api, tensor)) return tensor;
     const py::object data_ptr = find_attribute(source, names->data_ptr);
-    if (!data_ptr) fail_type(name, "a tensor", source);
+    if (!data_ptr) fail_type(op, name, "a tensor", source);
 
     const py::object shape = attribute(source, names->shape), stride = call(source, names->stride);
     const Py_ssize_t rank = PyTuple_GET_SIZE(shape.ptr());
     if (rank > Tensor::kMaxRank)
-        fail<std::invalid_argument>("hstu_ext.", op_, ": ", name, " must have at most ", Tensor::kMaxRank,
+        fail<std::invalid_argument>("hstu_ext.", op, ": ", name, " must have at most ", Tensor::kMaxRank,
                                     " dimensions, got ", rank);
     tensor.rank = static_cast<int>(rank);
     for (Py_ssize_t i = 0; i < rank; ++i) {
@@ -160,16 +158,39 @@ Tensor Arguments::tensor(const char* name) {
     }
     const py::object dtype = attribute(source, names->dtype);
     if (!find_dtype(dtype.ptr(), tensor.dtype))
-        fail<std::invalid_argument>("hstu_ext.", op_, ": ", name, " must be of a supported type, got ",
+        fail<std::invalid_argument>("hstu_ext.", op, ": ", name, " must be of a supported type, got ",
                                     std::string(py::str(dtype)));
     tensor.device = static_cast<int>(to_int64(call(source, names->get_device).ptr()));
     if (attribute(source, tensor.device < 0 ? names->is_cpu : names->is_cuda).ptr() != Py_True)
-        fail<std::invalid_argument>("hstu_ext.", op_, ": ", name, " must be on cpu or cuda, got ",
+        fail<std::invalid_argument>("hstu_ext.", op, ": ", name, " must be on cpu or cuda, got ",
                                     std::string(py::str(py::handle(source).attr("device"))));
     tensor.data = PyLong_AsVoidPtr(owned(PyObject_CallNoArgs(data_ptr.ptr())).ptr());
     if (PyErr_Occurred()) throw py::error_already_set();
     tensor.defined = true;
     return tensor;
+}
+
+int64_t read_size(const char* op, const char* name, py::handle source, Py_ssize_t index) {
+    const std::string full = index < 0 ? name : std::string(name) + '[' + std::to_string(index) + ']';
+    if (!PyLong_Check(source.ptr()) || PyBool_Check(source.ptr())) fail_type(op, full.c_str(), "an int", source.ptr());
+    const int64_t value = to_int64(source.ptr());
+    if (value < 0) fail<std::invalid_argument>("hstu_ext.", op, ": ", full, " must be 0 or more, got ", value);
+    return value;
+}
+
+PyObject* Arguments::next() {
+    if (position_ >= static_cast<Py_ssize_t>(values_.size()))
+        throw py::type_error(std::string("hstu_ext.") + op_ + ": too few arguments");
+    return PyTuple_GET_ITEM(values_.ptr(), position_++);
+}
+
+Tensor Arguments::tensor(const char* name) { return read_tensor(op_, name, next()); }
+
+std::vector<Tensor> Arguments::tensors(const char* name) {
+    const List list(op_, name, "a list of tensors", next());
+    std::vector<Tensor> found(static_cast<size_t>(list.size()));
+    for (Py_ssize_t i = 0; i < list.size(); ++i) found[i] = read_tensor(op_, name, list[i]);
+    return found;
 }
 
 int64_t Arguments::integer(const char* name) {
@@ -179,7 +200,7 @@ int64_t Arguments::integer(const char* name) {
         if (!PyErr_ExceptionMatches(PyExc_TypeError) && !PyErr_ExceptionMatches(PyExc_OverflowError))
             throw py::error_already_set();
         PyErr_Clear();
-        fail_type(name, "a 64-bit int", source);
+        fail_type(op_, name, "a 64-bit int", source);
     }
     return value;
 }
@@ -190,7 +211,7 @@ double Arguments::number(const char* name) {
     if (value == -1.0 && PyErr_Occurred()) {
         if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
         PyErr_Clear();
-        fail_type(name, "a float", source);
+        fail_type(op_, name, "a float", source);
     }
     return value;
 }

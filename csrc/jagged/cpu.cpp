@@ -181,8 +181,8 @@ void add_offsets(const JoinParams& p) {
 }  // namespace
 
 void join(const JoinParams& p) {
-    p.joined_is_int64 ? add_offsets<int64_t>(p) : add_offsets<int32_t>(p);
-    const IndexArray offsets{p.joined_offsets, p.joined_is_int64};
+    p.offsets_are_int64 ? add_offsets<int64_t>(p) : add_offsets<int32_t>(p);
+    const IndexArray offsets{p.joined_offsets, p.offsets_are_int64};
     if (p.split) {
         for (int i = 0; i < p.part_count; ++i)
             zero_outside(p.parts[i].rows, p.parts[i].offsets[0], p.parts[i].offsets[p.batch], p.row_bytes);

@@ -198,7 +198,7 @@ void join(const JoinParams& p, int device, void* stream) {
         if (p.split) rows += p.parts[i].rows.count;
     }
     const Tiling tiling(alignment.unit(), p.row_bytes, rows, queue.warps());
-    p.joined_is_int64 ? join_as<int64_t>(p, tiling, queue) : join_as<int32_t>(p, tiling, queue);
+    p.offsets_are_int64 ? join_as<int64_t>(p, tiling, queue) : join_as<int32_t>(p, tiling, queue);
 }
 
 void dense(const DenseParams& p, int device, void* stream) {

@@ -94,7 +94,7 @@ Sizes check_offset_values(const char* op, Name name, const IndexArray& offsets, 
 }
 #endif
 
-void check_joined_offsets(const JoinInputs& in, int64_t rows) {
+void check_joined_offsets(const JoinInputs& in) {
     const char* const op = in.op;
     const Tensor& model = in.offsets[0];
     const Name name{"joined offsets"};
@@ -102,8 +102,6 @@ void check_joined_offsets(const JoinInputs& in, int64_t rows) {
     check_like(op, name, in.joined_offsets, {"offsets", 0}, model);
     CHECK(in.joined_offsets.shape[0] == model.shape[0], name, " must be [", model.shape[0], "], got ",
           Shape{in.joined_offsets});
-    CHECK(model.dtype == DType::kInt64 || rows <= INT32_MAX, "offsets must be torch.int64 for ", rows, " rows, got ",
-          model.dtype);
 }
 
 // The parts' rows that belong to a sequence must fit into the joined rows.
@@ -120,15 +118,24 @@ void check_join_values(const JoinInputs& in, const JoinParams& p) {
 
 }  // namespace
 
+void check_part_count(const char* op, const char* name, int64_t count) {
+    CHECK(count >= 1 && count <= kMaxParts, name, " must be a list of 1 to ", kMaxParts, " tensors, got ", count);
+}
+
+void check_offsets_count(const char* op, int64_t parts, int64_t count) {
+    CHECK(count == parts, "offsets must be a list of ", parts, " like values, got ", count);
+}
+
 void join(const JoinInputs& in, Execution execution) {
     const char* const op = in.op;
-    CHECK(!in.parts.empty() && in.parts.size() <= kMaxParts, "there must be 1 to ", kMaxParts, " parts, got ",
-          in.parts.size());
+    check_part_count(op, in.split ? "offsets" : "values", in.parts.size());
+    check_offsets_count(op, in.parts.size(), in.offsets.size());
     JoinParams p;
     p.order = in.order;
     p.split = in.split;
     p.part_count = static_cast<int>(in.parts.size());
     p.num_threads = execution.num_threads;
+    p.parts.resize(in.parts.size());
 
     // What the caller gave comes first: the parts to be joined, or the joined rows to be split.
     const Name joined_name{"values"}, parts_name{in.split ? "out" : "values"};
@@ -149,11 +156,13 @@ void join(const JoinInputs& in, Execution execution) {
         p.joined = rows_of(op, {"out"}, in.joined);
         check_same_rows(op, {"out"}, in.joined, model_name, model, 1);
     }
-    check_joined_offsets(in, p.joined.count);
+    if (!in.split) check_joined_offsets(in);
+    p.offsets_are_int64 = in.offsets[0].dtype == DType::kInt64;
+    CHECK(p.offsets_are_int64 || p.joined.count <= INT32_MAX, "offsets must be torch.int64 for ", p.joined.count,
+          " rows, got torch.int32");
     p.row_bytes = row_bytes(op, model_name, model, 1);
     p.batch = in.offsets[0].shape[0] - 1;
     p.joined_offsets = in.joined_offsets.data;
-    p.joined_is_int64 = in.joined_offsets.dtype == DType::kInt64;
 
     if (model.is_cuda()) {
 #if HSTU_EXT_CUDA
@@ -163,6 +172,11 @@ void join(const JoinInputs& in, Execution execution) {
 #endif
     }
     check_join_values(in, p);
+    std::vector<int64_t> sums;
+    if (in.split) {
+        sums.resize(static_cast<size_t>(p.batch + 1));
+        p.joined_offsets = sums.data();
+    }
     cpu::join(p);
 }
 

@@ -37,10 +37,10 @@ struct JoinParams {
     int64_t batch;
     int64_t row_bytes;
     Rows joined;
-    void* joined_offsets;  // [batch + 1], written: sum over the parts. Not by a split on a GPU
-    bool joined_is_int64;
+    void* joined_offsets;  // [batch + 1], written: sum over the parts. nullptr for a split on a GPU
+    bool offsets_are_int64;
     int num_threads;
-    Part parts[kMaxParts];
+    std::vector<Part> parts;
 };
 
 // Row t of sequence b is jagged row offsets[b] + t and dense row (b, t). Dense rows past the sequence become padding;
@@ -62,8 +62,8 @@ struct JoinInputs {
     Order order;
     bool split;
     Tensor joined;                       // [rows, ...]
-    Tensor joined_offsets;               // [batch + 1], written
-    std::vector<Tensor> parts, offsets;  // [rows, ...] and [batch + 1] each
+    Tensor joined_offsets;               // [batch + 1], written; none for a split
+    std::vector<Tensor> parts, offsets;  // [rows, ...] and [batch + 1] each, as many of both
 };
 
 struct DenseInputs {
@@ -79,6 +79,9 @@ struct DenseInputs {
 struct Sizes {
     int64_t end, longest;
 };
+
+void check_part_count(const char* op, const char* name, int64_t count);
+void check_offsets_count(const char* op, int64_t parts, int64_t count);
 
 void join(const JoinInputs& inputs, Execution execution);
 void dense(const DenseInputs& inputs, Execution execution);

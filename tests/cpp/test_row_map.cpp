@@ -156,7 +156,7 @@ void check_join(bool split, Order order, bool garbage) {
         all_rows += parts.back().rows;
     }
     Buffer joined(all_rows + any(0, 40), row_bytes, gap);
-    for (int i = 0; i < part_count; ++i) p.parts[i] = {parts[i].view(), {offsets[i].data(), sizeof(Offset) == 8}};
+    for (int i = 0; i < part_count; ++i) p.parts.push_back({parts[i].view(), {offsets[i].data(), sizeof(Offset) == 8}});
     p.joined = joined.view();
     std::vector<Offset> joined_offsets(batch + 1, 77);
     p.joined_offsets = joined_offsets.data();

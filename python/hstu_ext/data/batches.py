@@ -1,4 +1,4 @@
-"""Batches of whole users, cut on the device where the log lies."""
+"""Batches of users, cut on the device where the log lies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hstu_ext.data.interaction_log import InteractionLog
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The latest events of some users, packed.
+    """Events of some users, packed.
 
     items: int64 [total]
     cu_seqlens: int32 [batch + 1]; row b owns items[cu_seqlens[b]:cu_seqlens[b + 1]]
@@ -35,8 +35,22 @@ class Batch:
     actions: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """The users of a batch that is yet to be cut, and what the host knows of it.
+
+    users: int64 [at most batch_size], indices into the log, on its device
+    total: events of the batch
+    longest: of its sequences
+    """
+
+    users: Tensor
+    total: int
+    longest: int
+
+
 class SequenceBatches:
-    """Iterates over a log, batch_size users at a time, each with its latest max_len events.
+    """Iterates over a log, batch_size users at a time, each with at most max_len events.
 
     A pass over the batches is an epoch. Its order is a function of (seed, epoch) alone. The log and the order of an
     epoch lie on the device; a batch is gathered there, and nothing is read back: lengths are known on the host.
@@ -48,12 +62,14 @@ class SequenceBatches:
     Args:
         log: or a part of a split.
         batch_size: users.
-        max_len: older events are left out.
+        max_len: events of a user, the latest.
         shuffle: a new order every epoch; otherwise the log's own.
         seed: of the order.
         device: where to put the log; None leaves it where it is.
         drop_last: leave out the last batch where it is smaller.
         min_len: leave out users with fewer events. For training it is 2: one event has no next one to predict.
+        random_windows: of a user with more than max_len events, others than the latest: every epoch max_len in a row
+            from a place of its own.
     """
 
     def __init__(
@@ -67,6 +83,7 @@ class SequenceBatches:
         device: torch.device | str | None = None,
         drop_last: bool = False,
         min_len: int = 1,
+        random_windows: bool = False,
     ) -> None:
         for name, value, least in (("batch_size", batch_size, 1), ("max_len", max_len, 1), ("seed", seed, 0)):
             if value < least:
@@ -75,6 +92,7 @@ class SequenceBatches:
             raise DataError(f"hstu_ext.data: batch_size * max_len must be below 2^31, got {batch_size} * {max_len}")
         self.log = log if device is None else log.to(device)
         self.batch_size, self.max_len, self.shuffle, self.seed = batch_size, max_len, shuffle, seed
+        self.random_windows = random_windows
         self.epoch = 0
         self._done = 0  # batches of the epoch that were handed out
         self._resume = 0  # where the next loop begins
@@ -82,6 +100,8 @@ class SequenceBatches:
         self._rows: NDArray[np.int64] = np.flatnonzero(lengths >= min_len)
         self._host_lengths: NDArray[np.int64] = np.minimum(lengths, max_len)
         self._lengths = torch.from_numpy(self._host_lengths).to(self.log.items.device)
+        self._left_out: NDArray[np.int64] = lengths - self._host_lengths
+        self._skipped = torch.zeros_like(self._lengths)  # events of each user after those of the epoch's batches
         self._num_batches = len(self._rows) // batch_size if drop_last else -(-len(self._rows) // batch_size)
 
     def __len__(self) -> int:
@@ -99,11 +119,19 @@ class SequenceBatches:
             self.epoch, self._done, self._resume = epoch, 0, 0
 
     def __iter__(self) -> Iterator[Batch]:
+        for chosen in self.chosen():
+            yield self._cut(chosen)
+
+    def chosen(self) -> Iterator[Chosen]:
+        """As iteration over the batches, but leaving their cutting, by padded(), to the caller."""
         epoch, first = self.epoch, self._resume
         self._resume, self._done = 0, first
         order = self._rows
         if self.shuffle:
             order = np.random.default_rng([self.seed, epoch]).permutation(order)
+        if self.random_windows:
+            skipped = np.random.default_rng([self.seed, epoch, 1]).integers(0, self._left_out, endpoint=True)
+            self._skipped.copy_(torch.from_numpy(skipped))
         order = order[: len(self) * self.batch_size]
         users = torch.from_numpy(order).to(self.log.items.device)
         starts = np.arange(0, len(order), self.batch_size)
@@ -112,19 +140,44 @@ class SequenceBatches:
         longest = np.maximum.reduceat(lengths, starts).tolist() if len(order) else []
         for number in range(first, len(self)):
             self._done = number + 1
-            chosen = users[number * self.batch_size : (number + 1) * self.batch_size]
-            yield self._cut(chosen, totals[number], longest[number])
+            of_batch = users[number * self.batch_size : (number + 1) * self.batch_size]
+            yield Chosen(of_batch, totals[number], longest[number])
         self.epoch, self._done = epoch + 1, 0
 
-    def _cut(self, users: Tensor, total: int, longest: int) -> Batch:
-        log = self.log
+    def _cut(self, chosen: Chosen) -> Batch:
+        users, total = chosen.users, chosen.total
         lengths = self._lengths[users]
-        cu_seqlens = torch.zeros(users.numel() + 1, dtype=torch.int32, device=users.device)
-        torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
-        # How far a row's events lie in the log from where they go in the batch.
-        shift = log.offsets[1:][users] - lengths - cu_seqlens[:-1]
+        cu_seqlens = _offsets(lengths)
         index = torch.arange(total, device=users.device)
-        index += torch.repeat_interleave(shift, lengths, output_size=total)
+        index += torch.repeat_interleave(self._shift(users, lengths, cu_seqlens), lengths, output_size=total)
+        return self._gather(users, cu_seqlens, chosen.longest, index)
+
+    def padded(self, users: Tensor, rows: int) -> Batch:
+        """The batch of these users in a given number of rows, whatever their lengths.
+
+        All shapes follow from those of the arguments and nothing is read back from the device, so that one CUDA graph
+        serves many batches.
+
+        Args:
+            users: int64 [batch], indices into the log; -1 for nobody, an empty sequence.
+            rows: at least the users' events. Rows past cu_seqlens[-1] belong to no sequence and hold some event.
+        """
+        present = users >= 0
+        users = users.clamp(min=0)
+        lengths = torch.where(present, self._lengths[users], 0)
+        cu_seqlens = _offsets(lengths)
+        index = torch.arange(rows, device=users.device)
+        row = torch.searchsorted(cu_seqlens[1:].long(), index, right=True).clamp(max=users.numel() - 1)
+        index += self._shift(users, lengths, cu_seqlens)[row]
+        index = index.clamp(0, self.log.items.numel() - 1)
+        return self._gather(users, cu_seqlens, self.max_len, index)
+
+    def _shift(self, users: Tensor, lengths: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """How far a user's events lie in the log from where they go in the batch."""
+        return self.log.offsets[1:][users] - self._skipped[users] - lengths - cu_seqlens[:-1]
+
+    def _gather(self, users: Tensor, cu_seqlens: Tensor, longest: int, index: Tensor) -> Batch:
+        log = self.log
         return Batch(
             log.items[index],
             cu_seqlens,
@@ -143,6 +196,7 @@ class SequenceBatches:
             "max_len": self.max_len,
             "shuffle": self.shuffle,
             "seed": self.seed,
+            "random_windows": self.random_windows,
             "batches": len(self),
         }
 
@@ -159,3 +213,10 @@ class SequenceBatches:
                 )
         self.epoch = int(state["epoch"])
         self._done = self._resume = int(state["done"])
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    """int32 [batch + 1]"""
+    offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int32, device=lengths.device)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=offsets[1:])
+    return offsets

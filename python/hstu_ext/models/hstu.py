@@ -11,62 +11,103 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hstu_ext.models.sequence import Layout, SequenceBlock
-from hstu_ext.ops.attention import hstu_attn_varlen_func
+from hstu_ext.ops.attention import hstu_attn_qkvpacked_func
+from hstu_ext.ops.norm import gated_norm
+
+ALIGNMENT = 8  # the attention's kernels take heads whose width is a multiple of it
 
 
 class HSTULayer(nn.Module):
-    """x + W2 dropout(norm(attention(q, k, v)) * u), with u, v, q, k = silu(W1 norm(x)).
+    """x + W2 dropout(norm(attention(q, k, v)) * u), with q, k, v, u = silu(W1 norm(x)).
 
     The norms are layer norms without parameters. q, k and v go to the attention as views of the one projected tensor;
     it is causal, contexts see one another, and its sums are divided by max_tokens, whatever the batch. On a GPU the
     attention of an fp32 model runs in bf16, as its kernels have no fp32.
 
+    Heads may have any width. For one that is no multiple of 8, W1 gets rows of zeros at the end of each head of q, k
+    and v on its way into the product: silu(0) = 0 there adds nothing to q . k, and the columns of v are cut off again.
+
+    With position_bias, the score of tokens i and j is alpha q_i . k_j + b[i - j], the learned b the same for all heads.
+
     Args:
         dim: of the tokens.
         heads: of the attention.
-        head_dim: of q, k and v, a multiple of 8 up to 256.
+        head_dim: of q, k and v, up to 256.
         max_tokens: the divisor above.
         dropout: before W2.
         alpha: the factor of q . k; None is head_dim ** -0.5.
+        position_bias: whether scores depend on the distance. Its gradient takes batch * heads * max_seqlen^2 elements.
     """
 
+    position_bias: nn.Parameter | None
+
     def __init__(
-        self, dim: int, heads: int, head_dim: int, max_tokens: int, dropout: float = 0.0, alpha: float | None = None
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int,
+        max_tokens: int,
+        dropout: float = 0.0,
+        alpha: float | None = None,
+        position_bias: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.max_tokens = heads, head_dim, max_tokens
         self.alpha = head_dim**-0.5 if alpha is None else alpha
-        self.norm_in = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.uvqk = nn.Linear(dim, 4 * heads * head_dim, bias=False)
-        self.norm_out = nn.LayerNorm(heads * head_dim, eps=1e-6, elementwise_affine=False)
+        self.qkvu = nn.Linear(dim, 4 * heads * head_dim, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(heads * head_dim, dim)
         nn.init.xavier_uniform_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        bias = nn.Parameter(torch.empty(2 * max_tokens - 1).normal_(std=0.02)) if position_bias else None
+        self.register_parameter("position_bias", bias)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """x [tokens, dim] -> [tokens, dim]"""
-        uvqk = F.silu(self.uvqk(self.norm_in(x))).view(-1, 4, self.heads, self.head_dim)
-        gate = uvqk[:, 0].flatten(1)
-        if uvqk.is_cuda and uvqk.dtype == torch.float32:
-            uvqk = uvqk.to(torch.bfloat16)
-        _, v, q, k = uvqk.unbind(1)
-        attended = hstu_attn_varlen_func(
-            q,
-            k,
-            v,
+        weight, width = self._aligned_weight()
+        projected = F.silu(F.linear(gated_norm(x, dtype=_product_dtype(x)), weight))
+        qkv, gate = torch.split(projected, [3 * self.heads * width, self.heads * self.head_dim], dim=1)
+        if qkv.is_cuda and qkv.dtype == torch.float32:
+            qkv = qkv.to(torch.bfloat16)
+        attended = hstu_attn_qkvpacked_func(
+            qkv.view(-1, 3, self.heads, width),
             layout.cu_seqlens,
-            layout.cu_seqlens,
-            layout.max_seqlen,
             layout.max_seqlen,
             layout.num_contexts,
             window_size=(-1, 0),
             alpha=self.alpha,
+            rab=None if self.position_bias is None else self._relative_bias(self.position_bias, layout, qkv.dtype),
+            has_drab=self.position_bias is not None,
             scaling_seqlen=self.max_tokens,
         )
-        gated = self.norm_out(attended.flatten(1).to(gate.dtype)) * gate
-        update: Tensor = self.out(self.dropout(gated))
+        update: Tensor = self.out(self.dropout(gated_norm(attended, gate)))
         return x + update
+
+    def _relative_bias(self, bias: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+        """[batch, 1, longest, longest], the same matrix for every sequence, over alpha, as the attention's rab is."""
+        longest, middle = layout.max_seqlen, self.max_tokens - 1
+        distances = bias[middle - longest + 1 : middle + longest] / self.alpha  # from 1 - longest to longest - 1
+        by_distance = distances.to(dtype).unfold(0, longest, 1).flip(1)  # [i, j] is that of i - j
+        return by_distance.expand(layout.cu_seqlens.shape[0] - 1, 1, longest, longest)
+
+    def _aligned_weight(self) -> tuple[Tensor, int]:
+        """W1 with heads of q, k and v as wide as kernels want them, and that width."""
+        weight: Tensor = self.qkvu.weight
+        padding = -self.head_dim % ALIGNMENT
+        if padding == 0:
+            return weight, self.head_dim
+        heads = 3 * self.heads
+        qkv, gate = torch.split(weight, [heads * self.head_dim, self.heads * self.head_dim])
+        padded = F.pad(qkv.view(heads, self.head_dim, -1), (0, 0, 0, padding))
+        return torch.cat([padded.flatten(0, 1), gate]), self.head_dim + padding
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """That of the factors of a matrix product."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(device_type)
 
 
 class HSTUBlock(SequenceBlock):
@@ -74,9 +115,11 @@ class HSTUBlock(SequenceBlock):
 
     Args:
         dim, max_len, num_contexts, interleave, recompute: as in SequenceBlock.
-        num_layers, heads, head_dim, alpha: as in HSTULayer.
+        num_layers, heads, head_dim, alpha, position_bias: as in HSTULayer.
         dropout: of the embeddings and of every layer.
     """
+
+    capturable = True
 
     def __init__(
         self,
@@ -90,11 +133,12 @@ class HSTUBlock(SequenceBlock):
         interleave: bool = False,
         dropout: float = 0.0,
         alpha: float | None = None,
+        position_bias: bool = False,
         recompute: bool = False,
     ) -> None:
         tokens = self.max_tokens(max_len, num_contexts, interleave)
         super().__init__(
-            [HSTULayer(dim, heads, head_dim, tokens, dropout, alpha) for _ in range(num_layers)],
+            [HSTULayer(dim, heads, head_dim, tokens, dropout, alpha, position_bias) for _ in range(num_layers)],
             dim=dim,
             max_len=max_len,
             num_contexts=num_contexts,

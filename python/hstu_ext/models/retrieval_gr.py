@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hstu_ext.models.hstu import HSTUBlock
 from hstu_ext.models.sasrec import SASRecBlock
-from hstu_ext.models.sequence import SequenceBlock, sequence_ids
+from hstu_ext.models.sequence import SequenceBlock, rows_of, sequence_ids
 from hstu_ext.models.similarity import DotProductSimilarity, L2NormEmbeddingPostprocessor
 from hstu_ext.models.towers import ContextTower, ItemTower
 
@@ -33,8 +33,9 @@ class RetrievalGR(nn.Module):
         loss = softmax cross entropy of query_t . item_(t + 1) / temperature
 
     Every call takes the packed events of a batch, without padding: items int64 [total], cu_seqlens int32
-    [batch + 1], max_seqlen the longest length (at most encoder.max_len), and where the model was built with them
-    actions int64 [total] and contexts int64 [batch, number of features].
+    [batch + 1], max_seqlen the longest length or more (at most encoder.max_len), and where the model was built with
+    them actions int64 [total] and contexts int64 [batch, number of features]. Rows past cu_seqlens[-1] belong to no
+    sequence, take no part in the loss, and let batches of different sizes have one shape.
 
     Args:
         items: the item tower.
@@ -106,7 +107,7 @@ class RetrievalGR(nn.Module):
         }
         encoder: SequenceBlock
         if model.encoder == "hstu":
-            encoder = HSTUBlock(**common, alpha=model.attention_alpha or None)
+            encoder = HSTUBlock(**common, alpha=model.attention_alpha or None, position_bias=model.position_bias)
         else:
             encoder = SASRecBlock(**common, ffn_dim=model.ffn_dim)
         features = {name: catalogue.item_features[name] for name in model.item_features}
@@ -153,7 +154,8 @@ class RetrievalGR(nn.Module):
             states, positives, weights = states[rows], items[following], cu_seqlens.diff() >= 2
         else:
             sequence = sequence_ids(cu_seqlens, items.shape[0])
-            positives, weights = items.roll(-1), F.pad(sequence[:-1] == sequence[1:], (0, 1))
+            positives = items.roll(-1)
+            weights = F.pad((sequence[:-1] == sequence[1:]) & (sequence[1:] < cu_seqlens.shape[0] - 1), (0, 1))
         loss: Tensor = self.criterion(states, table.to(states.dtype), positives, weights.to(states.dtype))
         return loss
 
@@ -239,7 +241,7 @@ class RetrievalGR(nn.Module):
     ) -> Tensor:
         """[total, dim] before normalisation."""
         states: Tensor = self.encoder(
-            F.embedding(items, table) * self.items.dim**0.5,
+            rows_of(table, items) * self.items.dim**0.5,
             cu_seqlens,
             max_seqlen,
             actions if actions is None or self.actions is None else self.actions(actions),

@@ -60,6 +60,8 @@ class SASRecBlock(SequenceBlock):
         dropout: of the embeddings and of every layer.
     """
 
+    capturable = True
+
     def __init__(
         self,
         *,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,9 +27,14 @@ class Layout(NamedTuple):
 
 
 def sequence_ids(cu_seqlens: Tensor, total: int) -> Tensor:
-    """int64 [total]: the sequence that each packed row belongs to. Nothing is read back from a device."""
+    """int64 [total]: the sequence that each packed row belongs to, batch for rows past the last one's end."""
     rows = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:], rows, right=True)
+
+
+def rows_of(table: Tensor, index: Tensor) -> Tensor:
+    """table[index], differentiable in table: on a GPU with atomic sums, two launches instead of a sort's many."""
+    return table.index_select(0, index) if table.is_cuda else F.embedding(index, table)
 
 
 class SequenceBlock(nn.Module):
@@ -36,7 +42,8 @@ class SequenceBlock(nn.Module):
 
     Tokens of a sequence are [c0 .. c(C-1) | i0 i1 ..] or, with actions interleaved, [c0 .. c(C-1) | i0 a0 i1 a1 ..].
     The position of a token in its sequence has a learned embedding. Dropout follows, then the layers, then the states
-    of the item tokens are taken out again. Everything is packed: no row is padding.
+    of the item tokens are taken out again. Everything is packed. Rows past the end of the last sequence belong to none:
+    what their states are is finite and of no consequence.
 
     Args:
         layers: modules (x [tokens, dim], Layout) -> [tokens, dim].
@@ -47,6 +54,9 @@ class SequenceBlock(nn.Module):
         dropout: of the embeddings.
         recompute: keep only the input of each layer for the backward and run the layer again there.
     """
+
+    capturable = False
+    """Whether forward and backward can run inside of a CUDA graph: they read nothing back from the device."""
 
     def __init__(
         self,
@@ -115,7 +125,8 @@ class SequenceBlock(nn.Module):
         tokens = x.shape[0]
         starts = offsets[sequence_ids(offsets, tokens)]
         position = torch.arange(tokens, device=offsets.device, dtype=offsets.dtype) - starts
-        x = self.dropout(x + self.positions(position))
+        position = position.clamp(max=self.positions.num_embeddings - 1)  # of rows that belong to no sequence
+        x = self.dropout(x + rows_of(self.positions.weight, position))
 
         layout = Layout(offsets, self.max_tokens(max_seqlen, self.num_contexts, self.interleave), num_contexts)
         for layer in self.layers:

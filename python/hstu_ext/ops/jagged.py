@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from hstu_ext import _C
-from hstu_ext.ops._shared import PLAIN, execution
+from hstu_ext.ops._shared import PLAIN, apply_of, execution, is_transformed
 
-_INT = (int, torch.SymInt)
 _NO_LIMIT = 2**63 - 1
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -156,17 +155,17 @@ def jagged_to_dense(values: Tensor, offsets: Tensor, max_len: int | None = None,
     Differentiable in values: the gradient is dense_to_jagged of the gradient.
     Source: `jagged_to_padded_dense` of FBGEMM.
     """
-    op = "jagged_to_dense"
-    plain = _is_plain(op, [("values", values), ("offsets", offsets)])
-    _check_padding(padding_value, values.dtype)
     if max_len is None:
-        max_len = _longest(op, offsets, _rows(op, "values", values), plain)
-    _check_size(op, "max_len", max_len)
-    if not plain:
+        max_len = _longest("jagged_to_dense", offsets, _rows("jagged_to_dense", "values", values))
+    plan = None if is_transformed() else _C.jagged_dense_plan(False, PLAIN, values, offsets, max_len)
+    if plan is None:
+        _check_tensor("jagged_to_dense", "values", values)
+        _check_tensor("jagged_to_dense", "offsets", offsets)
         return _to_dense_by_op(values, offsets, max_len, padding_value)
-    if torch.is_grad_enabled() and values.requires_grad:
-        return _to_dense_by_function(values, offsets, max_len, padding_value)
-    return _to_dense(values, offsets, max_len, padding_value)
+    shape, requires_grad = plan
+    if requires_grad and torch.is_grad_enabled():
+        return _to_dense_by_function(values, offsets, shape, padding_value)
+    return _to_dense(values, offsets, shape, padding_value)
 
 
 def dense_to_jagged(dense: Tensor, offsets: Tensor, total: int | None = None) -> Tensor:
@@ -189,78 +188,43 @@ def dense_to_jagged(dense: Tensor, offsets: Tensor, total: int | None = None) ->
     Differentiable in dense: the gradient is jagged_to_dense of the gradient, padded with 0.
     Source: `dense_to_jagged` of FBGEMM.
     """
-    op = "dense_to_jagged"
-    plain = _is_plain(op, [("dense", dense), ("offsets", offsets)])
     if total is None:
-        (total,) = _ends(op, [offsets], _NO_LIMIT, plain, is_list=False)
-    _check_size(op, "total", total)
-    if not plain:
+        (total,) = _ends("dense_to_jagged", [offsets], _NO_LIMIT, is_list=False)
+    plan = None if is_transformed() else _C.jagged_dense_plan(True, PLAIN, dense, offsets, total)
+    if plan is None:
+        _check_tensor("dense_to_jagged", "dense", dense)
+        _check_tensor("dense_to_jagged", "offsets", offsets)
         return _to_jagged_by_op(dense, offsets, total)
-    if torch.is_grad_enabled() and dense.requires_grad:
-        return _to_jagged_by_function(dense, offsets, total)
-    return _to_jagged(dense, offsets, total)
+    shape, requires_grad = plan
+    if requires_grad and torch.is_grad_enabled():
+        return _to_jagged_by_function(dense, offsets, shape)
+    return _to_jagged(dense, offsets, shape)
 
 
-# Checks of what _C does not see; it checks the rest.
+# _C checks what it is given. These checks are for what it does not see: offsets that sizes are read from, and what goes
+# through torch.library.
 
 
-def _check_index_vector(op: str, name: str, shape: str, x: Tensor) -> None:
+def _check_tensor(op: str, name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"hstu_ext.{op}: {name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"hstu_ext.{op}: {name} must be torch.int32 or torch.int64, got {x.dtype}")
-    if x.dim() != 1:
-        raise ValueError(f"hstu_ext.{op}: {name} must be {shape}, got {list(x.shape)}")
 
 
-def _check_size(op: str, name: str, size: int) -> None:
-    if not isinstance(size, _INT) or isinstance(size, bool):
-        raise TypeError(f"hstu_ext.{op}: {name} must be an int, got {type(size).__name__}")
-    if size < 0:
-        raise ValueError(f"hstu_ext.{op}: {name} must be 0 or more, got {size}")
-
-
-def _check_padding(padding_value: Padding, dtype: torch.dtype) -> None:
-    op = "jagged_to_dense"
-    if not isinstance(padding_value, (int, float)):
-        raise TypeError(f"hstu_ext.{op}: padding_value must be a number, got {type(padding_value).__name__}")
-    if isinstance(padding_value, float) and not dtype.is_floating_point:
-        raise ValueError(f"hstu_ext.{op}: padding_value must be an int for {dtype}, got {padding_value}")
-
-
-def _check_list(op: str, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _check_tensors(op: str, name: str, tensors: Sequence[Tensor]) -> None:
     if not isinstance(tensors, (list, tuple)):
         raise TypeError(f"hstu_ext.{op}: {name} must be a list of tensors, got {type(tensors).__name__}")
     if not 1 <= len(tensors) <= 256:
         raise ValueError(f"hstu_ext.{op}: {name} must be a list of 1 to 256 tensors, got {len(tensors)}")
-    return list(tensors)
+    for i, x in enumerate(tensors):
+        _check_tensor(op, f"{name}[{i}]", x)
 
 
-def _is_plain(op: str, named: Sequence[tuple[str, Tensor]]) -> bool:
-    """Whether _C can read the tensors and autograd needs no help from torch.library."""
-    if not torch.compiler.is_compiling() and all(type(x) in PLAIN for _, x in named):
-        return True
-    for name, x in named:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"hstu_ext.{op}: {name} must be a tensor, got {type(x).__name__}")
-    return False
-
-
-def _is_plain_list(op: str, values: Sequence[Tensor], offsets: Sequence[Tensor]) -> bool:
-    if (
-        not torch.compiler.is_compiling()
-        and PLAIN.issuperset(map(type, values))
-        and PLAIN.issuperset(map(type, offsets))
-    ):
-        return True
-    named = [(f"values[{i}]", x) for i, x in enumerate(values)] + [(f"offsets[{i}]", x) for i, x in enumerate(offsets)]
-    return _is_plain(op, named)
-
-
-def _rows(op: str, name: str, x: Tensor) -> int:
-    if x.dim() == 0:
-        raise ValueError(f"hstu_ext.{op}: {name} must be [rows, ...], got []")
-    return x.shape[0]
+def _check_index_vector(op: str, name: str, shape: str, x: Tensor) -> None:
+    _check_tensor(op, name, x)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"hstu_ext.{op}: {name} must be torch.int32 or torch.int64, got {x.dtype}")
+    if x.dim() != 1:
+        raise ValueError(f"hstu_ext.{op}: {name} must be {shape}, got {list(x.shape)}")
 
 
 def _check_offsets(op: str, named: Sequence[tuple[str, Tensor]]) -> None:
@@ -273,11 +237,25 @@ def _check_offsets(op: str, named: Sequence[tuple[str, Tensor]]) -> None:
             raise ValueError(f"hstu_ext.{op}: {name} must be on {device} like {first}, got {x.device}")
 
 
-def _ends(op: str, offsets: Sequence[Tensor], rows: int, plain: bool, is_list: bool = True) -> list[int]:
+def _rows(op: str, name: str, x: Tensor) -> int:
+    _check_tensor(op, name, x)
+    if x.dim() == 0:
+        raise ValueError(f"hstu_ext.{op}: {name} must be [rows, ...], got []")
+    return x.shape[0]
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in PLAIN and not is_transformed()
+
+
+def _ends(op: str, offsets: Sequence[Tensor], rows: int, is_list: bool = True) -> list[int]:
     """The end of the last sequence of each of offsets."""
+    named = [(f"offsets[{i}]" if is_list else "offsets", x) for i, x in enumerate(offsets)]
+    for name, x in named:
+        _check_tensor(op, name, x)
+    plain = all(_is_plain(x) for x in offsets)
     if plain and not offsets[0].is_cuda:
         return [end for end, _ in _C.jagged_sizes(op, rows, is_list, *offsets)]
-    named = [(f"offsets[{i}]" if is_list else "offsets", x) for i, x in enumerate(offsets)]
     _check_offsets(op, named)
     ends = [int(end) for end in torch.stack([x[-1] for x in offsets]).tolist()]
     for (name, _), end in zip(named, ends):
@@ -286,8 +264,9 @@ def _ends(op: str, offsets: Sequence[Tensor], rows: int, plain: bool, is_list: b
     return ends
 
 
-def _longest(op: str, offsets: Tensor, rows: int, plain: bool) -> int:
-    if plain and not offsets.is_cuda:
+def _longest(op: str, offsets: Tensor, rows: int) -> int:
+    _check_tensor(op, "offsets", offsets)
+    if _is_plain(offsets) and not offsets.is_cuda:
         return _C.jagged_sizes(op, rows, False, offsets)[0][1]
     _check_offsets(op, [("offsets", offsets)])
     lengths = offsets_to_lengths(offsets)
@@ -295,13 +274,19 @@ def _longest(op: str, offsets: Tensor, rows: int, plain: bool) -> int:
 
 
 def _padding_bits(padding_value: Padding, dtype: torch.dtype) -> int:
-    if padding_value == 0 and math.copysign(1.0, padding_value) > 0:
+    if type(padding_value) is int and padding_value == 0:
         return 0
-    return _bits_of(padding_value, dtype)
+    op = "jagged_to_dense"
+    if not isinstance(padding_value, (int, float)):
+        raise TypeError(f"hstu_ext.{op}: padding_value must be a number, got {type(padding_value).__name__}")
+    if isinstance(padding_value, float) and not dtype.is_floating_point:
+        raise ValueError(f"hstu_ext.{op}: padding_value must be an int for {dtype}, got {padding_value}")
+    return _bits_of(padding_value, padding_value == 0 and math.copysign(1.0, padding_value) < 0, dtype)
 
 
-@functools.lru_cache(maxsize=64)  # takes as long as the rest of a small call; of the zeros only -0.0 comes here
-def _bits_of(padding_value: Padding, dtype: torch.dtype) -> int:
+@functools.lru_cache(maxsize=64)  # takes as long as the rest of a small call
+def _bits_of(padding_value: Padding, is_negative_zero: bool, dtype: torch.dtype) -> int:
+    """The cache would take -0.0 for 0.0."""
     text = f"hstu_ext.jagged_to_dense: padding_value must be a number that {dtype} can hold, got {padding_value}"
     try:
         element = torch.tensor([padding_value], dtype=dtype, device="cpu")
@@ -331,94 +316,88 @@ def _separate_name(interleave: bool) -> str:
 def _join(
     op: str, values: Sequence[Tensor], offsets: Sequence[Tensor], total: int | None, interleave: bool
 ) -> tuple[Tensor, Tensor]:
-    values, offsets = _check_list(op, "values", values), _check_list(op, "offsets", offsets)
-    if len(values) != len(offsets):
-        raise ValueError(f"hstu_ext.{op}: offsets must be a list of {len(values)} like values, got {len(offsets)}")
-    plain = _is_plain_list(op, values, offsets)
-    if total is None:
-        total = sum(_rows(op, f"values[{i}]", x) for i, x in enumerate(values))
-    _check_size(op, "total", total)
-    if not plain:
+    plan = None if is_transformed() else _C.jagged_join_plan(interleave, PLAIN, values, offsets, total)
+    if plan is None:
+        _check_tensors(op, "values", values)
+        _check_tensors(op, "offsets", offsets)
+        if total is None:
+            total = sum(_rows(op, f"values[{i}]", x) for i, x in enumerate(values))
         return _join_by_op(values, offsets, total, interleave)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in values):
-        return _join_by_function(total, interleave, len(values), *values, *offsets)
-    return _run_join(values, offsets, total, interleave)
+    shape, totals, requires_grad = plan
+    joined_offsets = torch.empty_like(offsets[0])
+    if requires_grad and torch.is_grad_enabled():
+        out = _join_by_function((shape, totals, tuple(offsets), joined_offsets, interleave), *values)
+    else:
+        out = _run_join(shape, values, offsets, joined_offsets, interleave)
+    return out, joined_offsets
 
 
 def _run_join(
-    values: Sequence[Tensor], offsets: Sequence[Tensor], total: int, interleave: bool
-) -> tuple[Tensor, Tensor]:
-    first = values[0]
-    out = first.new_empty((total, *first.shape[1:]))
-    joined_offsets = torch.empty_like(offsets[0])  # costs half of new_empty
-    _C.jagged_join(False, interleave, out, joined_offsets, *execution(first), len(values), *values, *offsets)
-    return out, joined_offsets
+    shape: Sequence[int], values: Sequence[Tensor], offsets: Sequence[Tensor], joined_offsets: Tensor, interleave: bool
+) -> Tensor:
+    out = values[0].new_empty(*shape)  # a tuple would cost half as much again
+    _C.jagged_join(False, interleave, out, joined_offsets, values, offsets, *execution(out))
+    return out
 
 
 def _separate(
     op: str, values: Tensor, offsets: Sequence[Tensor], totals: Sequence[int] | None, interleave: bool
 ) -> list[Tensor]:
-    offsets = _check_list(op, "offsets", offsets)
-    if not isinstance(values, Tensor):
-        raise TypeError(f"hstu_ext.{op}: values must be a tensor, got {type(values).__name__}")
-    plain = _is_plain_list(op, (values,), offsets)
     if totals is None:
-        totals = _ends(op, offsets, _rows(op, "values", values), plain)
-    if not isinstance(totals, (list, tuple)) or len(totals) != len(offsets):
-        raise ValueError(f"hstu_ext.{op}: totals must be a list of {len(offsets)} sizes like offsets, got {totals}")
-    for i, total in enumerate(totals):
-        _check_size(op, f"totals[{i}]", total)
-    totals = list(totals)
-    if not plain:
+        _check_tensors(op, "offsets", offsets)
+        totals = _ends(op, offsets, _rows(op, "values", values))
+    plan = None if is_transformed() else _C.jagged_separate_plan(interleave, PLAIN, values, offsets, totals)
+    if plan is None:
+        _check_tensor(op, "values", values)
+        _check_tensors(op, "offsets", offsets)
         return _separate_by_op(values, offsets, totals, interleave)
-    if torch.is_grad_enabled() and values.requires_grad:
-        return list(_separate_by_function(interleave, values, totals, *offsets))
-    return _run_separate(values, offsets, totals, interleave)
+    shapes, requires_grad = plan
+    if requires_grad and torch.is_grad_enabled():
+        return list(_separate_by_function((shapes, tuple(offsets), interleave), values))
+    return _run_separate(shapes, values, offsets, interleave)
 
 
-def _run_separate(values: Tensor, offsets: Sequence[Tensor], totals: Sequence[int], interleave: bool) -> list[Tensor]:
-    parts = [values.new_empty((total, *values.shape[1:])) for total in totals]
-    joined_offsets = torch.empty_like(offsets[0])  # costs half of new_empty
-    _C.jagged_join(True, interleave, values, joined_offsets, *execution(values), len(parts), *parts, *offsets)
+def _run_separate(
+    shapes: Sequence[Sequence[int]], values: Tensor, offsets: Sequence[Tensor], interleave: bool
+) -> list[Tensor]:
+    parts = [values.new_empty(*shape) for shape in shapes]
+    _C.jagged_join(True, interleave, values, None, parts, offsets, *execution(values))
     return parts
+
+
+# What a Function is given beside the tensors that it differentiates is one tuple: autograd passes what is in it by, and
+# the gradient needs most of it.
 
 
 class _Join(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, total: int, interleave: bool, parts: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        values, offsets = tensors[:parts], tensors[parts:]
-        ctx.save_for_backward(*offsets)
-        out, joined_offsets = _run_join(values, offsets, total, interleave)
-        ctx.interleave, ctx.totals = interleave, [len(x) for x in values]
-        ctx.mark_non_differentiable(joined_offsets)
-        return out, joined_offsets
+    def forward(ctx: Any, call: tuple[Any, ...], *values: Tensor) -> Tensor:
+        ctx.call = call
+        shape, _, offsets, joined_offsets, interleave = call
+        return _run_join(shape, values, offsets, joined_offsets, interleave)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        name, offsets = _separate_name(ctx.interleave), ctx.saved_tensors
-        gradients = _separate(name, dout.contiguous(), offsets, ctx.totals, ctx.interleave)
-        return None, None, None, *gradients, *(None for _ in offsets)
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        _, totals, offsets, _, interleave = ctx.call
+        return None, *_separate(_separate_name(interleave), dout.contiguous(), offsets, totals, interleave)
 
 
 class _Separate(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, interleave: bool, values: Tensor, totals: Sequence[int], *offsets: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*offsets)
-        parts = _run_separate(values, offsets, totals, interleave)
-        ctx.interleave, ctx.rows = interleave, len(values)
-        return tuple(parts)
+    def forward(ctx: Any, call: tuple[Any, ...], values: Tensor) -> tuple[Tensor, ...]:
+        ctx.call, ctx.total = call, values.shape[0]
+        shapes, offsets, interleave = call
+        return tuple(_run_separate(shapes, values, offsets, interleave))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        offsets = ctx.saved_tensors
-        dvalues, _ = _join(_join_name(ctx.interleave), _contiguous(gradients), offsets, ctx.rows, ctx.interleave)
-        return None, dvalues, None, *(None for _ in offsets)
+        _, offsets, interleave = ctx.call
+        dvalues, _ = _join(_join_name(interleave), _contiguous(gradients), offsets, ctx.total, interleave)
+        return None, dvalues
 
 
-_join_by_function: Callable[..., tuple[Tensor, Tensor]] = _Join.apply
-_separate_by_function: Callable[..., tuple[Tensor, ...]] = _Separate.apply
+_join_by_function: Callable[..., Tensor] = apply_of(_Join)
+_separate_by_function: Callable[..., tuple[Tensor, ...]] = apply_of(_Separate)
 
 
 @torch.library.custom_op(
@@ -429,7 +408,8 @@ _separate_by_function: Callable[..., tuple[Tensor, ...]] = _Separate.apply
 def _join_op(
     values: Sequence[Tensor], offsets: Sequence[Tensor], total: int, interleave: bool
 ) -> tuple[Tensor, Tensor]:
-    return _run_join(values, offsets, total, interleave)
+    joined_offsets = torch.empty_like(offsets[0])
+    return _run_join((total, *values[0].shape[1:]), values, offsets, joined_offsets, interleave), joined_offsets
 
 
 @_join_op.register_fake
@@ -443,7 +423,7 @@ def _(values: Sequence[Tensor], offsets: Sequence[Tensor], total: int, interleav
     schema="(Tensor values, Tensor[] offsets, SymInt[] totals, bool interleave) -> Tensor[]",
 )
 def _separate_op(values: Tensor, offsets: Sequence[Tensor], totals: Sequence[int], interleave: bool) -> list[Tensor]:
-    return _run_separate(values, offsets, totals, interleave)
+    return _run_separate([(total, *values.shape[1:]) for total in totals], values, offsets, interleave)
 
 
 @_separate_op.register_fake
@@ -483,49 +463,43 @@ _separate_op.register_autograd(_backward_of_separate, setup_context=_setup_separ
 # Dense and jagged: each is the other's gradient.
 
 
-def _to_dense(values: Tensor, offsets: Tensor, max_len: int, padding_value: Padding) -> Tensor:
+def _to_dense(values: Tensor, offsets: Tensor, shape: Sequence[int], padding_value: Padding) -> Tensor:
     bits = _padding_bits(padding_value, values.dtype)
-    dense = values.new_empty((max(offsets.numel() - 1, 0), max_len, *values.shape[1:]))
+    dense = values.new_empty(*shape)
     _C.jagged_dense(False, dense, values, offsets, bits, *execution(values))
     return dense
 
 
-def _to_jagged(dense: Tensor, offsets: Tensor, total: int) -> Tensor:
-    values = dense.new_empty((total, *dense.shape[2:]))
+def _to_jagged(dense: Tensor, offsets: Tensor, shape: Sequence[int]) -> Tensor:
+    values = dense.new_empty(*shape)
     _C.jagged_dense(True, dense, values, offsets, 0, *execution(dense))
     return values
 
 
 class _ToDense(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, offsets: Tensor, max_len: int, padding_value: Padding) -> Tensor:
-        ctx.save_for_backward(offsets)
-        dense = _to_dense(values, offsets, max_len, padding_value)
-        ctx.rows = len(values)
-        return dense
+    def forward(ctx: Any, values: Tensor, offsets: Tensor, shape: Sequence[int], padding_value: Padding) -> Tensor:
+        ctx.offsets, ctx.rows = offsets, values.shape[0]
+        return _to_dense(values, offsets, shape, padding_value)
 
     @staticmethod
     def backward(ctx: Any, ddense: Tensor) -> tuple[Tensor | None, ...]:
-        (offsets,) = ctx.saved_tensors
-        return dense_to_jagged(ddense.contiguous(), offsets, ctx.rows), None, None, None
+        return dense_to_jagged(ddense.contiguous(), ctx.offsets, ctx.rows), None, None, None
 
 
 class _ToJagged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dense: Tensor, offsets: Tensor, total: int) -> Tensor:
-        ctx.save_for_backward(offsets)
-        values = _to_jagged(dense, offsets, total)
-        ctx.max_len = dense.shape[1]
-        return values
+    def forward(ctx: Any, dense: Tensor, offsets: Tensor, shape: Sequence[int]) -> Tensor:
+        ctx.offsets, ctx.max_len = offsets, dense.shape[1]
+        return _to_jagged(dense, offsets, shape)
 
     @staticmethod
     def backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
-        (offsets,) = ctx.saved_tensors
-        return jagged_to_dense(dvalues.contiguous(), offsets, ctx.max_len), None, None
+        return jagged_to_dense(dvalues.contiguous(), ctx.offsets, ctx.max_len), None, None
 
 
-_to_dense_by_function: Callable[..., Tensor] = _ToDense.apply
-_to_jagged_by_function: Callable[..., Tensor] = _ToJagged.apply
+_to_dense_by_function: Callable[..., Tensor] = apply_of(_ToDense)
+_to_jagged_by_function: Callable[..., Tensor] = apply_of(_ToJagged)
 
 
 @torch.library.custom_op(
@@ -534,7 +508,8 @@ _to_jagged_by_function: Callable[..., Tensor] = _ToJagged.apply
     schema="(Tensor values, Tensor offsets, SymInt max_len, Scalar padding_value) -> Tensor",
 )
 def _to_dense_op(values: Tensor, offsets: Tensor, max_len: int, padding_value: Padding) -> Tensor:
-    return _to_dense(values, offsets, max_len, padding_value)
+    batch = max(offsets.numel() - 1, 0)
+    return _to_dense(values, offsets, (batch, max_len, *values.shape[1:]), padding_value)
 
 
 @_to_dense_op.register_fake
@@ -548,7 +523,7 @@ def _(values: Tensor, offsets: Tensor, max_len: int, padding_value: Padding) -> 
     schema="(Tensor dense, Tensor offsets, SymInt total) -> Tensor",
 )
 def _to_jagged_op(dense: Tensor, offsets: Tensor, total: int) -> Tensor:
-    return _to_jagged(dense, offsets, total)
+    return _to_jagged(dense, offsets, (total, *dense.shape[2:]))
 
 
 @_to_jagged_op.register_fake

@@ -50,11 +50,12 @@ class ModelConfig:
     dim: int = option(64, "width of embeddings and states", at_least=1)
     num_layers: int = option(2, "layers", at_least=1)
     num_heads: int = option(2, "heads of the attention", at_least=1)
-    head_dim: int = option(32, "width of a head's q, k and v; for hstu a multiple of 8", at_least=1, at_most=256)
+    head_dim: int = option(32, "width of a head's q, k and v", at_least=1, at_most=256)
     ffn_dim: int = option(64, "width of sasrec's feed-forward network", at_least=1)
     max_len: int = option(200, "events of a user that are read, the latest", at_least=1)
     dropout: float = option(0.2, "of embeddings and layers", at_least=0.0, below=1.0)
     attention_alpha: float = option(0.0, "hstu's factor of q . k; 0 is head_dim^-0.5", at_least=0.0)
+    position_bias: bool = option(False, "hstu's scores get a learned term of the distance between two tokens")
     actions: str = option(
         "none", "interleave makes a token of every event's action, after its item", choices=("none", "interleave")
     )
@@ -89,6 +90,11 @@ class TrainingConfig:
     learning_rate: float = option(1e-3, "of AdamW, at its highest", above=0.0)
     betas: tuple[float, float] = option((0.9, 0.98), "of AdamW", at_least=0.0, below=1.0, length=2)
     weight_decay: float = option(0.0, "of AdamW", at_least=0.0)
+    window: str = option(
+        "latest",
+        "of users with more than model.max_len events: the latest, or in every epoch as many from a random place on",
+        choices=("latest", "random"),
+    )
     warmup_steps: int = option(0, "steps over which the learning rate rises", at_least=0)
     schedule: str = option(
         "constant", "the learning rate after that, down to 0 for cosine", choices=("constant", "cosine")
@@ -97,7 +103,14 @@ class TrainingConfig:
     device: str = option("auto", "auto is cuda where there is a GPU, else cpu")
     precision: str = option("fp32", "bf16 is autocast, with fp32 parameters", choices=("fp32", "bf16"))
     tf32: bool = option(False, "let fp32 matrix products of a GPU round to TF32")
-    compile: str = option("auto", "torch.compile of the step; auto is on for a GPU", choices=("auto", "on", "off"))
+    cuda_graphs: str = option(
+        "auto",
+        "launch a step as one CUDA graph; not for in_batch, accumulation and recompute; auto is on where it can be",
+        choices=("auto", "on", "off"),
+    )
+    compile: str = option(
+        "auto", "torch.compile of the loss; auto is on for a GPU without CUDA graphs", choices=("auto", "on", "off")
+    )
     recompute: bool = option(False, "run each layer again in the backward instead of keeping its activations")
     seed: int = option(0, "of parameters, batches, dropout and negatives", at_least=0)
 
@@ -275,9 +288,15 @@ def _limits(metadata: Mapping[str, Any]) -> str:
 
 def _check_together(config: Config) -> None:
     """What depends on two options."""
-    model, training = config.model, config.training
-    if model.encoder == "hstu" and model.head_dim % 8:
-        raise ConfigError(f"hstu_ext.config: model.head_dim must be a multiple of 8 for hstu, got {model.head_dim}")
+    training = config.training
+    if training.cuda_graphs == "on":
+        for key, wanted, got in (
+            ("loss.kind", "sampled or full", "in_batch" if config.loss.kind == "in_batch" else None),
+            ("training.accumulation", "1", training.accumulation if training.accumulation > 1 else None),
+            ("training.recompute", "false", "true" if training.recompute else None),
+        ):
+            if got is not None:
+                raise ConfigError(f"hstu_ext.config: {key} must be {wanted} for training.cuda_graphs = on, got {got}")
     if training.batch_size % training.accumulation:
         raise ConfigError(
             f"hstu_ext.config: training.batch_size must be a multiple of training.accumulation "

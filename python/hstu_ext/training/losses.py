@@ -34,6 +34,8 @@ class RetrievalLoss(nn.Module):
         log_q: float [num_items], log of each item's probability of being drawn, taken off its logit; None for none.
     """
 
+    capturable = False
+    """Whether the loss can run inside of a CUDA graph: it reads nothing back from the device."""
     log_q: Tensor | None
 
     def __init__(self, temperature: float = 0.05, eps: float = 1e-6, log_q: Tensor | None = None) -> None:
@@ -49,6 +51,8 @@ class SampledSoftmaxLoss(RetrievalLoss):
         sampler: positives [rows] -> negatives int64 [rows, K].
         temperature, eps, log_q: as in RetrievalLoss.
     """
+
+    capturable = True
 
     def __init__(
         self,
@@ -86,6 +90,7 @@ class InBatchSoftmaxLoss(RetrievalLoss):
         self.sampler, self.similarity_threshold = sampler, similarity_threshold
 
     def forward(self, query: Tensor, table: Tensor, positives: Tensor, weights: Tensor | None = None) -> Tensor:
+        query, table = _product_dtype(query), _product_dtype(table)
         ids, places = self.sampler(positives)
         return in_batch_softmax_loss(
             query,
@@ -106,7 +111,10 @@ class FullSoftmaxLoss(RetrievalLoss):
     For small catalogues: the time is that of the product rows x num_items, the memory a tile of it.
     """
 
+    capturable = True
+
     def forward(self, query: Tensor, table: Tensor, positives: Tensor, weights: Tensor | None = None) -> Tensor:
+        query, table = _product_dtype(query), _product_dtype(table)
         return in_batch_softmax_loss(
             query,
             table,
@@ -117,6 +125,14 @@ class FullSoftmaxLoss(RetrievalLoss):
             eps=self.eps,
             weights=weights,
         )
+
+
+def _product_dtype(x: Tensor) -> Tensor:
+    """What autocast does to the factors of a matrix product, which these losses are."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device_type))
 
 
 def loss_from_config(config: Config, catalogue: Catalogue) -> RetrievalLoss:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hstu_ext.data import Batch, InteractionLog, SequenceBatches, leave_one_out
 from hstu_ext.models import Catalogue, RetrievalGR
+from hstu_ext.training.captured_step import CapturedStep
 from hstu_ext.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from hstu_ext.training.config import Config, TrainingConfig
 from hstu_ext.training.evaluation import Evaluator, choose_device, model_inputs
@@ -74,15 +75,19 @@ class Trainer:
             shuffle=True,
             seed=training.seed,
             min_len=2,
+            random_windows=training.window == "random",
         )
+        on_gpu = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
-            lr=training.learning_rate,
+            lr=torch.tensor(training.learning_rate, device=self.device) if on_gpu else training.learning_rate,
             betas=training.betas,
             weight_decay=training.weight_decay,
-            fused=self.device.type == "cuda",
+            fused=on_gpu,
+            capturable=on_gpu,
         )
-        compiled = training.compile == "on" or (training.compile == "auto" and self.device.type == "cuda")
+        self._captured = self._make_captured_step()
+        compiled = training.compile == "on" or (training.compile == "auto" and on_gpu and self._captured is None)
         self._loss: Callable[..., Tensor] = (
             torch.compile(self.model.loss, dynamic=True) if compiled else self.model.loss
         )
@@ -163,15 +168,14 @@ class Trainer:
         self.batches.set_epoch(self.epoch)
         bar = ProgressBar(f"epoch {self.epoch + 1}", self.steps_per_epoch)
         text = ""
-        for micro_batches in _grouped(self.batches, training.accumulation):
-            self._train_step(micro_batches)
-            events += sum(batch.items.numel() for batch in micro_batches)
+        for trained in self._steps():
+            events += trained
             if options.log_every and self.step % options.log_every == 0:
                 loss = self._read_loss(LINE)
                 speed = events / (time.perf_counter() - line_begin)
                 line_begin, events = time.perf_counter(), 0
                 text = f"loss {loss:.4f}"
-                rate = self.optimizer.param_groups[0]["lr"]
+                rate = learning_rate(training, self.step - 1, training.epochs * self.steps_per_epoch)
                 metrics.write("train", self.step, {"loss": loss, "learning_rate": rate, "events_per_second": speed})
             bar.update(self.step - self.epoch * self.steps_per_epoch, text)
             if options.checkpoint_steps and self.step % options.checkpoint_steps == 0:
@@ -190,21 +194,75 @@ class Trainer:
         if last or (options.checkpoint_every and self.epoch % options.checkpoint_every == 0):
             self._save()
 
+    def _make_captured_step(self) -> CapturedStep | None:
+        """Where the configuration wants CUDA graphs and everything can be in one."""
+        training, model = self.config.training, self.model
+        if training.cuda_graphs == "off" or (training.cuda_graphs == "auto" and self.device.type != "cuda"):
+            return None
+        obstacles = [
+            (self.device.type == "cuda", "training.device must be cuda", self.device.type),
+            (training.accumulation == 1, "training.accumulation must be 1", training.accumulation),
+            (not model.encoder.recompute, "training.recompute must be false", "true"),
+            (getattr(model.encoder, "capturable", False), "the encoder must be capturable", type(model.encoder)),
+            (getattr(model.criterion, "capturable", False), "the loss must be capturable", type(model.criterion)),
+        ]
+        for holds, expected, got in obstacles:
+            if not holds and training.cuda_graphs == "on":
+                raise ValueError(f"hstu_ext.config: {expected} for training.cuda_graphs = on, got {got}")
+        if not all(holds for holds, _, _ in obstacles):
+            return None
+        return CapturedStep(lambda batch: self._update([batch]), self._gradients, self.optimizer, self.batches)
+
+    def _steps(self) -> Iterator[int]:
+        """Trains the rest of the epoch; the events of every step as it is done."""
+        if self._captured is None:
+            for micro_batches in _grouped(self.batches, self.config.training.accumulation):
+                self._train_step(micro_batches)
+                yield sum(batch.items.numel() for batch in micro_batches)
+            return
+        for chosen in self.batches.chosen():
+            self._set_learning_rate()
+            self._captured(chosen)
+            self._count_step()
+            yield chosen.total
+
     def _train_step(self, micro_batches: list[Batch]) -> None:
-        """One step of the optimizer on the mean loss over all positions of the micro-batches. Reads nothing back."""
+        """One step of the optimizer, its launches one by one."""
+        self._set_learning_rate()
+        self._update(micro_batches)
+        self._count_step()
+
+    def _set_learning_rate(self) -> None:
         training = self.config.training
+        rate = learning_rate(training, self.step, training.epochs * self.steps_per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(training, self.step, training.epochs * self.steps_per_epoch)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _count_step(self) -> None:
+        self.step += 1
+        self._summed_steps = [steps + 1 for steps in self._summed_steps]
+
+    def _gradients(self, batch: Batch, factor: Tensor | None = None) -> Tensor:
+        """Adds the gradients of a batch's loss, times factor where that is given; returns the loss, as multiplied."""
+        with self.autocast():
+            loss = self._loss(**model_inputs(self.model, batch, self.train_log))
+        if factor is not None:
+            loss = loss * factor
+        torch.autograd.backward(loss)
+        return loss.detach()
+
+    def _update(self, micro_batches: list[Batch]) -> None:
+        """New parameters from the mean loss over all positions of the micro-batches. Reads nothing back."""
+        training = self.config.training
         self.optimizer.zero_grad(set_to_none=True)
         counts, losses = [], []
         for batch in micro_batches:
-            with self.autocast():
-                loss = self._loss(**model_inputs(self.model, batch, self.train_log))
             if len(micro_batches) > 1:
                 counts.append(self.model.num_predictions(batch.cu_seqlens))
-                loss = loss * counts[-1]
-            torch.autograd.backward(loss)
-            losses.append(loss.detach())
+            losses.append(self._gradients(batch, counts[-1] if counts else None))
         parameters = [each for each in self.model.parameters() if each.grad is not None]
         mean = losses[0]
         if len(micro_batches) > 1:
@@ -216,9 +274,7 @@ class Trainer:
         if training.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm)
         self.optimizer.step()
-        self.step += 1
         self._loss_sums += mean
-        self._summed_steps = [steps + 1 for steps in self._summed_steps]
 
     def _read_loss(self, which: int) -> float:
         """The mean loss of the epoch or since the last line, whose sum begins again at 0. Waits for the device."""
@@ -246,6 +302,8 @@ class Trainer:
 
     def _resume(self, directory: Path) -> None:
         progress, tensors = load_checkpoint(directory, self.model, self.optimizer)
+        if self._captured is not None:
+            self._captured.clear()
         self.epoch, self.step, self.results = progress["epoch"], progress["step"], progress["results"]
         self.batches.load_state_dict(progress["batches"])
         self._loss_sums.copy_(tensors["loss_sums"])
