@@ -85,7 +85,7 @@ def meta(problem: Problem) -> Attention:
     return lambda q, k, v: cuda_hstu_mha(n, alpha, q, k, v, seq_offsets=cu, causal=True)
 
 
-def eager(problem: Problem) -> Attention:
+def eager(problem: Problem, bias: Callable[[], torch.Tensor] | None = None) -> Attention:
     """The definition over padded tensors, as one would write it in PyTorch."""
     batch, n = len(problem.lengths), problem.max_seqlen
     lengths = torch.tensor(problem.lengths, device=problem.device)
@@ -100,6 +100,8 @@ def eager(problem: Problem) -> Attention:
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         scores = problem.alpha * padded(q) @ padded(k).transpose(2, 3)
+        if bias is not None:
+            scores = scores + bias()
         weights = F.silu(scores).masked_fill(~causal, 0.0) / n
         out = (weights @ padded(v)).transpose(1, 2).reshape(batch * n, problem.heads, problem.head_dim)
         return out[index]
@@ -114,9 +116,97 @@ def eager_fits(problem: Problem) -> bool:
     return need <= free / 2
 
 
+class RelativeInputs:
+    """Two tables and times: ascending, in seconds, gaps log-normal about ten minutes with many far longer."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        generator = torch.Generator().manual_seed(1)
+        n, device = problem.max_seqlen, problem.device
+        times = [
+            1_600_000_000 + torch.randn(length + 1, generator=generator).mul(2).add(6.4).exp().long().cumsum(0)
+            for length in problem.lengths
+        ]
+        self.query_times = torch.cat([t[1:] for t in times]).to(device)
+        self.key_times = torch.cat([t[:-1] for t in times]).to(device)
+        tables = (torch.randn(entries, generator=generator).mul(0.1) for entries in (2 * n - 1, 129))
+        self.position_table, self.time_table = (table.to(device).requires_grad_() for table in tables)
+        # Dense form: where each pair reads the tables.
+        self._index: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def tables(self) -> tuple[torch.Tensor, ...]:
+        return self.position_table, self.time_table
+
+    def dense(self) -> torch.Tensor:
+        """[batch, 1, N, N] from the tables, differentiably; the places in the tables are made once."""
+        if self._index is None:
+            from hstu_ext.bias import time_bucket
+
+            n = self.problem.max_seqlen
+            position = torch.arange(n, device=self.problem.device)
+            buckets, start = [], 0
+            for length in self.problem.lengths:
+                rows = slice(start, start + length)
+                bucket = time_bucket(self.query_times[rows, None], self.key_times[rows], 128)
+                buckets.append(F.pad(bucket, (0, n - length, 0, n - length)))
+                start += length
+            self._index = position[:, None] - position + n - 1, torch.stack(buckets)
+        of_position, of_time = self._index
+        return (self.position_table[of_position] + self.time_table[of_time]).to(self.problem.dtype)[:, None]
+
+
+class _Biased:
+    """An attention with tables of its own, whose gradients belong to its backward."""
+
+    def __init__(self, inputs: RelativeInputs, attention: Attention) -> None:
+        self.tables, self._attention = inputs.tables, attention
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self._attention(q, k, v)
+
+
+def relative(problem: Problem) -> Attention:
+    """hstu_ext with the relative bias by position and time, computed inside the kernels."""
+    from hstu_ext import RelativeBias, hstu_attn_varlen_func
+
+    inputs = RelativeInputs(problem)
+    cu, n, alpha = problem.cu_seqlens(), problem.max_seqlen, problem.alpha
+    bias = RelativeBias(*inputs.tables, inputs.query_times, inputs.key_times)
+    return _Biased(
+        inputs,
+        lambda q, k, v: hstu_attn_varlen_func(q, k, v, cu, cu, n, n, window_size=(-1, 0), alpha=alpha, bias=bias),
+    )
+
+
+def relative_rab(problem: Problem) -> Attention:
+    """The same bias as a dense rab, made from the tables in the call; buckets are made before."""
+    from hstu_ext import hstu_attn_varlen_func
+
+    inputs = RelativeInputs(problem)
+    cu, n, alpha = problem.cu_seqlens(), problem.max_seqlen, problem.alpha
+    return _Biased(
+        inputs,
+        lambda q, k, v: hstu_attn_varlen_func(
+            q, k, v, cu, cu, n, n, window_size=(-1, 0), alpha=alpha, rab=inputs.dense() / alpha, has_drab=True
+        ),
+    )
+
+
+def relative_eager(problem: Problem) -> Attention:
+    """The same in plain PyTorch over padded tensors; buckets are made before."""
+    inputs = RelativeInputs(problem)
+    return _Biased(inputs, eager(problem, inputs.dense))
+
+
 PROVIDERS: dict[str, Callable[[Problem], Attention]] = {
     "hstu_ext": hstu_ext,
     "fbgemm": fbgemm,
     "meta": meta,
     "eager": eager,
+    "relative": relative,
+    "relative_rab": relative_rab,
+    "relative_eager": relative_eager,
 }
+BIASED = ("relative", "relative_rab", "relative_eager")  # these give one result, the others another
+QUADRATIC = ("eager", "relative_rab", "relative_eager")  # with tensors of batch * N * N elements

@@ -4,6 +4,8 @@
     python benchmarks/bench_attention.py --cases d64:u200,d128  one case and every length of d=128
     python benchmarks/bench_attention.py --peers peers.csv      ratios against recorded times
     python benchmarks/bench_attention.py --base old.jsonl       ratios against an earlier run of this benchmark
+    python benchmarks/bench_attention.py --providers hstu_ext,relative,relative_rab,relative_eager
+                                                                with a relative bias against without, as rab and eager
     python benchmarks/bench_attention.py --device cpu           the CPU path against padded eager PyTorch, fp32
 
 Lengths: `uN` is a batch of equal lengths N, `jagN` a heavy-tailed batch of lengths max(1, floor(N x^3)) with x uniform
@@ -28,7 +30,7 @@ from pathlib import Path
 import torch
 
 import hstu_ext
-from attention_providers import PROVIDERS, Attention, Problem, eager_fits
+from attention_providers import BIASED, PROVIDERS, QUADRATIC, Attention, Problem, eager_fits
 from harness import (
     RESULTS,
     CpuTimer,
@@ -104,12 +106,13 @@ def parse_cases(text: str, lengths: Iterable[str] = tuple(BATCHES)) -> list[Case
     return list(dict.fromkeys(cases))
 
 
-def cell_name(problem: Problem, direction: str, dtype_name: str) -> str | None:
+def cell_name(problem: Problem, direction: str, dtype_name: str, provider: str = "hstu_ext") -> str | None:
     """The compiled kernel that serves a causal problem on a GPU."""
-    if problem.device != "cuda":
+    suffix = {"hstu_ext": "", "relative": "_relative", "relative_rab": "_rab"}.get(provider)
+    if suffix is None or problem.device != "cuda":
         return None
     bucket = next(bucket for bucket in HEAD_DIMS if problem.head_dim <= bucket)
-    name = f"attn_{direction}_sm90_{dtype_name}_d{bucket}_window"
+    name = f"attn_{direction}_sm90_{dtype_name}_d{bucket}_window{suffix}"
     hopper = torch.cuda.get_device_capability() == (9, 0) and os.environ.get("HSTU_EXT_GPU") != "sm80"
     return name if hopper and name in hstu_ext.cells() else name.replace("sm90", "sm80")
 
@@ -143,12 +146,12 @@ def measure_case(
 ) -> list[tuple[Row, Times]]:
     """One row for each provider and direction, without the keys that are the same for the whole run."""
     found: list[tuple[Row, Times]] = []
-    expected: torch.Tensor | None = None
+    expected: dict[bool, torch.Tensor] = {}  # without and with a bias
     with timer.context():
         q, k, v, dout = problem.inputs()
     for name in providers:
-        if name == "eager" and not eager_fits(problem):
-            print(f"    eager skipped at d{case.head_dim} {case.name}: its tensors would not fit")
+        if name in QUADRATIC and not eager_fits(problem):
+            print(f"    {name} skipped at d{case.head_dim} {case.name}: its tensors would not fit")
             continue
         try:
             with timer.context():
@@ -158,19 +161,21 @@ def measure_case(
         except (RuntimeError, ValueError) as error:
             print(f"    {name} skipped at d{case.head_dim} {case.name}: {str(error).splitlines()[0]}")
             continue
-        difference = 0.0 if expected is None else relative_difference(out.detach(), expected)
+        biased = name in BIASED
+        difference = relative_difference(out.detach(), expected[biased]) if biased in expected else 0.0
         if not finite or difference > TOLERANCE:
             print(f"    {name} wrong at d{case.head_dim} {case.name}: finite {finite}, off by {difference:.2g}")
             continue
-        if expected is None:
-            expected = out.detach().clone()
+        if biased not in expected:
+            expected[biased] = out.detach().clone()
+        inputs = (q, k, v, *getattr(attention, "tables", ()))
         for direction in directions:
-            call = forward_call(attention, q, k, v) if direction == "fwd" else backward_call(out, (q, k, v), dout)
+            call = forward_call(attention, q, k, v) if direction == "fwd" else backward_call(out, inputs, dout)
             times = timer.measure(call)
             row: Row = {
                 "op": "attention",
                 "direction": direction,
-                "cell": cell_name(problem, direction, dtype_name) if name == "hstu_ext" else None,
+                "cell": cell_name(problem, direction, dtype_name, name),
                 "provider": name,
                 "dtype": dtype_name,
                 "head_dim": case.head_dim,

@@ -263,11 +263,14 @@ def _cpu_name() -> str:
 def machine(device: str) -> Row:
     """The keys of a row that say where and from what it was measured.
 
-    HSTU_EXT_COMMIT names the commit where the sources are not a git checkout.
+    HSTU_EXT_COMMIT names the commit where the sources are not a git checkout, as `git describe --always --dirty` does.
     """
     commit = os.environ.get("HSTU_EXT_COMMIT") or _output("git", "rev-parse", "--short=10", "HEAD") or "unknown"
-    changes = _output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
-    row: Row = {"torch": torch.__version__, "commit": commit, "dirty": None if changes is None else bool(changes)}
+    dirty: bool | None = commit.endswith("-dirty")
+    if not os.environ.get("HSTU_EXT_COMMIT"):
+        changes = _output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
+        dirty = None if changes is None else bool(changes)
+    row: Row = {"torch": torch.__version__, "commit": commit.removesuffix("-dirty"), "dirty": dirty}
     if device == "cuda":
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         row |= {

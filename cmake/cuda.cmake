@@ -74,8 +74,9 @@ add_library(
   hstu_gpu OBJECT
   csrc/attention/cell_table.cpp ${cell_sources}
   csrc/jagged/cuda.cu csrc/norm/cuda.cu
-  csrc/similarity/sm80/in_batch_fused.cu csrc/similarity/sm80/in_batch_softmax.cu csrc/similarity/sm80/l2norm.cu
-  csrc/similarity/sm80/sampled_softmax.cu csrc/similarity/sm80/topk.cu)
+  csrc/similarity/sm80/in_batch_fused.cu csrc/similarity/sm80/in_batch_records.cu
+  csrc/similarity/sm80/in_batch_softmax.cu csrc/similarity/sm80/l2norm.cu csrc/similarity/sm80/sampled_softmax.cu
+  csrc/similarity/sm80/sampled_sort.cu csrc/similarity/sm80/topk.cu)
 target_compile_definitions(hstu_gpu INTERFACE HSTU_EXT_CUDA=1)
 target_link_libraries(hstu_gpu PUBLIC CUDA::cudart_static)
 set(gpu_libraries hstu_gpu)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hstu_ext import reference
+from hstu_ext import RelativeBias, reference
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 INT32_MAX = 2**31 - 1
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+TABLES = ("position_table", "time_table")
 
 
 def ragged(longest: int, count: int, seed: int = 0) -> tuple[int, ...]:
@@ -39,6 +41,10 @@ class Case:
     bounds_per_head: bool = True
     rab: str = ""  # "", "one" (broadcast over heads) or "heads"
     rab_margin: int = 0  # M - max_seqlen_k
+    bias: str = ""  # of "position", "time", "heads" (a table per head), joined by +
+    times: str = "sorted"  # or unordered, milliseconds, small, equal, extreme
+    max_len: int = 90  # of the position table: some distances are clipped
+    num_buckets: int = 60
     alpha: float = 0.15
     scaling: int = -1
     offsets: torch.dtype = torch.int32
@@ -59,7 +65,8 @@ class Case:
         largest = max(self.dim, self.dim_v or 0)
         bucket = next(size for size in (32, 64, 128, 256) if size >= largest)
         arch = "sm80" if device == "cuda" else "cpu"
-        return f"attn_{direction}_{arch}_{DTYPE_NAMES[dtype]}_d{bucket}_{self.mask}" + ("_rab" if self.rab else "")
+        suffix = "_rab" if self.rab else "_relative" if self.bias else ""
+        return f"attn_{direction}_{arch}_{DTYPE_NAMES[dtype]}_d{bucket}_{self.mask}{suffix}"
 
     def problem(self, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:
         return Problem(self, device, dtype, seed)
@@ -79,7 +86,7 @@ class Case:
         targets = cut(self.targets, tuple(n - (contexts[b] if contexts else 0) for b, n in enumerate(keys)))
         return replace(
             self, lengths=lengths, lengths_q=lengths_q, used_k=used_k, used_q=cut(self.used_q, lengths_q or lengths),
-            contexts=contexts, targets=targets, dim=8, dim_v=16 if self.dim_v else None,
+            contexts=contexts, targets=targets, dim=8, dim_v=16 if self.dim_v else None, max_len=4,
         )  # fmt: skip
 
 
@@ -110,6 +117,9 @@ class Problem:
             x[unused.to(device)] = torch.nan
         self.rab = self._rab() if case.rab else None
         self.func = self._func(total_q) if case.bounds else None
+        self.position_table = self._table(2 * case.max_len - 1) if "position" in case.bias else None
+        self.time_table = self._table(case.num_buckets + 1) if "time" in case.bias else None
+        self.query_times, self.key_times = self._times(total_q, total_k) if "time" in case.bias else (None, None)
 
     def spans(self) -> list[tuple[int, int, int, int]]:
         """First query row, query rows, first key, keys of each sequence."""
@@ -123,6 +133,7 @@ class Problem:
     def inputs(self) -> dict[str, Tensor]:
         """The differentiable ones."""
         named = {"q": self.q, "k": self.k, "v": self.v, "rab": self.rab}
+        named |= {"position_table": self.position_table, "time_table": self.time_table}
         return {name: x for name, x in named.items() if x is not None}
 
     def arguments(self) -> dict[str, Any]:
@@ -142,11 +153,12 @@ class Problem:
     ) -> dict[str, Tensor]:
         """{"out": result, "q": its gradient, ...}."""
         inputs = {name: x.detach().requires_grad_(backward) for name, x in self.inputs().items()}
+        given = self.grouped(inputs)
         threads_before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
             with torch.set_grad_enabled(backward):
-                out = function(**inputs, **self.arguments(), **more)
+                out = function(**given, **self.arguments(), **more)
             if not backward:
                 return {"out": out}
             if not self.case.lengths and function is reference.attention:  # it touched no input
@@ -157,6 +169,14 @@ class Problem:
         finally:
             torch.set_num_threads(threads_before)
 
+    def grouped(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """Inputs as attention takes them: the tables in a RelativeBias."""
+        if not self.case.bias:
+            return inputs
+        tables = {name: inputs[name] for name in TABLES if name in inputs}
+        bias = RelativeBias(**tables, query_times=self.query_times, key_times=self.key_times)
+        return {name: x for name, x in inputs.items() if name not in TABLES} | {"bias": bias}
+
     def run_reference(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """The reference on the same values in another precision."""
         other = object.__new__(Problem)
@@ -164,6 +184,9 @@ class Problem:
         for name in ("q", "k", "v", "dout", "rab"):
             x = getattr(self, name)
             setattr(other, name, None if x is None else x.to(dtype))
+        for name in TABLES:
+            x = getattr(self, name)
+            setattr(other, name, None if x is None else x.to(torch.promote_types(x.dtype, dtype)))
         return other.run(reference.attention, threads=1)
 
     def index(self, values: tuple[int, ...] | list[int] | None) -> Tensor | None:
@@ -200,6 +223,47 @@ class Problem:
             rab[b, :, :, len_k:] = torch.nan
         return rab
 
+    def _table(self, entries: int) -> Tensor:
+        case = self.case
+        values = self._normal(case.heads, entries) if "heads" in case.bias else self._normal(entries)
+        return values.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+
+    def _times(self, total_q: int, total_k: int) -> tuple[Tensor, Tensor]:
+        """Of the queries and of the keys: a query's time is that of the next key. Wild outside the sequences."""
+        kind, generator = self.case.times, self._generator
+
+        def wild(rows: int) -> Tensor:
+            return torch.randint(INT64_MIN, INT64_MAX, (rows,), generator=generator)
+
+        query_times, key_times = wild(total_q), wild(total_k)
+        for q0, len_q, k0, len_k in self.spans():
+            count = max(len_q, len_k) + 1  # position -1, where there are more queries than keys, up to len_k
+            gaps = (
+                torch.randn(count, generator=generator).mul(3).add(6).exp().long()
+            )  # many of a second, some of a month
+            gaps[torch.rand(count, generator=generator) < 0.2] = 0
+            times = 1_600_000_000 + gaps.cumsum(0)
+            if kind == "unordered":
+                times = times[torch.randperm(count, generator=generator)] - 1_600_500_000
+            elif kind == "milliseconds":
+                times = times * 1000 + torch.randint(0, 1000, (count,), generator=generator).sort().values
+            elif kind == "small":
+                times = torch.randint(-6, 6, (count,), generator=generator)
+            elif kind == "equal":
+                times = torch.full((count,), -7)
+            elif kind == "extreme":
+                ends = torch.tensor([INT64_MIN, INT64_MIN + 1, -1, 0, 1, INT64_MAX - 1, INT64_MAX])
+                times = torch.where(
+                    torch.rand(count, generator=generator) < 0.5,
+                    ends[torch.randint(0, len(ends), (count,), generator=generator)],
+                    wild(count) >> torch.randint(0, 63, (count,), generator=generator),
+                )
+            elif kind != "sorted":
+                raise ValueError(kind)
+            key_times[k0 : k0 + len_k] = times[:len_k]
+            query_times[q0 : q0 + len_q] = times[count - len_q :] if len_q <= len_k else times[:len_q]
+        return query_times.to(self.device), key_times.to(self.device)
+
     def _func(self, total_q: int) -> Tensor:
         """Bounds in and around [0, len_k]; some intervals overlap, some are empty or end before they begin."""
         case, extra = self.case, 3
@@ -229,8 +293,10 @@ def assert_accurate(
     for name, reference_value in expected.items():
         value = actual[name]
         assert value.shape == reference_value.shape, name
-        assert value.dtype == dtype, name
+        assert value.dtype == (torch.promote_types(dtype, torch.float32) if name in TABLES else dtype), name
         value, eager_value = value.double(), eager[name].double()
+        if name in TABLES:  # entry by entry
+            value, eager_value, reference_value = (x[..., None] for x in (value, eager_value, reference_value))
         assert value.isfinite().all(), f"{name}: {(~value.isfinite()).sum()} of {value.numel()} elements are not finite"
         row_scale = reference_value.norm(dim=-1, keepdim=True)
         assert (value[(row_scale == 0).expand_as(value)] == 0).all(), f"{name}: a row that keeps nothing is not 0"
@@ -240,7 +306,8 @@ def assert_accurate(
         eager_error = (eager_value - reference_value).norm().item()
         half = dtype in (torch.bfloat16, torch.float16)
         factor = (factors or {}).get(name, 2 if name == "out" else 3)
-        allowed = max(factor * eager_error, unit * norm) if half else 64 * unit * norm
+        full = 2048 if name in TABLES else 64  # thousands of terms that largely cancel make up an entry of a table
+        allowed = max(factor * eager_error, unit * norm) if half else full * unit * norm
         assert error <= allowed, (
             f"{name}: relative error {error / norm:.3g}, eager PyTorch's {eager_error / norm:.3g}, "
             f"allowed {allowed / norm:.3g}"
@@ -353,6 +420,34 @@ NAMED = [
     Case("rab_target", SHORT, rab="heads", contexts=CONTEXTS, targets=TARGETS, group=3),
     Case("rab_interval", SHORT, rab="one", bounds=5, dim=32),
     Case("rab_dim_256", (100, 37, 65), rab="heads", dim=256),
+    Case("bias", SHORT, bias="position+time"),
+    Case("bias_position", SHORT, bias="position"),
+    Case("bias_time", SHORT, bias="time"),
+    Case("bias_heads", SHORT, bias="position+time+heads", heads=3),
+    Case("bias_full", SHORT, bias="position+time", window=(-1, -1)),
+    Case("bias_regular", (128,) * 4, bias="position+time", max_len=200),
+    Case("bias_heavy_tailed", MANY, bias="position+time", dim=32),
+    Case("bias_window", (300, 257), bias="position+time", window=(100, 20), max_len=400),
+    Case("bias_one_token", (1, 1), bias="position+time"),
+    Case("bias_empty_sequences", (0, 50, 0, 129), bias="position+time"),
+    Case("bias_empty_batch", (), bias="position+time"),
+    Case("bias_outside_rows", SHORT, bias="position+time", outside=(5, 70)),
+    Case("bias_delta_q", (150, 200, 129), (20, 64, 128), bias="position+time+heads"),
+    Case("bias_more_queries", (50, 1, 128, 0), (150, 100, 129, 30), bias="position+time"),
+    Case("bias_seqused", SHORT, bias="position+time", used_q=USED, used_k=USED),
+    Case("bias_target", SHORT, bias="position+time", contexts=CONTEXTS, targets=TARGETS, group=3),
+    Case("bias_interval", SHORT, bias="position+time+heads", bounds=5),
+    Case("bias_alpha_zero", SHORT, bias="position+time", alpha=0.0),
+    Case("bias_dim_128", SHORT, bias="position+time", dim=128),
+    Case("bias_dim_256", (100, 37, 65), bias="position+time+heads", dim=256),
+    Case("bias_dim_v", SHORT, bias="position+time", dim=40, dim_v=72),
+    Case("bias_tables_of_one", SHORT, bias="position+time", max_len=1, num_buckets=0),
+    Case("bias_large_tables", SHORT, bias="position+time", max_len=1000, num_buckets=300),
+    Case("bias_unordered", SHORT, bias="position+time", times="unordered"),
+    Case("bias_milliseconds", SHORT, bias="position+time", times="milliseconds", num_buckets=128),
+    Case("bias_small_times", SHORT, bias="time", times="small"),
+    Case("bias_equal_times", SHORT, bias="time+heads", times="equal"),
+    Case("bias_extreme_times", SHORT, bias="position+time", times="extreme", num_buckets=147),
 ]  # fmt: skip
 NAMED_BY_NAME = {case.name: case for case in NAMED}
 
@@ -366,10 +461,10 @@ def kernel_grid() -> list[Case]:
         "interval": {"bounds": 3},
     }
     return [
-        Case(f"grid_{mask}" + (f"_rab_{rab}" if rab else ""), lengths, heads=3, dim=dim, rab=rab, **more)
+        Case(f"grid_{mask}{name}", lengths, heads=3, dim=dim, rab=rab, bias=bias, **more)
         for dim in (32, 64, 128, 256)
         for mask, more in masks.items()
-        for rab in ("", "heads")
+        for name, rab, bias in (("", "", ""), ("_rab_heads", "heads", ""), ("_bias", "", "position+time+heads"))
     ]
 
 
@@ -410,6 +505,13 @@ def random_case(seed: int, longest: int = 300) -> Case:
     queries = case.used_q or lengths_q
     if choose.random() < 0.3 and all(q <= k for q, k in zip(queries, keys)):
         case = replace(case, rab=choose.choice(("one", "heads")), rab_margin=choose.choice((0, 0, 5)))
+    elif choose.random() < 0.4:
+        case = replace(
+            case,
+            bias=choose.choice(("position", "time", "position+time")) + choose.choice(("", "+heads")),
+            times=choose.choice(("sorted", "unordered", "milliseconds", "small", "extreme")),
+            max_len=choose.choice((1, choose.randint(1, 300))), num_buckets=choose.choice((0, 40, 60, 128, 200)),
+        )  # fmt: skip
     return case
 
 
@@ -430,5 +532,8 @@ def long_cases() -> list[Case]:
             ),
             Case("long_interval", lengths, heads=heads, dim=dim, bounds=5),
             Case("long_rab", (600, 1, 513), heads=heads, dim=dim, rab="one"),
+            Case("long_bias", lengths, heads=heads, dim=dim, bias="position+time", max_len=1800),
+            Case("long_bias_unordered", lengths, heads=heads, dim=dim, bias="position+time+heads", times="unordered"),
+            Case("long_bias_milliseconds", lengths, heads=heads, dim=dim, bias="time", times="milliseconds"),
         )
     ]  # fmt: skip

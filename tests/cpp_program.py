@@ -11,13 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run(source: str, folder: Path) -> None:
+def run(source: str, folder: Path, *options: str) -> None:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     program = folder / Path(source).stem
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover"]
-    subprocess.run([compiler, *flags, "-I", ROOT / "csrc", ROOT / "tests/cpp" / source, "-o", program], check=True)
+    subprocess.run(
+        [compiler, *flags, *options, "-I", ROOT / "csrc", ROOT / "tests/cpp" / source, "-o", program], check=True
+    )
     result = subprocess.run([program], capture_output=True, text=True)
     print(result.stdout, result.stderr)
     assert result.returncode == 0, result.stdout + result.stderr

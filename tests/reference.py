@@ -57,27 +57,41 @@ def dot(a: Sequence[float], b: Sequence[float]) -> float:
     return sum(x * y for x, y in zip(a, b))
 
 
+def bucket(x: int, num_buckets: int) -> int:
+    return min(math.floor(math.log(max(x, 1)) / 0.301), num_buckets)
+
+
 def attention(
-    q: Matrix, k: Matrix, v: Matrix, dout: Matrix, keep: Keep, alpha: float, scaling: int, rab: Matrix | None
+    q: Matrix,
+    k: Matrix,
+    v: Matrix,
+    dout: Matrix,
+    keep: Keep,
+    alpha: float,
+    scaling: int,
+    rab: Matrix | None,
+    bias: Matrix | None = None,
 ) -> dict[str, list[list[float]]]:
-    """One sequence, one head: out and the gradients of q, k, v and rab ([len_q][len_k])."""
+    """One sequence, one head: out and the gradients of q, k, v, rab and the bias ([len_q][len_k])."""
     out = [[0.0] * len(v[0]) for _ in q] if v else [[] for _ in q]
     dq = [[0.0] * len(row) for row in q]
     dk = [[0.0] * len(row) for row in k]
     dv = [[0.0] * len(row) for row in v]
     drab = [[0.0] * len(k) for _ in q]
+    dbias = [[0.0] * len(k) for _ in q]
     for i in range(len(q)):
         for j in range(len(k)):
             if not keep(i, j):
                 continue
-            score = alpha * (dot(q[i], k[j]) + (rab[i][j] if rab else 0.0))
+            score = alpha * (dot(q[i], k[j]) + (rab[i][j] if rab else 0.0)) + (bias[i][j] if bias else 0.0)
             weight = silu(score) / scaling
             slope = silu_derivative(score) / scaling * dot(dout[i], v[j])
             drab[i][j] = alpha * slope
+            dbias[i][j] = slope
             for d in range(len(v[j])):
                 out[i][d] += weight * v[j][d]
                 dv[j][d] += weight * dout[i][d]
             for d in range(len(q[i])):
                 dq[i][d] += alpha * slope * k[j][d]
                 dk[j][d] += alpha * slope * q[i][d]
-    return {"out": out, "dq": dq, "dk": dk, "dv": dv, "drab": drab}
+    return {"out": out, "dq": dq, "dk": dk, "dv": dv, "drab": drab, "dbias": dbias}

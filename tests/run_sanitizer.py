@@ -58,20 +58,22 @@ def problems_of(cell: str) -> list[Any]:
 
     from attention_cases import Case
 
-    match = re.fullmatch(r"attn_(?:fwd|bwd)_sm\d+_(bf16|fp16)_d(\d+)_(window|target|interval)(_rab)?", cell)
+    match = re.fullmatch(r"attn_(?:fwd|bwd)_sm\d+_(bf16|fp16)_d(\d+)_(window|target|interval)(_rab|_relative)?", cell)
     assert match, cell
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[match[1]]
-    dim, mask, rab = int(match[2]), match[3], "heads" if match[4] else ""
+    dim, mask, rab = int(match[2]), match[3], "heads" if match[4] == "_rab" else ""
+    biases = ("position+time", "position+time+heads") if match[4] == "_relative" else ("", "")
     lengths = (130, 1, 0, 65)
     more: dict[str, Any] = {
         "window": {"window": (70, 0)},
         "target": {"contexts": (3, 0, 0, 9), "targets": (40, 1, 0, 7), "group": 3},
         "interval": {"bounds": 3},
     }[mask]
-    plain = Case(cell, lengths, dim=dim, rab=rab, **more)
+    plain = Case(cell, lengths, dim=dim, rab=rab, bias=biases[0], **more)
     ragged = replace(
         plain, dim=dim - 8, dim_v=dim, layout="padded", lengths_q=(70, 1, 0, 64), used_q=(67, 1, 0, 10),
-        used_k=(129, 1, 0, 64), outside=(3, 7), offsets=torch.int64, rab="one" if rab else "",
+        used_k=(129, 1, 0, 64), outside=(3, 7), offsets=torch.int64, rab="one" if rab else "", bias=biases[1],
+        times="extreme",
     )  # fmt: skip
     return [case.problem("cuda", dtype) for case in (plain, ragged)]
 
@@ -85,7 +87,7 @@ def check(*results: Any) -> None:
 
 
 def run_similarity(name: str) -> None:
-    """Aligned rows and others, in every dtype; more rows than a tile, and ids out of range."""
+    """Aligned rows and others, in every dtype; more rows than a tile and fewer, ids out of range, a sparse gradient."""
     import torch
 
     import hstu_ext
@@ -100,12 +102,14 @@ def run_similarity(name: str) -> None:
                 check(out, *torch.autograd.grad(out.float().sum(), (query,)))
             elif name == "topk_dot":
                 exclude, valid = torch.randint(-1, 1500, (140, 5), device="cuda"), torch.rand(1500, device="cuda") < 0.9
-                for k in (10, 300, 700):
-                    check(*hstu_ext.topk_dot(query, items.repeat(6, 1), k, exclude, valid.repeat(6)))
+                for rows, k in ((140, 10), (140, 300), (140, 700), (20, 300)):
+                    found = hstu_ext.topk_dot(query[:rows], items.repeat(6, 1), k, exclude[:rows], valid.repeat(6))
+                    check(*found)
             elif name == "sampled_softmax":
                 for negatives in (torch.randint(1500, (140, 33), device="cuda"), torch.full((140, 3), 2**40).cuda()):
-                    loss = hstu_ext.sampled_softmax_loss(query, items, ids, negatives)
-                    check(loss, *torch.autograd.grad(loss, inputs))
+                    for sparse in (False, True):
+                        loss = hstu_ext.sampled_softmax_loss(query, items, ids, negatives, sparse=sparse)
+                        check(loss, *(x.to_dense() for x in torch.autograd.grad(loss, inputs)))
             else:
                 item_ids, sequences = torch.arange(1500, device="cuda") % 1400, torch.arange(1500, device="cuda") // 9
                 for threshold in (None, 0.9):

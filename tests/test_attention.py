@@ -109,7 +109,8 @@ def test_random_problems(device: str, seed: int) -> None:
 
 GRADCHECK_CASES = [
     "causal", "full", "window_both", "delta_q", "more_queries", "dim_v_larger", "layout_fused", "target_groups",
-    "interval_5", "rab", "rab_one", "rab_delta_q", "rab_target", "rab_interval", "scaling",
+    "interval_5", "rab", "rab_one", "rab_delta_q", "rab_target", "rab_interval", "scaling", "bias", "bias_heads",
+    "bias_time", "bias_position", "bias_full", "bias_target", "bias_interval", "bias_delta_q", "bias_more_queries",
 ]  # fmt: skip
 
 
@@ -119,12 +120,14 @@ def test_gradcheck(name: str) -> None:
     inputs = {key: x.detach().requires_grad_() for key, x in problem.inputs().items()}
 
     def function(*values: Tensor) -> Tensor:
-        return attention(**dict(zip(inputs, values)), **problem.arguments())
+        return attention(**problem.grouped(dict(zip(inputs, values))), **problem.arguments())
 
     assert torch.autograd.gradcheck(function, tuple(inputs.values()), eps=1e-6, atol=1e-8, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["causal", "window_both", "target_groups", "interval_5", "rab", "rab_one", "dim_128"])
+@pytest.mark.parametrize(
+    "name", ["causal", "window_both", "target_groups", "interval_5", "rab", "rab_one", "dim_128", "bias", "bias_heads"]
+)
 @pytest.mark.parametrize("by_argument", [True, False], ids=["argument", "torch_setting"])
 def test_deterministic(device: str, name: str, by_argument: bool) -> None:
     case = NAMED_BY_NAME[name]
@@ -506,5 +509,5 @@ def test_cells_are_named_as_documented() -> None:
     names = "|".join(DTYPE_NAMES.values())
     for cell in hstu_ext.cells():
         assert re.fullmatch(
-            rf"attn_(fwd|bwd)_sm\d+_({names})_d(32|64|128|256)_(window|target|interval)(_rab)?", cell
+            rf"attn_(fwd|bwd)_sm\d+_({names})_d(32|64|128|256)_(window|target|interval)(_rab|_relative)?", cell
         ), cell

@@ -26,6 +26,8 @@ COMPILED = [
     "interval_5",
     "rab_one",
     "seqused",
+    "bias",
+    "bias_position",
     "dim_v_larger",
     "layout_fused",
 ]
@@ -128,7 +130,7 @@ def test_export() -> None:
 
 
 @pytest.mark.plain_allocations  # opcheck compares what the op does with what torch does in its place
-@pytest.mark.parametrize("name", ["causal", "target_groups", "interval_5", "rab_one", "seqused"])
+@pytest.mark.parametrize("name", ["causal", "target_groups", "interval_5", "rab_one", "seqused", "bias", "bias_heads"])
 def test_opcheck(device: str, name: str) -> None:
     problem = Case.problem(NAMED_BY_NAME[name].shrunk(), device, default_dtype(device))
     require_cells(problem.case, device, default_dtype(device), "fwd", "bwd")
@@ -138,21 +140,23 @@ def test_opcheck(device: str, name: str) -> None:
     left, right = given.pop("window_size")
     schema = torch.ops.hstu_ext.attention_forward.default._schema
     named = {**given, "window_left": left, "window_right": right}
-    rest = [named[argument.name] for argument in schema.arguments[4:-2]]  # after q, k, v, rab
+    named |= {"query_times": problem.query_times, "key_times": problem.key_times}
+    differentiable = ("q", "k", "v", "rab", "position_table", "time_table")
+    assert differentiable == tuple(argument.name for argument in schema.arguments[:6])
+    rest = [named[argument.name] for argument in schema.arguments[6:-2]]
     has_rab = problem.rab is not None
-    inputs = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    rab = problem.rab.detach().requires_grad_() if has_rab else None
-    torch.library.opcheck(torch.ops.hstu_ext.attention_forward, (*inputs, rab, *rest, has_rab, True))
-    plain = [x.detach() for x in inputs]
+    plain = [problem.inputs().get(name) for name in differentiable]
+    inputs = [None if x is None else x.detach().requires_grad_() for x in plain]
+    torch.library.opcheck(torch.ops.hstu_ext.attention_forward, (*inputs, *rest, has_rab, True))
     torch.library.opcheck(
         torch.ops.hstu_ext.attention_backward,
-        (problem.dout.nan_to_num(), *plain, problem.rab, *rest, has_rab, True),
+        (problem.dout.nan_to_num(), *plain, *rest, has_rab, bool(problem.case.bias), True),
     )
 
 
 def test_threads(device: str) -> None:
     """Several Python threads at once give what one gives."""
-    names = ["causal", "target_groups", "interval_5", "window_both"]
+    names = ["causal", "target_groups", "interval_5", "bias"]
     problems = [problem_of(name, device) for name in names]
     expected = [problem.run(attention, deterministic=True) for problem in problems]
     errors: list[BaseException] = []
@@ -184,22 +188,23 @@ def test_threads(device: str) -> None:
 def run_once(problem: Problem) -> dict[str, Tensor]:
     """Problem.run without its change of torch's number of threads, which is for the whole process."""
     inputs = {name: x.detach().requires_grad_() for name, x in problem.inputs().items()}
-    out = attention(**inputs, **problem.arguments(), deterministic=True)
+    out = attention(**problem.grouped(inputs), **problem.arguments(), deterministic=True)
     return {"out": out.detach(), **dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), problem.dout)))}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["causal", "window_both", "target_groups", "interval_5", "rab_one", "delta_q"])
+@pytest.mark.parametrize("name", ["causal", "window_both", "target_groups", "interval_5", "rab_one", "delta_q", "bias"])
 def test_cuda_graph(name: str) -> None:
     """Captured once, replayed on other numbers and other lengths in the same buffers."""
     problem = problem_of(name, "cuda")
     other = problem.case.problem("cuda", problem.dtype, seed=1)
     arguments = problem.arguments()
     inputs = {key: x.detach().clone().requires_grad_() for key, x in problem.inputs().items()}
+    given = problem.grouped(inputs)
     dout = problem.dout.clone()
 
     def step() -> tuple[Tensor, ...]:
-        out = attention(**inputs, **arguments)
+        out = attention(**given, **arguments)
         return out.detach(), *torch.autograd.grad(out, list(inputs.values()), dout)
 
     stream = torch.cuda.Stream()
@@ -217,6 +222,9 @@ def test_cuda_graph(name: str) -> None:
         dout.copy_(other.dout)
         if problem.func is not None:
             problem.func.copy_(other.func)
+        if problem.query_times is not None:
+            problem.query_times.copy_(other.query_times)
+            problem.key_times.copy_(other.key_times)
     expected = other.run(attention)
     for _ in range(3):
         graph.replay()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attention_cases import NAMED_BY_NAME, SHORT, Case
-from hstu_ext import hstu_attn_qkvpacked_func, hstu_attn_varlen_func
+from hstu_ext import RelativeBias, hstu_attn_qkvpacked_func, hstu_attn_varlen_func
 from test_attention import attention, require_cells
 
 LENGTHS = (5, 3)
@@ -43,6 +43,12 @@ class Bad(NamedTuple):
     changes: dict[str, Any]  # to the arguments of a good call
 
 
+def bad_bias(text: str, error: type[Exception] = ValueError, **given: Any) -> Bad:
+    """With a good bias by time of which something is changed."""
+    times = {"query_times": TIMES, "key_times": TIMES}
+    return Bad(text, error, {"bias": RelativeBias(**{"time_table": TIME, **times, **given})})
+
+
 def bad(text: str, error: type[Exception] | tuple[type[Exception], ...] = ValueError, **changes: Any) -> Bad:
     return Bad(text, error, changes)
 
@@ -52,6 +58,8 @@ INDEX_TYPE = "must be torch.int32 or torch.int64"
 TARGET_WINDOW = "window_size must be (-1, 0) where num_contexts or num_targets is given"
 TARGETS = "num_contexts + num_targets must be within the sequence's"
 FUNC_SHAPE = "func must be [1 or 2, an odd number, >= 8]"
+POSITION, TIME = torch.zeros(9), torch.zeros(61)
+TIMES = torch.arange(8)
 RAB_SHAPE = "rab must be [2, 1 or 2, M, M] with M >= 5"
 
 BAD: dict[str, Bad] = {
@@ -190,6 +198,49 @@ BAD: dict[str, Bad] = {
         rab=torch.zeros(2, 1, 5, 5),
         cu_seqlens_k=index(0, 4, 8),
     ),
+    # bias
+    "bias_tensor": bad("bias must be a hstu_ext.RelativeBias, got Tensor", TypeError, bias=torch.zeros(9)),
+    "bias_empty": bad("bias must have a position_table or a time_table, got neither", bias=RelativeBias()),
+    "bias_and_rab": bad(
+        "rab must be None where bias is given, got both", bias=RelativeBias(POSITION), rab=torch.zeros(2, 1, 5, 5)
+    ),
+    "position_even": bad_bias(
+        "position_table must have 2 * max_len - 1 entries, an odd number, got 10", position_table=torch.zeros(10)
+    ),
+    "position_empty": bad_bias(
+        "position_table must be [entries] or [2, entries], got [0]", position_table=torch.zeros(0)
+    ),
+    "position_heads": bad_bias(
+        "position_table must be [entries] or [2, entries], got [3, 9]", position_table=torch.zeros(3, 9)
+    ),
+    "position_rank": bad_bias(
+        "position_table must be [entries] or [2, entries], got [1, 2, 9]", position_table=torch.zeros(1, 2, 9)
+    ),
+    "position_half": bad_bias(
+        "position_table must be torch.float32 where q is torch.float32, got torch.float16",
+        position_table=torch.zeros(9).half(),
+    ),
+    "position_int": bad_bias(
+        "position_table must be torch.float32 where q is torch.float32, got torch.int64",
+        position_table=torch.zeros(9).long(),
+    ),
+    "position_stride": bad_bias(
+        "position_table must be contiguous in its last dimension, got a stride of 2",
+        position_table=torch.zeros(18)[::2],
+    ),
+    "position_list": bad_bias("position_table must be ", TypeError, position_table=[0.0]),
+    "time_scalar": bad_bias("time_table must be [entries] or [2, entries], got []", time_table=torch.zeros(())),
+    "time_heads": bad_bias("time_table must be [entries] or [2, entries], got [1, 61]", time_table=torch.zeros(1, 61)),
+    "time_double": bad_bias(
+        "time_table must be torch.float32 where q is torch.float32, got torch.float64", time_table=TIME.double()
+    ),
+    "query_times_missing": bad_bias("query_times must be given with time_table, got None", query_times=None),
+    "key_times_missing": bad_bias("key_times must be given with time_table, got None", key_times=None),
+    "query_times_int32": bad_bias("query_times must be torch.int64, got torch.int32", query_times=TIMES.int()),
+    "key_times_float": bad_bias("key_times must be torch.int64, got torch.float64", key_times=TIMES.double()),
+    "query_times_short": bad_bias("query_times must be [8], got [7]", query_times=TIMES[:7]),
+    "key_times_rank": bad_bias("key_times must be [8], got [8, 1]", key_times=TIMES[:, None]),
+    "key_times_stride": bad_bias("key_times must be contiguous, got a stride of 2", key_times=torch.arange(16)[::2]),
 }
 
 
@@ -246,7 +297,9 @@ def test_an_error_leaves_nothing_behind() -> None:
 
 
 def on_gpu(arguments: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    def move(x: Any) -> Any:
+    def move(x: Any, dtype: torch.dtype = dtype) -> Any:
+        if isinstance(x, RelativeBias):
+            return RelativeBias(**{name: move(value, torch.float32) for name, value in vars(x).items()})
         if not isinstance(x, Tensor):
             return x
         moved = torch.empty_strided(
@@ -311,11 +364,9 @@ def garbage_cases() -> list[Any]:
         "interval": lambda **kw: Case("garbage", SHORT, bounds=3, **kw),
     }
     return [
-        pytest.param(
-            kind(rab=rab, offsets=offsets), id=f"{name}{'_rab' if rab else ''}-{offsets}".replace("torch.", "")
-        )
+        pytest.param(kind(**more, offsets=offsets), id="_".join([name, *more]) + f"-{offsets}".replace("torch.", ""))
         for name, kind in kinds.items()
-        for rab in ("", "heads")
+        for more in ({}, {"rab": "heads"}, {"bias": "position+time"})
         for offsets in (torch.int32, torch.int64)
     ]
 
@@ -344,8 +395,9 @@ def test_garbage_in_index_tensors(case: Case, deterministic: bool) -> None:
             elif not (name.startswith("num") and case.mask != "target"):
                 arguments[name] = wild[:-1].contiguous()
             inputs = {key: x.detach().requires_grad_() for key, x in problem.inputs().items()}
+            given = problem.grouped(inputs)
             copies = {key: x.detach().clone() for key, x in inputs.items()}
-            out = attention(**inputs, **arguments, deterministic=deterministic)
+            out = attention(**given, **arguments, deterministic=deterministic)
             torch.autograd.grad(out, list(inputs.values()), torch.ones_like(out))
             torch.cuda.synchronize()
             for key, x in inputs.items():

@@ -33,11 +33,11 @@ class GpuTensor:
 
 ROWS = GpuTensor((4, 2, 64), (128, 64, 1))
 OFFSETS = GpuTensor((2,), (1,), dtype=torch.int32)
-PROBLEM = _Problem(OFFSETS, OFFSETS, 4, 4, None, None, 1, -1, 0, 1.0, None, -1, None, None)  # type: ignore[arg-type]
+PROBLEM = _Problem(OFFSETS, OFFSETS, 4, 4, None, None, 1, -1, 0, 1.0, None, -1, None, None, None, None)  # type: ignore[arg-type]
 
 
 def forward(q: object = ROWS, k: object = ROWS, v: object = ROWS, out: object = ROWS, *, stream: object = 0) -> None:
-    _C.attention_forward(q, k, v, None, out, *PROBLEM, stream, 1)
+    _C.attention_forward(q, k, v, None, None, None, out, *PROBLEM, stream, 1)
 
 
 @pytest.mark.parametrize(

@@ -52,12 +52,12 @@ def test_ci_covers_every_mask_direction_and_bias() -> None:
 def test_names_are_unique_and_give_the_cell_back() -> None:
     names = [cell.name for cell in SETS["full"]]
     assert len(set(names)) == len(names)
-    pattern = re.compile(r"attn_(fwd|bwd)_(sm80|sm90)_(bf16|fp16)_d(\d+)_(window|target|interval)(_rab)?")
+    pattern = re.compile(r"attn_(fwd|bwd)_(sm80|sm90)_(bf16|fp16)_d(\d+)_(window|target|interval)(?:_(rab|relative))?")
     for cell in SETS["full"]:
         match = pattern.fullmatch(cell.name)
         assert match, cell.name
         direction, arch, dtype, head_dim, mask, bias = match.groups()
-        assert cell == generate.Cell("attn", direction, arch, dtype, int(head_dim), mask, "rab" if bias else "none")
+        assert cell == generate.Cell("attn", direction, arch, dtype, int(head_dim), mask, bias or "none")
 
 
 def test_forward_instance() -> None:
@@ -81,6 +81,12 @@ def test_backward_instance_with_rab() -> None:
     assert "void attn_bwd_sm80_fp16_d128_interval_rab(const BackwardParams& p, void* stream)" in cell.source
     call = "sm80::run_backward<fp16, 128, IntervalMask, RabBias<fp16>>(p, stream);"
     assert call in cell.source
+
+
+def test_instance_with_a_relative_bias() -> None:
+    cell = generate.Cell("attn", "bwd", "sm80", "bf16", 64, "target", "relative")
+    assert "void attn_bwd_sm80_bf16_d64_target_relative(const BackwardParams& p, void* stream)" in cell.source
+    assert "sm80::run_backward<bf16, 64, TargetMask, RelativeBias<float>>(p, stream);" in cell.source
 
 
 @pytest.mark.parametrize("name", generate.SETS)

@@ -279,6 +279,18 @@ def test_runs_change_no_bit(dtype: torch.dtype, dim: int, sparse: bool) -> None:
             assert torch.equal(a.to_dense() if a.is_sparse else a, b.to_dense() if b.is_sparse else b)
 
 
+@pytest.mark.plain_allocations
+def test_memory_of_the_backward() -> None:
+    """28 bytes a pair at most: its gradient, two buffers each to sort items and places by, and what the sort needs."""
+    query, table, pos, neg = problem(torch.bfloat16, 8, 128, rows=4000)
+    run(query, table, pos, neg)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run(query, table, pos, neg)
+    assert torch.cuda.max_memory_allocated() - before < 28 * pos.numel() * 129
+
+
 def test_no_tensor_of_every_negative() -> None:
     query, table, pos, neg = problem(torch.float32, 256, 128, rows=1000)
     run(query, table, pos, neg)

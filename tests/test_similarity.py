@@ -340,6 +340,16 @@ def test_l2norm_dot_gradcheck() -> None:
     assert torch.autograd.gradcheck(l2norm_dot, (q, items))
 
 
+def test_l2norm_dot_of_nothing() -> None:
+    """No row adds to a gradient: it is 0 and not what memory holds."""
+    for rows, count in ((0, 5), (3, 0), (0, 0)):
+        q, items = torch.randn(rows, 4), torch.randn(count, 4)
+        out, dq, ditems = gradients(lambda q, items: l2norm_dot(q, items).sum(), q, items)
+        assert out == 0
+        assert not dq.any()
+        assert not ditems.any()
+
+
 # in_batch_softmax_loss
 
 
@@ -621,7 +631,7 @@ def test_gpu_tensors() -> None:
     sampled: tuple[Any, ...] = (rows, rows, IDS, NEGATIVES, 1.0, 1e-6, None)
     for function, others in (
         (_C.sampled_softmax_forward, (X, X, X)),
-        (_C.sampled_softmax_items, (IDS,)),
+        (_C.sampled_softmax_sort, (IDS, IDS, IDS, IDS, IDS)),
         (_C.sampled_softmax_table, (X, X, IDS, IDS, None, None, 1, X, X, X)),
     ):
         with pytest.raises(MissingKernelError, match=rf"hstu_ext\.sampled_softmax_loss: query {text}"):

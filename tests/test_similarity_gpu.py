@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu_ext import in_batch_softmax_loss, l2norm, l2norm_dot, topk_dot
+from hstu_ext import in_batch_softmax_loss, l2norm, l2norm_dot, sampled_softmax_loss, topk_dot
 from hstu_ext.ops import similarity
 from test_similarity import (
     TEMPERATURE,
@@ -100,6 +100,20 @@ def test_topk_of_every_k(dtype: torch.dtype, k: int) -> None:
     """Beyond 2048 torch.topk does it."""
     query, items = integers(20, 16, dtype=dtype), integers(30_000, 16, dtype=dtype)
     assert_topk(topk_dot(query, items, k), oracle_topk(query, items, k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [3, 40])
+@pytest.mark.parametrize("count", [2047, 2048, 2049, 2176, 4097, 300_000])
+def test_topk_around_the_first_round(dtype: torch.dtype, batch: int, count: int) -> None:
+    """In the first round every item has a slot, also one that can be no candidate."""
+    query, items = integers(batch, 16, dtype=dtype), integers(count, 16, dtype=dtype)
+    valid = torch.rand(count, device="cuda") < 0.9
+    items[:256], items[torch.randperm(count)[: count // 3]] = math.nan, math.nan
+    gone = items.isnan().any(1) | ~valid
+    for k in (1, 200, 512, 600):
+        got = topk_dot(query, items, k, valid=valid)
+        assert_topk(got, oracle_topk(query, items.nan_to_num(0), k, gone.expand(batch, -1)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -334,11 +348,87 @@ def test_in_batch_of_many(dtype: torch.dtype, shape: tuple[int, int, int], monke
         assert_as_good_as_eager(tiled, tiled, mine.double(), 1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_batch_ids_of_every_value(dtype: torch.dtype) -> None:
+    """Ids are compared as 64 bits, and never with sequences."""
+    values = torch.tensor([0, -1, 1, 2**32, 2**32 + 1, -(2**63), 2**63 - 1, 7], device="cuda")
+    query, items = (torch.randn(n, 64, device="cuda").to(dtype) for n in (200, 300))
+    positives = torch.randint(300, (200,), device="cuda")
+    ids, sequences, item_sequences = (values[torch.randint(8, (n,), device="cuda")] for n in (300, 200, 300))
+    masked = (ids == ids[positives].unsqueeze(1)) | (item_sequences == sequences.unsqueeze(1))
+    keep = ~masked | (torch.arange(300, device="cuda") == positives.unsqueeze(1))
+
+    def ours(q: Tensor, i: Tensor) -> Tensor:
+        options = {"positives": positives, "item_sequence_ids": item_sequences, "temperature": TEMPERATURE}
+        return in_batch_softmax_loss(q, i, ids, sequences, **options)
+
+    got = gradients(ours, query, items)
+    exact, eager = (
+        gradients(lambda q, i: oracle_in_batch(q, i, keep, positives), query.to(d), items.to(d))
+        for d in (torch.float64, dtype)
+    )
+    for mine, theirs, truth, factor in zip(got, eager, exact, (2, 3, 3)):
+        assert_as_good_as_eager(mine, theirs, truth, factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_items_as_negatives_is_full_softmax(dtype: torch.dtype) -> None:
+    query, table = (torch.randn(n, 16, device="cuda").to(dtype) for n in (40, 300))
+    targets, everything = torch.randint(300, (40,), device="cuda"), torch.arange(300, device="cuda")
+    expected = F.cross_entropy(unit(query.double()) @ unit(table.double()).t() / 0.05, targets).float()
+    in_batch = in_batch_softmax_loss(query, table, everything, positives=targets)
+    sampled = sampled_softmax_loss(query, table, targets, everything.expand(40, -1))
+    for got in (in_batch, sampled):
+        assert torch.allclose(got, expected, rtol=1e-5 if dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threshold", [None, 0.99])
+def test_log_q_sign(dtype: torch.dtype, threshold: float | None) -> None:
+    """One negative, drawn with probability q. Added with the wrong sign, a common one would raise the loss."""
+    query, table = torch.ones(1, 8, dtype=dtype, device="cuda"), torch.eye(8, dtype=dtype, device="cuda")[:2]
+    positive, ids = torch.tensor([0], device="cuda"), torch.arange(2, device="cuda")
+    for q in (0.9, 0.1):
+        log_q = torch.tensor([0.5, q], device="cuda").log()
+        options: dict[str, Any] = {"log_q": log_q, "temperature": 1.0}
+        in_batch = in_batch_softmax_loss(
+            query, table, ids, positives=positive, similarity_threshold=threshold, **options
+        )
+        sampled = sampled_softmax_loss(query, table, positive, ids[1:].view(1, 1), **options)
+        for loss in (in_batch, sampled):
+            assert loss.item() == pytest.approx(math.log(1 + 0.5 / q), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_batch_of_permuted_items_and_in_order(dtype: torch.dtype) -> None:
+    query, items = (torch.randn(700, 64, device="cuda").to(dtype) for _ in range(2))
+    ids, sequences = torch.arange(700, device="cuda") % 650, torch.arange(700, device="cuda") // 3
+    order = torch.randperm(700, device="cuda")
+    whole = gradients(lambda q, i: in_batch_softmax_loss(q, i, ids, sequences), query, items)
+    permuted = gradients(
+        lambda q, i: in_batch_softmax_loss(q, i, ids[order], sequences[order]), query[order], items[order]
+    )
+    for a, b in zip(whole[1:], permuted[1:]):
+        assert (a[order].float() - b.float()).norm() < 1e-2 * a.float().norm()
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [gradients(lambda q, i: in_batch_softmax_loss(q, i, ids, sequences), query, items) for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for run in runs[1:]:
+        for a, b in zip(runs[0], run):
+            assert torch.equal(a, b)
+
+
 def test_in_batch_of_nothing_of_one_and_of_nan() -> None:
     ids = torch.zeros(0, dtype=torch.long, device="cuda")
     assert in_batch_softmax_loss(torch.randn(0, 4, device="cuda"), torch.randn(0, 4, device="cuda"), ids) == 0
     one = in_batch_softmax_loss(*(torch.randn(1, 4, device="cuda") for _ in range(2)), torch.tensor([5], device="cuda"))
     assert one.abs() < 1e-6
+    with pytest.raises(ValueError, match=r"items must have 1 to 2\^28 rows on a GPU, .* got 0"):
+        in_batch_softmax_loss(
+            torch.randn(2, 4, device="cuda"), torch.randn(0, 4, device="cuda"), ids, positives=ids[:0].new_zeros(2)
+        )
     items = torch.randn(6, 4, device="cuda")
     items[5] = math.nan
     assert in_batch_softmax_loss(torch.randn(6, 4, device="cuda"), items, torch.arange(6, device="cuda")).isnan()

@@ -127,6 +127,43 @@ void fill_tensors(const Inputs& in, Params& p) {
     if (in.rab) p.rab = dense("rab", in.rab, batch, p.heads, in.max_seqlen_k, q);
 }
 
+// A table [entries] or [heads, entries]; its head stride goes to `head_stride`.
+const void* table(const char* name, const Tensor& x, const Tensor& q, int64_t& head_stride) {
+    const DType wanted = q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    CHECK(x.dtype == wanted, name, " must be ", wanted, " where q is ", q.dtype, ", got ", x.dtype);
+    CHECK(x.device == q.device, name, " must be on ", Device{q.device}, " like q, got ", Device{x.device});
+    const int last = x.rank - 1;
+    CHECK((x.rank == 1 || (x.rank == 2 && x.shape[0] == q.shape[1])) && x.shape[last] >= 1 &&
+              x.shape[last] < 2 * kMaxLength,
+          name, " must be [entries] or [", q.shape[1], ", entries], got ", Shape{x});
+    CHECK(stride_of(x, last) <= 1, name, " must be contiguous in its last dimension, got a stride of ", x.stride[last]);
+    head_stride = x.rank == 2 ? stride_of(x, 0) : 0;
+    return x.data;
+}
+
+const int64_t* times(const char* name, const Tensor& x, int64_t rows, const Tensor& q) {
+    CHECK(x, name, " must be given with time_table, got None");
+    CHECK(x.dtype == DType::kInt64, name, " must be torch.int64, got ", x.dtype);
+    return static_cast<const int64_t*>(index_array(name, x, rows, q).data);
+}
+
+void fill_relative(const Inputs& in, Params& p) {
+    Relative& relative = p.relative;
+    CHECK(!in.rab || (!in.position_table && !in.time_table), "rab must be None where bias is given, got both");
+    if (const Tensor& x = in.position_table) {
+        relative.position = table("position_table", x, in.q, relative.position_head_stride);
+        const int64_t entries = x.shape[x.rank - 1];
+        CHECK(entries % 2 == 1, "position_table must have 2 * max_len - 1 entries, an odd number, got ", entries);
+        relative.reach = static_cast<int>(entries / 2);
+    }
+    if (const Tensor& x = in.time_table) {
+        relative.time = table("time_table", x, in.q, relative.time_head_stride);
+        relative.num_buckets = static_cast<int>(x.shape[x.rank - 1]) - 1;
+        relative.query_times = times("query_times", in.query_times, p.total_q, in.q);
+        relative.key_times = times("key_times", in.key_times, p.total_k, in.q);
+    }
+}
+
 void fill_scalars(const Inputs& in, Params& p) {
     check_length("max_seqlen_q", in.max_seqlen_q);
     check_length("max_seqlen_k", in.max_seqlen_k);
@@ -217,6 +254,7 @@ void check_index_values(const Params& p) {
 MaskKind fill(const Inputs& in, Params& p) {
     check_given("q", in.q);
     fill_tensors(in, p);
+    fill_relative(in, p);
     fill_scalars(in, p);
     const MaskKind mask = fill_mask(in, p);
     if (!in.q.is_cuda()) check_index_values(p);
@@ -236,7 +274,7 @@ void zero(const Jagged& x, int64_t rows, int64_t row_elements, void* stream) {
 }
 
 const Cell& cell_of(Direction direction, const Params& p, DType dtype, MaskKind mask) {
-    const BiasKind bias = p.rab.data ? BiasKind::kRab : BiasKind::kNone;
+    const BiasKind bias = p.relative ? BiasKind::kRelative : p.rab.data ? BiasKind::kRab : BiasKind::kNone;
     return find_cell(direction, compute_capability(p.device), dtype, max_of(p.dim_qk, p.dim_v), mask, bias);
 }
 #else
@@ -248,6 +286,22 @@ const Cell& cell_of(Direction direction, const Params& p, DType dtype, MaskKind 
 #endif
 
 }  // namespace
+
+// dposition or dtime: contiguous, of its table's shape.
+static void* table_gradient(const char* name, const Tensor& x, const Tensor& table, const Tensor& q,
+                            int64_t& head_stride) {
+    if (!x) return nullptr;
+    CHECK(table, name, " must be None where its table is, got ", Shape{x});
+    CHECK(x.dtype == table.dtype && x.device == q.device, name, " must be ", table.dtype, " on ", Device{q.device},
+          ", got ", x.dtype, " on ", Device{x.device});
+    bool same = x.rank == table.rank;
+    for (int i = 0; same && i < x.rank; ++i) same = x.shape[i] == table.shape[i];
+    CHECK(same, name, " must be ", Shape{table}, ", got ", Shape{x});
+    CHECK(stride_of(x, x.rank - 1) <= 1 && (x.rank == 1 || stride_of(x, 0) == x.shape[1] || x.shape[0] <= 1), name,
+          " must be contiguous");
+    head_stride = x.rank == 2 ? x.shape[1] : 0;
+    return x.data;
+}
 
 void forward(const Inputs& inputs, const Tensor& out, Execution execution) {
     Params p;
@@ -287,6 +341,8 @@ void backward(const Inputs& inputs, const Gradients& gradients, bool determinist
         CHECK(p.drab.size == p.rab.size && gradients.drab.shape[1] == p.heads, "drab must be [", p.batch, ", ", p.heads,
               ", ", p.rab.size, ", ", p.rab.size, "], got ", Shape{gradients.drab});
     }
+    p.dposition = table_gradient("dposition", gradients.dposition, inputs.position_table, q, p.dposition_head_stride);
+    p.dtime = table_gradient("dtime", gradients.dtime, inputs.time_table, q, p.dtime_head_stride);
     p.deterministic = deterministic;
 
     if (p.device < 0) {
@@ -311,6 +367,14 @@ void backward(const Inputs& inputs, const Gradients& gradients, bool determinist
               Shape{scratch}, " on ", Device{scratch.device});
         p.dq_accum = static_cast<float*>(scratch.data);
     }
+    if (deterministic && (p.dposition || p.dtime)) {
+        const int64_t wanted = table_scratch(gradients.dposition, gradients.dtime);
+        const Tensor& scratch = gradients.table_accum;
+        CHECK(scratch && scratch.dtype == DType::kInt64 && scratch.device == p.device && scratch.rank == 1 &&
+                  scratch.shape[0] >= wanted,
+              "table_accum must be torch.int64 [", wanted, "] on ", Device{p.device});
+        p.table_accum = static_cast<int64_t*>(scratch.data);
+    }
     cell.backward(p, execution.stream);
     check_cuda(cudaGetLastError(), cell.name);
 #else
@@ -332,6 +396,13 @@ int64_t backward_scratch(const Tensor& q, const Tensor& v, const Tensor& cu_seql
     if (q.is_cuda()) return sm80::dq_accum_elements(p, head_dim_bucket(max_of(q.shape[2], v.shape[2])));
 #endif
     return 0;
+}
+
+int64_t table_scratch(const Tensor& dposition, const Tensor& dtime) {
+    int64_t elements = 0;
+    for (const Tensor* x : {&dposition, &dtime})
+        if (*x) elements += x->rank == 2 ? x->shape[0] * x->shape[1] : x->shape[0];
+    return elements * kExactWords;
 }
 
 }  // namespace hstu::attention

@@ -1,4 +1,5 @@
-// What is added to q.k before alpha: nothing, or a dense tensor. One type per kind, as for masks.
+// What is added to the scores: nothing, a dense tensor inside of alpha, or a relative bias outside of it. One type per
+// kind, as for masks.
 #pragma once
 
 #include "attention/params.h"
@@ -6,7 +7,7 @@
 
 namespace hstu::attention {
 
-enum class BiasKind : int { kNone, kRab };
+enum class BiasKind : int { kNone, kRab, kRelative };
 
 struct NoBias {
     static constexpr BiasKind kKind = BiasKind::kNone;
@@ -32,6 +33,30 @@ struct RabBias {
     HSTU_HOST_DEVICE T at(int i, int j) const {
         return contains(i, j) ? data[int64_t{i + offset} * row_stride + j] : T(0);
     }
+};
+
+// position[clip(p - j)] + time[bucket(|t_i - t_j|)] with p the position of query row i. T: the type of the tables.
+template <class T>
+struct RelativeBias {
+    static constexpr BiasKind kKind = BiasKind::kRelative;
+
+    const T* position;  // [2 * reach + 1], at distance 0; may be nullptr
+    const T* time;      // [num_buckets + 1], may be nullptr
+    int reach, num_buckets;
+    const int64_t* query_times;  // of this sequence: [len_q] and [len_k]
+    const int64_t* key_times;
+    int offset, len_q, len_k;
+
+    HSTU_HOST_DEVICE RelativeBias(const Params& p, const Sequence& s, int, int h)
+        : position(p.relative.position ? static_cast<const T*>(p.relative.position) +
+                                             h * p.relative.position_head_stride + p.relative.reach
+                                       : nullptr),
+          time(p.relative.time ? static_cast<const T*>(p.relative.time) + h * p.relative.time_head_stride : nullptr),
+          reach(p.relative.reach), num_buckets(p.relative.num_buckets), query_times(p.relative.query_times + s.q_begin),
+          key_times(p.relative.key_times + s.k_begin), offset(s.len_k - s.len_q), len_q(s.len_q), len_k(s.len_k) {}
+
+    // Of query row i and key row j, clipped to the table.
+    HSTU_HOST_DEVICE int distance(int i, int j) const { return clamp_to(i + offset - j, -reach, reach); }
 };
 
 }  // namespace hstu::attention

@@ -18,6 +18,8 @@ void read_differentiable(Arguments& args, Inputs& inputs) {
     inputs.k = args.tensor("k");
     inputs.v = args.tensor("v");
     inputs.rab = args.tensor("rab");
+    inputs.position_table = args.tensor("position_table");
+    inputs.time_table = args.tensor("time_table");
 }
 
 void read_problem(Arguments& args, Inputs& inputs) {
@@ -35,6 +37,8 @@ void read_problem(Arguments& args, Inputs& inputs) {
     inputs.scaling_seqlen = args.integer("scaling_seqlen");
     inputs.seqused_q = args.tensor("seqused_q");
     inputs.seqused_k = args.tensor("seqused_k");
+    inputs.query_times = args.tensor("query_times");
+    inputs.key_times = args.tensor("key_times");
 }
 
 void attention_forward(py::args values) {
@@ -58,7 +62,10 @@ void attention_backward(py::args values) {
     gradients.dk = args.tensor("dk");
     gradients.dv = args.tensor("dv");
     gradients.drab = args.tensor("drab");
+    gradients.dposition = args.tensor("dposition");
+    gradients.dtime = args.tensor("dtime");
     gradients.dq_accum = args.tensor("dq_accum");
+    gradients.table_accum = args.tensor("table_accum");
     read_problem(args, inputs);
     const bool deterministic = args.boolean("deterministic");
     const Execution execution = args.execution();
@@ -70,6 +77,12 @@ int64_t attention_backward_scratch(py::args values) {
     Arguments args("attention", std::move(values));
     const Tensor q = args.tensor("q"), v = args.tensor("v"), cu_seqlens_q = args.tensor("cu_seqlens_q");
     return backward_scratch(q, v, cu_seqlens_q, args.integer("max_seqlen_k"));
+}
+
+int64_t attention_table_scratch(py::args values) {
+    Arguments args("attention", std::move(values));
+    const Tensor dposition = args.tensor("dposition"), dtime = args.tensor("dtime");
+    return table_scratch(dposition, dtime);
 }
 
 py::list cell_names() {
@@ -88,6 +101,7 @@ void register_attention(py::module_& m) {
     m.def("attention_forward", &attention_forward);
     m.def("attention_backward", &attention_backward);
     m.def("attention_backward_scratch", &attention_backward_scratch);
+    m.def("attention_table_scratch", &attention_table_scratch);
 }
 
 }  // namespace hstu::attention

@@ -12,7 +12,7 @@
 namespace hstu::attention {
 namespace {
 
-constexpr int kArchs = 2, kDTypes = 2, kBuckets = 4, kMasks = 3, kBiases = 2;
+constexpr int kArchs = 2, kDTypes = 2, kBuckets = 4, kMasks = 3, kBiases = 3;
 
 int bucket_index(int head_dim) { return head_dim <= 32 ? 0 : head_dim <= 64 ? 1 : head_dim <= 128 ? 2 : 3; }
 
@@ -39,9 +39,10 @@ Table make_table() {
 // As tools/codegen/generate.py names the cells.
 std::string cell_name(Direction direction, DType dtype, int head_dim, MaskKind mask, BiasKind bias) {
     static const char* const kMaskNames[kMasks] = {"window", "target", "interval"};
+    static const char* const kBiasSuffixes[kBiases] = {"", "_rab", "_relative"};
     return std::string("attn_") + (direction == Direction::kForward ? "fwd" : "bwd") + "_sm80_" +
            (dtype == DType::kBFloat16 ? "bf16" : "fp16") + "_d" + std::to_string(head_dim_bucket(head_dim)) + "_" +
-           kMaskNames[static_cast<int>(mask)] + (bias == BiasKind::kRab ? "_rab" : "");
+           kMaskNames[static_cast<int>(mask)] + kBiasSuffixes[static_cast<int>(bias)];
 }
 
 // HSTU_EXT_GPU=sm80 makes a Hopper GPU run the sm80 family, to compare the two.

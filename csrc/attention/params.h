@@ -34,6 +34,21 @@ struct Dense {
     }
 };
 
+// The relative bias by position and by time. Tables are fp32, on the CPU fp64 in fp64; either may be absent, and a table
+// for all heads has head stride 0.
+struct Relative {
+    const void* position = nullptr;  // [2 * reach + 1] for distances -reach to reach
+    int reach = 0;
+    int64_t position_head_stride = 0;
+    const void* time = nullptr;  // [num_buckets + 1]
+    int num_buckets = 0;
+    int64_t time_head_stride = 0;
+    const int64_t* query_times = nullptr;  // [total_q]
+    const int64_t* key_times = nullptr;    // [total_k]
+
+    HSTU_HOST_DEVICE explicit operator bool() const { return position != nullptr || time != nullptr; }
+};
+
 struct Params {
     int batch = 0, heads = 0;
     int dim_qk = 0, dim_v = 0;         // 8..256, multiples of 8
@@ -59,15 +74,23 @@ struct Params {
     int64_t func_head_stride = 0, func_stride = 0;
 
     Dense rab;  // dtype of q; data may be nullptr
+    Relative relative;
 
     int device = -1;      // -1: CPU
     int num_threads = 1;  // CPU only
 };
 
+constexpr int kExactWords = 10;  // 64-bit words of an exact sum in fp32 (sm80/exact_sum.h)
+
 struct BackwardParams : Params {
     Jagged dout;                // [total_q, heads, dim_v]
     Jagged dq, dk, dv;          // as q, k, v; every element is written
     Dense drab;                 // [batch, heads, M, M], dtype of q, zeroed by the caller; data may be nullptr
+    void* dposition = nullptr;  // as relative.position and .time, zeroed by the caller; may be nullptr
+    void* dtime = nullptr;
+    int64_t dposition_head_stride = 0, dtime_head_stride = 0;
+    int64_t* table_accum =
+        nullptr;                // zeroed exact sums of both, kExactWords an entry; set where deterministic on a GPU
     float* dq_accum = nullptr;  // fp32 scratch of dq_accum_elements(); nullptr: dQ by its own pass
     bool deterministic = false;
 };

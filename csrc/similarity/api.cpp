@@ -11,6 +11,7 @@
 #if HSTU_EXT_CUDA
 #include "common/cuda.h"
 #include "similarity/sm80/in_batch_fused.h"
+#include "similarity/sm80/in_batch_records.h"
 #include "similarity/sm80/in_batch_softmax.h"
 #include "similarity/sm80/l2norm.h"
 #include "similarity/sm80/sampled_softmax.h"
@@ -117,12 +118,15 @@ void l2norm_backward(const Tensor& dout, const Tensor& x, const Tensor& dx, doub
     const Checks checks{"l2norm"};
     checks.rows("dout", dout, "[..., dim]");
     checks.contiguous_rows("dout", dout);
-    checks.like("dout", dout, "x", x);
+    const bool is_wide = dout.is_cuda() && dout.dtype == DType::kFloat32;
+    Tensor model = x;
+    if (is_wide) model.dtype = dout.dtype;
+    checks.like("dout", dout, "x", model);
     const L2NormParams p{x.shape[0], x.shape[1], eps, matrix(x), matrix(dout), matrix(dx), execution.num_threads};
     if (x.device < 0) return cpu::l2norm_backward(p, x.dtype);
 #if HSTU_EXT_CUDA
     const DeviceGuard guard(x.device);
-    sm80::l2norm_backward(p, x.dtype, x.device, execution.stream);
+    sm80::l2norm_backward(p, x.dtype, dout.dtype, x.device, execution.stream);
 #endif
 }
 
@@ -198,7 +202,9 @@ bool has_contiguous_rows(const Tensor& x) { return x.shape[1] == 1 || x.stride[1
 
 int64_t topk_capacity(int64_t k) { return k <= sm80::kTopkMaxK ? sm80::topk_capacity(k) : 0; }
 
-int64_t topk_round(int64_t items, int64_t done, int64_t k) { return sm80::topk_round(items, done, k); }
+int64_t topk_round(int64_t items, int64_t done, int64_t k, int64_t rows) {
+    return sm80::topk_round(items, done, k, rows);
+}
 
 bool topk_can_scan(const Tensor& query, const Tensor& items) {
     const bool is_half = query.dtype == DType::kFloat16 || query.dtype == DType::kBFloat16;
@@ -218,7 +224,7 @@ void topk_merge_scores(const TopkInputs& in, const Tensor& scores, int64_t col0,
 }
 #else
 int64_t topk_capacity(int64_t) { return 0; }
-int64_t topk_round(int64_t items, int64_t, int64_t) { return items; }
+int64_t topk_round(int64_t items, int64_t, int64_t, int64_t) { return items; }
 bool topk_can_scan(const Tensor&, const Tensor&) { return false; }
 void topk_scan(const TopkInputs&, const TopkState&, Execution) {}
 void topk_merge_scores(const TopkInputs&, const Tensor&, int64_t, bool, const TopkState&, Execution) {}
@@ -328,12 +334,28 @@ void sampled_softmax_forward(const SampledInputs& in, const Tensor& loss, const 
 #endif
 }
 
-void sampled_softmax_items(const SampledInputs& in, const Tensor& items, Execution execution) {
+int64_t sampled_softmax_sort_bytes(int64_t pairs, int64_t items) {
+#if HSTU_EXT_CUDA
+    return static_cast<int64_t>(sm80::sampled_softmax_sort_bytes(pairs, items));
+#else
+    return pairs * items * 0;
+#endif
+}
+
+int sampled_softmax_sort(const SampledInputs& in, const SampledPairs& pairs, Execution execution) {
     Checks{"sampled_softmax_loss"}.rows("query", in.query, "[T, D]");
 #if HSTU_EXT_CUDA
+    sm80::SampledSort sort{};
+    for (int half = 0; half < 2; ++half) {
+        sort.items[half] = static_cast<uint32_t*>(pairs.items[half].data);
+        sort.order[half] = static_cast<uint32_t*>(pairs.order[half].data);
+    }
+    sort.scratch = pairs.scratch.data;
+    sort.scratch_bytes = static_cast<size_t>(pairs.scratch.shape[0]) * sizeof(int64_t);
     const DeviceGuard guard(in.query.device);
-    sm80::sampled_softmax_items(sampled_params(in, 1), static_cast<int32_t*>(items.data), in.query.device,
-                                execution.stream);
+    return sm80::sampled_softmax_sort(sampled_params(in, 1), sort, in.query.device, execution.stream);
+#else
+    return 0;
 #endif
 }
 
@@ -346,7 +368,7 @@ void sampled_softmax_table(const SampledInputs& in, const SampledTableGradient& 
     p.dsimilarity = static_cast<const float*>(gradient.dsimilarity.data);
     p.pairs = gradient.pair_items.shape[0];
     p.pair_items = static_cast<const int32_t*>(gradient.pair_items.data);
-    p.order = static_cast<const int64_t*>(gradient.order.data);
+    p.order = static_cast<const uint32_t*>(gradient.order.data);
     p.pair_rows = static_cast<const int64_t*>(gradient.pair_rows.data);
     p.row_items = static_cast<const int64_t*>(gradient.row_items.data);
     p.chunk = gradient.chunk;
@@ -381,6 +403,7 @@ void sampled_softmax_backward_table(const SampledInputs& in, const SampledGradie
 
 void check_in_batch_softmax(const InBatchInputs& in, double eps) {
     const Checks checks{"in_batch_softmax_loss"};
+    const char* const op = checks.op;
     checks.rows("query", in.query, "[T, D]");
     checks.rows("items", in.items, "[X, D]");
     checks.like("items", in.items, "query", in.query);
@@ -388,6 +411,9 @@ void check_in_batch_softmax(const InBatchInputs& in, double eps) {
     const int device = in.query.device;
     checks.vector("item_ids", in.item_ids, DType::kInt64, count, device);
     checks.vector("positives", in.positives, DType::kInt64, rows, device);
+    if (in.query.is_cuda())
+        CHECK((count > 0 || rows == 0) && rows + 2 * count <= INT64_C(1) << 29,
+              "items must have 1 to 2^28 rows on a GPU, less half of the ", rows, " queries, got ", count);
     checks.indices("positives", in.positives, 0, count, device);
     if (in.sequence_ids) {
         checks.vector("sequence_ids", in.sequence_ids, DType::kInt64, rows, device);
@@ -417,8 +443,8 @@ InBatchParams in_batch_params(const InBatchInputs& in, const InBatchTile& tile, 
     p.query_sequences = static_cast<const int64_t*>(in.sequence_ids.data);
     p.item_sequences = static_cast<const int64_t*>(in.item_sequence_ids.data);
     p.log_q = in.log_q.data;
-    p.query_inverse = in.query_inverse.data;
-    p.item_inverse = in.item_inverse.data;
+    p.query_records = in.query_records.data;
+    p.item_records = in.item_records.data;
     p.num_threads = num_threads;
     return p;
 }
@@ -453,9 +479,31 @@ void in_batch_softmax_backward(const InBatchInputs& in, const InBatchTile& tile,
 }
 
 #if HSTU_EXT_CUDA
+void in_batch_softmax_records(const InBatchInputs& in, double eps, const Tensor& slots, Execution execution) {
+    sm80::InBatchRecords p{};
+    p.queries = in.query.shape[0];
+    p.items = in.items.shape[0];
+    p.dim = in.query.shape[1];
+    p.inverse_temperature = static_cast<float>(1 / in.temperature);
+    p.inverse_eps = static_cast<float>(1 / eps);
+    p.query = matrix(in.query);
+    p.item = matrix(in.items);
+    p.positives = static_cast<const int64_t*>(in.positives.data);
+    p.item_ids = static_cast<const int64_t*>(in.item_ids.data);
+    p.query_sequences = static_cast<const int64_t*>(in.sequence_ids.data);
+    p.item_sequences = static_cast<const int64_t*>(in.item_sequence_ids.data);
+    p.log_q = static_cast<const float*>(in.log_q.data);
+    p.slots = static_cast<unsigned long long*>(slots.data);
+    p.slot_count = static_cast<uint32_t>(slots.shape[0]);
+    p.query_records = static_cast<sm80::QueryRecord*>(in.query_records.data);
+    p.item_records = static_cast<sm80::ItemRecord*>(in.item_records.data);
+    const DeviceGuard guard(in.query.device);
+    sm80::in_batch_records(p, in.query.dtype, in.query.device, execution.stream);
+}
+
 namespace {
 
-sm80::InBatchFused fused_params(const InBatchFusedInputs& in) {
+sm80::InBatchFused fused_params(const InBatchInputs& in) {
     sm80::InBatchFused p{};
     p.queries = in.query.shape[0];
     p.items = in.items.shape[0];
@@ -481,30 +529,34 @@ int64_t in_batch_fused_splits(const Tensor& rows, const Tensor& others) {
     return sm80::in_batch_splits(rows.shape[0], others.shape[0], rows.shape[1], rows.device);
 }
 
-void in_batch_fused_forward(const InBatchFusedInputs& in, const Tensor& maximum, const Tensor& sum,
-                            const Tensor& positive_logit, Execution execution) {
+void in_batch_fused_forward(const InBatchInputs& in, const InBatchShares& shares, Execution execution) {
     sm80::InBatchFused p = fused_params(in);
-    p.splits = static_cast<int>(maximum.shape[0]);
-    p.maximum = static_cast<float*>(maximum.data);
-    p.sum = static_cast<float*>(sum.data);
-    p.positive_logit = static_cast<float*>(positive_logit.data);
+    p.splits = static_cast<int>(shares.maximum.shape[0]);
+    p.maximum = static_cast<float*>(shares.maximum.data);
+    p.sum = static_cast<float*>(shares.sum.data);
+    p.positive_logit = static_cast<float*>(shares.positive_logit.data);
+    p.loss = static_cast<float*>(shares.loss.data);
+    p.lse = static_cast<float*>(shares.lse.data);
     const DeviceGuard guard(p.device);
     sm80::in_batch_fused_forward(p, in.query.dtype, execution.stream);
 }
 
-void in_batch_fused_backward(const InBatchFusedInputs& in, const Tensor& lse, const Tensor& gradient, bool of_items,
-                             int64_t splits, Execution execution) {
+void in_batch_fused_backward(const InBatchInputs& in, const Tensor& dloss, const Tensor& lse, const Tensor& gradient,
+                             bool of_items, int64_t splits, Execution execution) {
     sm80::InBatchFused p = fused_params(in);
     p.splits = static_cast<int>(splits);
-    p.lse = static_cast<const float*>(lse.data);
+    p.dloss = static_cast<const float*>(dloss.data);
+    p.lse = static_cast<float*>(lse.data);
     p.gradient = static_cast<float*>(gradient.data);
     const DeviceGuard guard(p.device);
     sm80::in_batch_fused_backward(p, in.query.dtype, of_items, execution.stream);
 }
 #else
+void in_batch_softmax_records(const InBatchInputs&, double, const Tensor&, Execution) {}
 int64_t in_batch_fused_splits(const Tensor&, const Tensor&) { return 0; }
-void in_batch_fused_forward(const InBatchFusedInputs&, const Tensor&, const Tensor&, const Tensor&, Execution) {}
-void in_batch_fused_backward(const InBatchFusedInputs&, const Tensor&, const Tensor&, bool, int64_t, Execution) {}
+void in_batch_fused_forward(const InBatchInputs&, const InBatchShares&, Execution) {}
+void in_batch_fused_backward(const InBatchInputs&, const Tensor&, const Tensor&, const Tensor&, bool, int64_t,
+                             Execution) {}
 #endif
 
 }  // namespace hstu::similarity

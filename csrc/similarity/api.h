@@ -10,6 +10,7 @@
 namespace hstu::similarity {
 
 void l2norm(const Tensor& x, const Tensor& out, double eps, Execution execution);
+// On a GPU dout may be float32 where x is narrower.
 void l2norm_backward(const Tensor& dout, const Tensor& x, const Tensor& dx, double eps, Execution execution);
 
 void check_l2norm_dot(const Tensor& q, const Tensor& items, double eps);
@@ -44,7 +45,7 @@ void topk_finish(const Tensor& kept, const Tensor& counts, const Tensor& values,
 // Candidates that the GPU has room for, 0 where k is too large for it.
 int64_t topk_capacity(int64_t k);
 // Items of the round after `done` of them.
-int64_t topk_round(int64_t items, int64_t done, int64_t k);
+int64_t topk_round(int64_t items, int64_t done, int64_t k, int64_t rows);
 // Whether topk_scan serves these rows: half precision, aligned to 16 bytes, not too long.
 bool topk_can_scan(const Tensor& query, const Tensor& items);
 // The whole result; inputs.exclude is sorted within rows and inputs.exclude_offsets given.
@@ -66,10 +67,15 @@ struct SampledGradients {
     Tensor dquery;                  // [T, D], written; or undefined
 };
 
-// A GPU's backward: from the pairs (t, j), which torch has sorted by item, and what the forward left of them.
+// Two buffers each, int32 [pairs], and scratch, int64.
+struct SampledPairs {
+    Tensor items[2], order[2], scratch;
+};
+
+// A GPU's backward: from the pairs (t, j), sorted by item, and what the forward left of them.
 struct SampledTableGradient {
     Tensor dloss, dsimilarity;     // float [T] [T, K + 1], read
-    Tensor pair_items, order;      // int32 [pairs], ascending, and int64 [pairs]: t * (K + 1) + j
+    Tensor pair_items, order;      // int32 [pairs], ascending, and int32 [pairs]: t * (K + 1) + j
     Tensor pair_rows, row_items;   // int64 [pairs] [rows of dtable], for the rows of a sparse gradient; or undefined
     int64_t chunk;                 // pairs that are added up in one go
     Tensor partial, sums, dtable;  // float [2 * chunks, D], scratch; float like dtable, zeroed, may be dtable; written
@@ -80,7 +86,9 @@ struct SampledTableGradient {
 void sampled_softmax_forward(const SampledInputs& in, const Tensor& loss, const Tensor& of_rows, const Tensor& of_pairs,
                              Execution execution);
 // On a GPU only.
-void sampled_softmax_items(const SampledInputs& in, const Tensor& items, Execution execution);
+int64_t sampled_softmax_sort_bytes(int64_t pairs, int64_t items);
+// Sorts all pairs by item; returns which of the buffers have them.
+int sampled_softmax_sort(const SampledInputs& in, const SampledPairs& pairs, Execution execution);
 void sampled_softmax_table(const SampledInputs& in, const SampledTableGradient& gradient, Execution execution);
 // On the CPU only.
 void sampled_softmax_group(const SampledInputs& in, const Tensor& starts, const Tensor& order);
@@ -95,7 +103,7 @@ struct InBatchInputs {
     Tensor sequence_ids, item_sequence_ids;  // int64 [T] [X], both or neither
     Tensor log_q;                            // C [X] or undefined
     double temperature;
-    Tensor query_inverse, item_inverse;  // fp32 [T] [X], on a GPU: 1 / max(norm, eps); then tiles hold dot products
+    Tensor query_records, item_records;  // int32 [T, 4] [X, 4], on a GPU, where tiles hold dot products of rows
 };
 
 struct InBatchTile {
@@ -105,6 +113,9 @@ struct InBatchTile {
 };
 
 void check_in_batch_softmax(const InBatchInputs& in, double eps);
+// On a GPU: writes the records, see similarity/sm80/in_batch_records.h. slots: int64, zeroed, a power of two of them, at
+// least twice as many as there are ids and sequences.
+void in_batch_softmax_records(const InBatchInputs& in, double eps, const Tensor& slots, Execution execution);
 void in_batch_softmax_forward(const InBatchInputs& in, const InBatchTile& tile, const Tensor& maximum,
                               const Tensor& sum, const Tensor& positive_logit, Execution execution);
 // tile.similarity becomes its gradient; on a GPU in the dtype of the query, each row in the front of its own memory.
@@ -112,18 +123,16 @@ void in_batch_softmax_backward(const InBatchInputs& in, const InBatchTile& tile,
                                Execution execution);
 
 // In half precision on a GPU, fused with the products; see similarity/sm80/in_batch_fused.h.
-struct InBatchFusedInputs {
-    Tensor query, items;                 // [T, D] [X, D]
-    Tensor query_records, item_records;  // int32 [T, 4] [X, 4]
-    double temperature;
+struct InBatchShares {
+    Tensor maximum, sum, positive_logit;  // fp32 [splits, T] [splits, T] [T], scratch
+    Tensor loss, lse;                     // fp32 [T], written
 };
 
 // Splits of the other side for blocks of `rows`; 0: there is no fused kernel for these tensors.
 int64_t in_batch_fused_splits(const Tensor& rows, const Tensor& others);
-void in_batch_fused_forward(const InBatchFusedInputs& in, const Tensor& maximum, const Tensor& sum,
-                            const Tensor& positive_logit, Execution execution);
-// Adds to the gradient of the unit items, or of the unit queries.
-void in_batch_fused_backward(const InBatchFusedInputs& in, const Tensor& lse, const Tensor& gradient, bool of_items,
-                             int64_t splits, Execution execution);
+void in_batch_fused_forward(const InBatchInputs& in, const InBatchShares& shares, Execution execution);
+// Adds to the gradient of the unit items, or of the unit queries; query and items are of unit length.
+void in_batch_fused_backward(const InBatchInputs& in, const Tensor& dloss, const Tensor& lse, const Tensor& gradient,
+                             bool of_items, int64_t splits, Execution execution);
 
 }  // namespace hstu::similarity

@@ -150,13 +150,16 @@ void bind_sampled_forward(py::args values) {
     sampled_softmax_forward(in, loss, of_rows, of_pairs, execution);
 }
 
-void bind_sampled_items(py::args values) {
+int bind_sampled_sort(py::args values) {
     Arguments args("sampled_softmax_loss", std::move(values));
     const SampledInputs in = sampled_inputs(args);
-    const Tensor items = args.tensor("items");
+    SampledPairs pairs;
+    for (Tensor& items : pairs.items) items = args.tensor("pair_items");
+    for (Tensor& order : pairs.order) order = args.tensor("order");
+    pairs.scratch = args.tensor("scratch");
     const Execution execution = args.execution();
     const py::gil_scoped_release no_gil;
-    sampled_softmax_items(in, items, execution);
+    return sampled_softmax_sort(in, pairs, execution);
 }
 
 void bind_sampled_table(py::args values) {
@@ -216,8 +219,8 @@ InBatchInputs in_batch_inputs(Arguments& args) {
     in.item_sequence_ids = args.tensor("item_sequence_ids");
     in.log_q = args.tensor("log_q");
     in.temperature = args.number("temperature");
-    in.query_inverse = args.tensor("query_inverse");
-    in.item_inverse = args.tensor("item_inverse");
+    in.query_records = args.tensor("query_records");
+    in.item_records = args.tensor("item_records");
     return in;
 }
 
@@ -260,41 +263,45 @@ void bind_in_batch_backward(py::args values) {
     in_batch_softmax_backward(in, tile, dloss, lse, execution);
 }
 
-InBatchFusedInputs in_batch_fused_inputs(Arguments& args) {
-    InBatchFusedInputs in;
-    in.query = args.tensor("query");
-    in.items = args.tensor("items");
-    in.query_records = args.tensor("query_records");
-    in.item_records = args.tensor("item_records");
-    in.temperature = args.number("temperature");
-    return in;
-}
-
 int64_t bind_in_batch_fused_splits(py::args values) {
     Arguments args("in_batch_softmax_loss", std::move(values));
     const Tensor rows = args.tensor("rows"), others = args.tensor("others");
     return in_batch_fused_splits(rows, others);
 }
 
-void bind_in_batch_fused_forward(py::args values) {
+void bind_in_batch_records(py::args values) {
     Arguments args("in_batch_softmax_loss", std::move(values));
-    const InBatchFusedInputs in = in_batch_fused_inputs(args);
-    const Tensor maximum = args.tensor("maximum"), sum = args.tensor("sum"),
-                 positive_logit = args.tensor("positive_logit");
+    const InBatchInputs in = in_batch_inputs(args);
+    const double eps = args.number("eps");
+    const Tensor slots = args.tensor("slots");
     const Execution execution = args.execution();
     const py::gil_scoped_release no_gil;
-    in_batch_fused_forward(in, maximum, sum, positive_logit, execution);
+    in_batch_softmax_records(in, eps, slots, execution);
+}
+
+void bind_in_batch_fused_forward(py::args values) {
+    Arguments args("in_batch_softmax_loss", std::move(values));
+    const InBatchInputs in = in_batch_inputs(args);
+    InBatchShares shares;
+    shares.maximum = args.tensor("maximum");
+    shares.sum = args.tensor("sum");
+    shares.positive_logit = args.tensor("positive_logit");
+    shares.loss = args.tensor("loss");
+    shares.lse = args.tensor("lse");
+    const Execution execution = args.execution();
+    const py::gil_scoped_release no_gil;
+    in_batch_fused_forward(in, shares, execution);
 }
 
 void bind_in_batch_fused_backward(py::args values) {
     Arguments args("in_batch_softmax_loss", std::move(values));
-    const InBatchFusedInputs in = in_batch_fused_inputs(args);
-    const Tensor lse = args.tensor("lse"), gradient = args.tensor("gradient");
+    const InBatchInputs in = in_batch_inputs(args);
+    const Tensor dloss = args.tensor("dloss"), lse = args.tensor("lse"), gradient = args.tensor("gradient");
     const bool of_items = args.boolean("of_items");
     const int64_t splits = args.integer("splits");
     const Execution execution = args.execution();
     const py::gil_scoped_release no_gil;
-    in_batch_fused_backward(in, lse, gradient, of_items, splits, execution);
+    in_batch_fused_backward(in, dloss, lse, gradient, of_items, splits, execution);
 }
 
 }  // namespace
@@ -312,12 +319,14 @@ void register_similarity(py::module_& m) {
     m.def("topk_merge", &bind_topk_merge);
     m.def("topk_finish", &bind_topk_finish);
     m.def("sampled_softmax_forward", &bind_sampled_forward);
-    m.def("sampled_softmax_items", &bind_sampled_items);
+    m.def("sampled_softmax_sort_bytes", &sampled_softmax_sort_bytes);
+    m.def("sampled_softmax_sort", &bind_sampled_sort);
     m.def("sampled_softmax_table", &bind_sampled_table);
     m.def("sampled_softmax_group", &bind_sampled_group);
     m.def("sampled_softmax_backward_query", &bind_sampled_backward_query);
     m.def("sampled_softmax_backward_table", &bind_sampled_backward_table);
     m.def("in_batch_softmax_check", &bind_in_batch_check);
+    m.def("in_batch_softmax_records", &bind_in_batch_records);
     m.def("in_batch_softmax_forward", &bind_in_batch_forward);
     m.def("in_batch_softmax_backward", &bind_in_batch_backward);
     m.def("in_batch_fused_splits", &bind_in_batch_fused_splits);

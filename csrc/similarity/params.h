@@ -84,7 +84,7 @@ struct SampledTableParams : SampledParams {
     const float* dsimilarity;   // [T, K + 1], as above
     int64_t pairs;              // T * (K + 1), below 2^31
     const int32_t* pair_items;  // [pairs], ascending
-    const int64_t* order;       // [pairs]: t * (K + 1) + j, ascending within an item
+    const uint32_t* order;      // [pairs]: t * (K + 1) + j, ascending within an item
     const int64_t* pair_rows;   // [pairs]: the item's row of dtable; or nullptr, then it is the item
     const int64_t* row_items;   // [table_rows]: the item of a row of dtable; or nullptr, then it is the row
     int64_t chunk;              // pairs that a warp adds up
@@ -106,8 +106,8 @@ struct InBatchParams {
     const int64_t* query_sequences;  // [T] or nullptr
     const int64_t* item_sequences;   // [X], with query_sequences
     const void* log_q;               // C [X] or nullptr
-    const void* query_inverse;       // float [T], item_inverse float [X]: 1 / max(norm, eps), on a GPU, where the
-    const void* item_inverse;        // similarities are products of rows as they are
+    const void* query_records;       // QueryRecord [T] and ItemRecord [X], on a GPU: in place of what is above, for
+    const void* item_records;        // similarities that are products of rows as they are
     void* maximum;                   // C [T], running maximum of the logits
     void* sum;                       // C [T], running sum of exp(logit - maximum)
     void* positive_logit;            // C [T]

@@ -30,6 +30,8 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     rab: Tensor | None,
+    position_table: Tensor | None,
+    time_table: Tensor | None,
     out: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
@@ -45,6 +47,8 @@ def attention_forward(
     scaling_seqlen: int,
     seqused_q: Tensor | None,
     seqused_k: Tensor | None,
+    query_times: Tensor | None,
+    key_times: Tensor | None,
     stream: int,
     num_threads: int,
     /,
@@ -55,11 +59,16 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     rab: Tensor | None,
+    position_table: Tensor | None,
+    time_table: Tensor | None,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
     drab: Tensor | None,
+    dposition: Tensor | None,
+    dtime: Tensor | None,
     dq_accum: Tensor | None,
+    table_accum: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
@@ -74,6 +83,8 @@ def attention_backward(
     scaling_seqlen: int,
     seqused_q: Tensor | None,
     seqused_k: Tensor | None,
+    query_times: Tensor | None,
+    key_times: Tensor | None,
     deterministic: bool,
     stream: int,
     num_threads: int,
@@ -81,6 +92,9 @@ def attention_backward(
 ) -> None: ...
 def attention_backward_scratch(q: Tensor, v: Tensor, cu_seqlens_q: Tensor, max_seqlen_k: int, /) -> int:
     """Elements of dq_accum that attention_backward wants unless it is deterministic; 0 for none."""
+
+def attention_table_scratch(dposition: Tensor | None, dtime: Tensor | None, /) -> int:
+    """Zeroed int64 elements of table_accum that a deterministic attention_backward wants on a GPU; 0 for none."""
 
 def jagged_join(
     split: bool,
@@ -175,7 +189,7 @@ def topk_check(
 def topk_capacity(k: int, /) -> int:
     """Candidates of a row on the GPU, 0 where k is too large for its kernels."""
 
-def topk_round(items: int, done: int, k: int, /) -> int:
+def topk_round(items: int, done: int, k: int, rows: int, /) -> int:
     """Items of the round after `done` of them."""
 
 def topk_can_scan(query: Tensor, items: Tensor, /) -> bool: ...
@@ -254,7 +268,10 @@ def sampled_softmax_forward(
     """Writes loss C [T] and what the backward needs: on the CPU lse C [T] and similarity C [T, K + 1], on a GPU
     dquery C [T, D] and dsimilarity C [T, K + 1], over max(|query|, eps), with dloss = 1."""
 
-def sampled_softmax_items(
+def sampled_softmax_sort_bytes(pairs: int, items: int, /) -> int:
+    """Of the scratch of sampled_softmax_sort, which is int64."""
+
+def sampled_softmax_sort(
     query: Tensor,
     table: Tensor,
     pos_ids: Tensor,
@@ -262,12 +279,17 @@ def sampled_softmax_items(
     temperature: float,
     eps: float,
     log_q: Tensor | None,
-    items: Tensor,
+    pair_items: Tensor,
+    other_items: Tensor,
+    order: Tensor,
+    other_order: Tensor,
+    scratch: Tensor,
     stream: int,
     num_threads: int,
     /,
-) -> None:
-    """GPU: writes items int32 [T * (K + 1)], what the kernels take the ids for."""
+) -> int:
+    """GPU: items int32 [T * (K + 1)] of all pairs, as the kernels take the ids, ascending, and their places in order,
+    int32. 0: they lie in pair_items and order, 1: in the others."""
 
 def sampled_softmax_table(
     query: Tensor,
@@ -359,8 +381,8 @@ def in_batch_softmax_check(
     item_sequence_ids: Tensor | None,
     log_q: Tensor | None,
     temperature: float,
-    query_inverse: Tensor | None,
-    item_inverse: Tensor | None,
+    query_records: Tensor | None,
+    item_records: Tensor | None,
     eps: float,
     /,
 ) -> None: ...
@@ -373,8 +395,8 @@ def in_batch_softmax_forward(
     item_sequence_ids: Tensor | None,
     log_q: Tensor | None,
     temperature: float,
-    query_inverse: Tensor | None,
-    item_inverse: Tensor | None,
+    query_records: Tensor | None,
+    item_records: Tensor | None,
     similarity: Tensor,
     duplicate: Tensor | None,
     row0: int,
@@ -398,8 +420,8 @@ def in_batch_softmax_backward(
     item_sequence_ids: Tensor | None,
     log_q: Tensor | None,
     temperature: float,
-    query_inverse: Tensor | None,
-    item_inverse: Tensor | None,
+    query_records: Tensor | None,
+    item_records: Tensor | None,
     similarity: Tensor,
     duplicate: Tensor | None,
     row0: int,
@@ -413,30 +435,62 @@ def in_batch_softmax_backward(
 ) -> None:
     """Turns a tile of similarities into their gradient; on a GPU in the dtype of query, in the front of each row."""
 
+def in_batch_softmax_records(
+    query: Tensor,
+    items: Tensor,
+    item_ids: Tensor,
+    positives: Tensor,
+    sequence_ids: Tensor | None,
+    item_sequence_ids: Tensor | None,
+    log_q: Tensor | None,
+    temperature: float,
+    query_records: Tensor,
+    item_records: Tensor,
+    eps: float,
+    slots: Tensor,
+    stream: int,
+    num_threads: int,
+    /,
+) -> None:
+    """GPU: writes the records int32 [T, 4] and [X, 4] of sm80/in_batch_records.h. slots: int64, zeroed."""
+
 def in_batch_fused_splits(rows: Tensor, others: Tensor, /) -> int:
     """Splits of the other side for blocks of these rows; 0: there is no fused kernel for these tensors."""
 
 def in_batch_fused_forward(
     query: Tensor,
     items: Tensor,
+    item_ids: Tensor,
+    positives: Tensor,
+    sequence_ids: Tensor | None,
+    item_sequence_ids: Tensor | None,
+    log_q: Tensor | None,
+    temperature: float,
     query_records: Tensor,
     item_records: Tensor,
-    temperature: float,
     maximum: Tensor,
     sum: Tensor,
     positive_logit: Tensor,
+    loss: Tensor,
+    lse: Tensor,
     stream: int,
     num_threads: int,
     /,
 ) -> None:
-    """Maximum and sum float32 [splits, T] of every row's share of the items. Records: sm80/in_batch_fused.h."""
+    """Loss and lse float32 [T]. Scratch: maximum and sum float32 [splits, T], positive_logit float32 [T]."""
 
 def in_batch_fused_backward(
     query: Tensor,
     items: Tensor,
+    item_ids: Tensor,
+    positives: Tensor,
+    sequence_ids: Tensor | None,
+    item_sequence_ids: Tensor | None,
+    log_q: Tensor | None,
+    temperature: float,
     query_records: Tensor,
     item_records: Tensor,
-    temperature: float,
+    dloss: Tensor,
     lse: Tensor,
     gradient: Tensor,
     of_items: bool,
@@ -445,4 +499,4 @@ def in_batch_fused_backward(
     num_threads: int,
     /,
 ) -> None:
-    """Adds to the gradient float32 of the unit items [X, D], or of the unit queries [T, D]."""
+    """From rows of unit length: adds to the gradient float32 of the items [X, D], or of the queries [T, D]."""

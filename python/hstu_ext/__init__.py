@@ -1,6 +1,7 @@
 """HSTU attention for generative recommenders: compiled CPU and CUDA kernels for any PyTorch."""
 
 from hstu_ext._C import MissingKernelError, build_info, cells
+from hstu_ext.bias import RelativeBias
 from hstu_ext.ops.attention import hstu_attn_qkvpacked_func, hstu_attn_varlen_func
 from hstu_ext.ops.jagged import (
     dense_to_jagged,
@@ -19,6 +20,7 @@ __version__: str = build_info()["version"]
 
 __all__ = [
     "MissingKernelError",
+    "RelativeBias",
     "build_info",
     "cells",
     "dense_to_jagged",

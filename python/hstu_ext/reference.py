@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from hstu_ext.bias import RelativeBias
 from hstu_ext.masks import IntervalMask, Mask, TargetMask, WindowMask
 
 __all__ = ["attention"]
@@ -33,17 +34,18 @@ def attention(
     scaling_seqlen: int = -1,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    bias: RelativeBias | None = None,
 ) -> Tensor:
     """The definition of hstu_ext.hstu_attn_varlen_func, with the same arguments.
 
     For each sequence and head, with N = scaling_seqlen (-1: max_seqlen_q) and p = i + (Lk - Lq):
 
-        S_ij = alpha * (q_i . k_j + rab[p, j])
+        S_ij = alpha * (q_i . k_j + rab[p, j]) + bias_ij
         P_ij = keep(i, j) * silu(S_ij) / N
         out_i = sum_j P_ij v_j
 
-    All arithmetic is in the dtype of q. Rows that belong to no sequence, or that lie past seqused_q or max_seqlen_q,
-    are 0.
+    with the bias of hstu_ext.bias.RelativeBias. All arithmetic is in the dtype of q. Rows that belong to no sequence,
+    or that lie past seqused_q or max_seqlen_q, are 0.
     """
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     used_q, used_k = _to_list(seqused_q), _to_list(seqused_k)
@@ -76,7 +78,10 @@ def attention(
         scores = torch.einsum("ihd,jhd->hij", q[rows], k[keys])
         if rab is not None:
             scores = scores + rab[b, :, len_k - len_q : len_k, :len_k]
-        weights = torch.where(keep, silu(alpha * scores), 0) / scaling
+        scores = alpha * scores
+        if bias is not None:
+            scores = scores + bias.materialize(rows, keys).to(q.dtype)
+        weights = torch.where(keep, silu(scores), 0) / scaling
         out[rows] = torch.einsum("hij,jhd->ihd", weights, v[keys])
     return out
 

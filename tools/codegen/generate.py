@@ -33,7 +33,7 @@ LEGAL: dict[str, tuple[str | int, ...]] = {
     "dtype": ("bf16", "fp16"),
     "head_dim": (32, 64, 128, 256),
     "mask": ("window", "target", "interval"),
-    "bias": ("none", "rab"),
+    "bias": ("none", "rab", "relative"),
 }
 SM90_MASKS, SM90_BIASES = ("window", "target"), ("none",)  # sm80 serves the rest, on Hopper too
 ELEMENTS = {"bf16": "bf16", "fp16": "fp16"}
@@ -83,7 +83,7 @@ class Cell:
             element=element,
             head_dim=self.head_dim,
             mask=f"{self.mask.capitalize()}Mask",
-            bias="NoBias" if self.bias == "none" else f"{self.bias.capitalize()}Bias<{element}>",
+            bias={"none": "NoBias", "rab": f"RabBias<{element}>", "relative": "RelativeBias<float>"}[self.bias],
         )
 
     @property

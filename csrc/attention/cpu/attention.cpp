@@ -115,7 +115,8 @@ int threads_for(const Params& p, int64_t work) {
 
 struct BackwardItem {
     QueryBlocks blocks;
-    char* partial;  // nullptr: the item has the whole sequence and head, and a partial of its worker's
+    char* partial;      // nullptr: the item has the whole sequence and head, and a partial of its worker's
+    size_t tables = 0;  // offset of what it adds to the gradients of the tables
 };
 
 // A sequence and head whose query blocks are shared out to several items.
@@ -153,6 +154,41 @@ BackwardPlan plan_backward(const Params& p, DType dtype, const Kernels& kernels)
         }
     }
     return plan;
+}
+
+// Bytes of an item's share of the gradients of the tables, as relative.h lays it out.
+size_t table_bytes(const BackwardParams& p, DType dtype, int batch) {
+    const Sequence s(p, batch);
+    const int64_t entries =
+        (p.dposition ? int64_t{s.len_q} + s.len_k : 0) + (p.dtime ? int64_t{p.relative.num_buckets} + 1 : 0);
+    return entries * (dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
+}
+
+// Sums the items' shares, in the order of the items, into the gradients of the tables.
+template <class C>
+void finish_tables(const BackwardParams& p, const std::vector<BackwardItem>& items, const char* shares) {
+    const Relative& relative = p.relative;
+    const auto sum = [&](void* gradient, int64_t head_stride, int64_t entries, const auto& add) {
+        if (gradient == nullptr) return;
+        for (int head = 0; head < (head_stride ? p.heads : 1); ++head) {
+            std::vector<double> total(entries);
+            for (const BackwardItem& item : items)
+                if (head_stride == 0 || item.blocks.head == head)
+                    add(Sequence(p, item.blocks.batch), reinterpret_cast<const C*>(shares + item.tables), total.data());
+            for (int64_t i = 0; i < entries; ++i)
+                static_cast<C*>(gradient)[head * head_stride + i] = static_cast<C>(total[i] * p.inv_scaling_fp64);
+        }
+    };
+    sum(p.dposition, p.dposition_head_stride, 2 * int64_t{relative.reach} + 1,
+        [&](const Sequence& s, const C* share, double* total) {
+            for (int64_t i = 0, distance = 1 - int64_t{s.len_q}; i < int64_t{s.len_q} + s.len_k - 1; ++i, ++distance)
+                total[clamp_to<int64_t>(distance, -relative.reach, relative.reach) + relative.reach] += share[i];
+        });
+    sum(p.dtime, p.dtime_head_stride, int64_t{relative.num_buckets} + 1,
+        [&](const Sequence& s, const C* share, double* total) {
+            if (p.dposition) share += int64_t{s.len_q} + s.len_k;
+            for (int b = 0; b <= relative.num_buckets; ++b) total[b] += share[b];
+        });
 }
 
 }  // namespace
@@ -193,6 +229,14 @@ void backward(const BackwardParams& p, DType dtype, MaskKind mask) {
             items.push_back({{split.batch, split.head, i, split.count}, partials.at(split.offset + i * bytes)});
     }
     for (const QueryBlocks& blocks : plan.whole) items.push_back({blocks, nullptr});
+    const bool tables_wanted = p.dposition || p.dtime;
+    size_t shares_bytes = 0;
+    if (tables_wanted)
+        for (BackwardItem& item : items) {
+            item.tables = shares_bytes;
+            shares_bytes += table_bytes(p, dtype, item.blocks.batch);
+        }
+    const Buffer shares(shares_bytes);
 
     const int threads = threads_for(p, total_work(p));
     const size_t scratch_bytes = kernels.backward_scratch(p, dtype), worker_bytes = scratch_bytes + plan.whole_bytes;
@@ -201,7 +245,8 @@ void backward(const BackwardParams& p, DType dtype, MaskKind mask) {
         const BackwardItem& item = items[i];
         char* memory = scratch.at(worker * worker_bytes);
         char* partial = item.partial != nullptr ? item.partial : memory + scratch_bytes;
-        kernels.backward(p, dtype, mask, item.blocks, partial, memory);
+        kernels.backward(p, dtype, mask, item.blocks, partial, tables_wanted ? shares.at(item.tables) : nullptr,
+                         memory);
         if (item.partial == nullptr)
             kernels.finish(p, dtype, item.blocks.batch, item.blocks.head, partial, 1, 0,
                            Sequence(p, item.blocks.batch).len_k);
@@ -223,6 +268,11 @@ void backward(const BackwardParams& p, DType dtype, MaskKind mask) {
         kernels.finish(p, dtype, item.split->batch, item.split->head, partials.at(item.split->offset),
                        item.split->count, item.row0, item.rows);
     });
+    if (!tables_wanted) return;
+    if (dtype == DType::kFloat64)
+        finish_tables<double>(p, items, shares.at(0));
+    else
+        finish_tables<float>(p, items, shares.at(0));
 }
 
 std::vector<std::string> built_variants() {

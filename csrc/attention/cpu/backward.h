@@ -20,13 +20,14 @@ struct BackwardScratch {
     QueryPanel<C> q, dout;
     KeyPanel<C> k, v;
     QueryPanel<C> rab;
+    RelativePanel<C> relative;
     C* p;   // [kBlockK, kBlockQ]: S^T, then P^T
     C* g;   // [kBlockK, kBlockQ]: dP^T, then G^T
     C* dq;  // [kBlockQ, padded(dim_qk)]
 
     BackwardScratch(Arena& arena, const Params& params)
         : q(arena, params.dim_qk), dout(arena, params.dim_v), k(arena, params.dim_qk), v(arena, params.dim_v),
-          rab(arena, params.rab.data ? kBlockK : 0), p(arena.take<C>(kBlockK * kBlockQ)),
+          rab(arena, params.rab.data ? kBlockK : 0), relative(arena, params), p(arena.take<C>(kBlockK * kBlockQ)),
           g(arena.take<C>(kBlockK * kBlockQ)), dq(arena.take<C>(int64_t{kBlockQ} * q.stride())) {}
 };
 
@@ -40,9 +41,10 @@ struct Partial {
           dv(arena.take<C>(int64_t{len_k} * padded<C>(p.dim_v))) {}
 };
 
-// One key's row of a tile: (q.k, dO.v) becomes (P, G), 0 where masked. rab may be nullptr.
+// One key's row of a tile: (q.k, dO.v) becomes (P, G), 0 where masked. rab and bias may be nullptr.
 template <class C>
-static void differentiate(const Tile& tile, int key, VectorSpan span, C alpha, const C* rab, C* p, C* g) {
+static void differentiate(const Tile& tile, int key, VectorSpan span, C alpha, const C* rab, const C* bias, C* p,
+                          C* g) {
     clear_outside(p, span);
     clear_outside(g, span);
     for (int v = span.begin; v < span.end; ++v) {
@@ -50,6 +52,7 @@ static void differentiate(const Tile& tile, int key, VectorSpan span, C alpha, c
         Vector<C> s = load(p + row);
         if (rab != nullptr) s += load(rab + row);
         s *= alpha;
+        if (bias != nullptr) s += load(bias + row);
         const Vector<C> sigma = sigmoid<C>(s);
         Vector<C> silu = s * sigma;
         Vector<C> grad = (sigma + silu * (C(1) - sigma)) * load(g + row);
@@ -78,7 +81,7 @@ static void backward_tile(const Tile& tile, C alpha, const BackwardScratch<C>& s
                                        {s.dout.transposed + first, kBlockQ}, {g + first, kBlockQ}, false);
         for (int i = 0; i < keys; ++i)
             differentiate<C>(tile, key + i, span, alpha, s.rab.dim ? s.rab.transposed + (key + i) * kBlockQ : nullptr,
-                             p + i * kBlockQ, g + i * kBlockQ);
+                             s.relative.row(key + i), p + i * kBlockQ, g + i * kBlockQ);
         const int64_t col = tile.col0 + key;
         multiply<Layout::kRowMajor, C>(keys, width_v / kLanes<C>, rows.size(), {p + rows.begin, kBlockQ},
                                        {s.dout.rows + rows.begin * width_v, width_v},
@@ -104,7 +107,8 @@ static void write_drab(const Tile& tile, const BackwardScratch<C>& s, C scale, T
 }
 
 template <class T, class Mask>
-static void backward_blocks(const BackwardParams& p, const QueryBlocks& blocks, void* partial_memory, void* memory) {
+static void backward_blocks(const BackwardParams& p, const QueryBlocks& blocks, void* partial_memory,
+                            void* table_memory, void* memory) {
     using C = Compute<T>;
     const int head = blocks.head;
     const Sequence sequence(p, blocks.batch);
@@ -116,6 +120,7 @@ static void backward_blocks(const BackwardParams& p, const QueryBlocks& blocks, 
     const Partial<C> partial(partial_arena, p, sequence.len_k);
     std::memset(partial_memory, 0, partial_arena.used());
     BackwardScratch<C> s(arena, p);
+    const TablePartial<C> tables(p, sequence, table_memory);
 
     for (int row0 = blocks.first * kBlockQ; row0 < sequence.len_q; row0 += blocks.step * kBlockQ) {
         const int rows = min_of(kBlockQ, sequence.len_q - row0);
@@ -126,7 +131,9 @@ static void backward_blocks(const BackwardParams& p, const QueryBlocks& blocks, 
             s.k.pack(p.k.at<const T>(sequence.k_begin + tile.col0, head), p.k.row_stride, tile.cols);
             s.v.pack(p.v.at<const T>(sequence.k_begin + tile.col0, head), p.v.row_stride, tile.cols);
             if (p.rab.data != nullptr) pack_rab(RabBias<T>(p, sequence, blocks.batch, head), tile, s.rab);
+            if (p.relative) pack_relative(RelativeBias<C>(p, sequence, blocks.batch, head), tile, s.relative);
             backward_tile<C>(tile, static_cast<C>(p.alpha_fp64), s, partial);
+            if (table_memory != nullptr) add_table_gradients(tile, sequence.len_k, s.g, s.relative.buckets, tables);
             if (p.drab.data != nullptr)
                 write_drab(tile, s, scale, p.drab.at<T>(blocks.batch, head, row0 + offset) + tile.col0,
                            p.drab.row_stride);

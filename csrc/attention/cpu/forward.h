@@ -1,6 +1,6 @@
 // Forward of one query block:
 //
-//   O_i = inv_scaling * sum_j keep(i, j) silu(S_ij) v_j,   S_ij = alpha (q_i . k_j + rab_ij)
+//   O_i = inv_scaling * sum_j keep(i, j) silu(S_ij) v_j,   S_ij = alpha (q_i . k_j + rab_ij) + bias_ij
 //
 // The block's queries are packed once, transposed [dim_qk, kBlockQ]. For every key tile that the mask does not rule out,
 // K and V are packed as rows, then
@@ -10,8 +10,7 @@
 // so that nothing but the queries is ever transposed. Sums are fp32 (fp64 for fp64); inv_scaling is applied at the end.
 #pragma once
 
-#include "attention/bias.h"
-#include "attention/cpu/tile.h"
+#include "attention/cpu/relative.h"
 
 namespace hstu::attention::cpu::HSTU_CPU_VARIANT {
 
@@ -20,12 +19,14 @@ struct ForwardScratch {
     QueryPanel<C> q;
     KeyPanel<C> k, v;
     QueryPanel<C> rab;
+    RelativePanel<C> relative;
     C* scores;  // [kBlockK, kBlockQ]
     C* out;     // [kBlockQ, padded(dim_v)]
 
     ForwardScratch(Arena& arena, const Params& p)
         : q(arena, p.dim_qk), k(arena, p.dim_qk), v(arena, p.dim_v), rab(arena, p.rab.data ? kBlockK : 0),
-          scores(arena.take<C>(kBlockK * kBlockQ)), out(arena.take<C>(int64_t{kBlockQ} * v.stride())) {}
+          relative(arena, p), scores(arena.take<C>(kBlockK * kBlockQ)),
+          out(arena.take<C>(int64_t{kBlockQ} * v.stride())) {}
 };
 
 // The rab values of a tile, transposed as the scores are.
@@ -52,15 +53,16 @@ HSTU_CPU_INLINE void clear_outside(C* row, VectorSpan computed) {
     for (int v = computed.end; v < kBlockQ / kLanes<C>; ++v) store(row + v * kLanes<C>, Vector<C>{});
 }
 
-// One key's row of a tile: q.k becomes silu(alpha (q.k + rab)), 0 where masked. rab may be nullptr.
+// One key's row of a tile: q.k becomes silu(alpha (q.k + rab) + bias), 0 where masked. rab and bias may be nullptr.
 template <class C>
-static void activate(const Tile& tile, int key, VectorSpan span, C alpha, const C* rab, C* scores) {
+static void activate(const Tile& tile, int key, VectorSpan span, C alpha, const C* rab, const C* bias, C* scores) {
     clear_outside(scores, span);
     for (int v = span.begin; v < span.end; ++v) {
         const int row = v * kLanes<C>;
         Vector<C> s = load(scores + row);
         if (rab != nullptr) s += load(rab + row);
         s *= alpha;
+        if (bias != nullptr) s += load(bias + row);
         Vector<C> p = s * sigmoid<C>(s);
         if (!tile.full) p = lanes_of<C>(tile.queries[key] >> row) ? p : Vector<C>{};
         store(scores + row, p);
@@ -79,7 +81,7 @@ static void forward_tile(const Tile& tile, C alpha, const ForwardScratch<C>& s) 
                                        {scores + first, kBlockQ}, false);
         for (int i = 0; i < keys; ++i)
             activate<C>(tile, key + i, span, alpha, s.rab.dim ? s.rab.transposed + (key + i) * kBlockQ : nullptr,
-                        scores + i * kBlockQ);
+                        s.relative.row(key + i), scores + i * kBlockQ);
     }
     const int width = s.v.stride();
     for (int g = 0, row = 0; row < tile.rows; ++g, row += kGroup) {
@@ -105,6 +107,7 @@ static void forward_block(const Params& p, int batch, int head, int block, void*
         s.k.pack(p.k.at<const T>(sequence.k_begin + tile.col0, head), p.k.row_stride, tile.cols);
         s.v.pack(p.v.at<const T>(sequence.k_begin + tile.col0, head), p.v.row_stride, tile.cols);
         if (p.rab.data != nullptr) pack_rab(RabBias<T>(p, sequence, batch, head), tile, s.rab);
+        if (p.relative) pack_relative(RelativeBias<C>(p, sequence, batch, head), tile, s.relative);
         forward_tile<C>(tile, static_cast<C>(p.alpha_fp64), s);
     });
     write_rows(s.out, s.v.stride(), rows, p.dim_v, static_cast<C>(p.inv_scaling_fp64),

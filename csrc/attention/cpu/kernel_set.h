@@ -70,11 +70,11 @@ static void forward(const Params& p, DType dtype, MaskKind mask, int batch, int 
 }
 
 static void backward(const BackwardParams& p, DType dtype, MaskKind mask, const QueryBlocks& blocks, void* partial,
-                     void* scratch) {
+                     void* tables, void* scratch) {
     with_type(dtype, [&](auto type) {
         with_mask(mask, [&](auto mask_type) {
             backward_blocks<typename decltype(type)::Type, typename decltype(mask_type)::Type>(p, blocks, partial,
-                                                                                               scratch);
+                                                                                               tables, scratch);
         });
     });
 }

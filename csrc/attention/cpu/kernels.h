@@ -29,8 +29,10 @@ struct Kernels {
 
     // Rows of out in query block `block`.
     void (*forward)(const Params&, DType, MaskKind, int batch, int head, int block, void* scratch);
-    // Rows of dq (and drab) in the query blocks, and what these blocks add to dK and dV, into `partial`.
-    void (*backward)(const BackwardParams&, DType, MaskKind, const QueryBlocks&, void* partial, void* scratch);
+    // Rows of dq (and drab) in the query blocks, and what these blocks add to dK and dV, into `partial`, and to the
+    // tables of the relative bias, into `tables` (relative.h; nullptr: not wanted).
+    void (*backward)(const BackwardParams&, DType, MaskKind, const QueryBlocks&, void* partial, void* tables,
+                     void* scratch);
     // Rows [row0, row0 + rows) of dk and dv: the sum of `count` partials that lie one after the other, left in the first.
     void (*finish)(const BackwardParams&, DType, int batch, int head, void* partials, int count, int row0, int rows);
 };

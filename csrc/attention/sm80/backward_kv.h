@@ -1,7 +1,7 @@
 // HSTU attention backward, key-stationary: dK, dV and, unless a separate pass computes it, dQ.
 //
 //   dV_j = sum_i P_ij dO_i      G_ij = keep(i, j) silu'(S_ij) / N (dO_i.v_j)
-//   dK_j = alpha sum_i G_ij q_i     dQ_i = alpha sum_j G_ij k_j     drab_ij = alpha G_ij
+//   dK_j = alpha sum_i G_ij q_i     dQ_i = alpha sum_j G_ij k_j     drab_ij = alpha G_ij     dbias_ij = G_ij
 //
 // One block: one head, `cols` keys of one sequence; it walks over the query rows that keep any of them, `rows` at a
 // time. K and V stay in shared memory, Q and dO come through a two-stage ring. A step has two barriers: the first
@@ -16,6 +16,7 @@
 #include "attention/bias.h"
 #include "attention/sm80/block_order.h"
 #include "attention/sm80/plan.h"
+#include "attention/sm80/relative_gradient.h"
 #include "attention/sm80/tile.h"
 #include "attention/tile_config.h"
 #include "common/cuda_launch.h"
@@ -75,6 +76,45 @@ __device__ __forceinline__ void differentiate(typename Grid::Acc& s, typename Gr
     }
 }
 
+// The same with a relative bias, piece by piece; with kSums the sums of G by bucket and distance are taken.
+template <class Grid, bool kSums, class Mask, class Bias>
+__device__ __forceinline__ void differentiate_relative(typename Grid::Acc& s, typename Grid::Acc& dp, const Mask& mask,
+                                                       const Bias& bias, float alpha, const TableGradients* gradients,
+                                                       TimeSums* time_sums, int row0, int rows, int col0, int cols) {
+    constexpr int kSize = Bias::kPieceSize;
+    const bool full = mask.is_full(row0, rows, col0, cols), sum_times = kSums && gradients->time != nullptr;
+    const int packed = bias.buckets(row0, col0);
+    typename Bias::Band band = {};
+#pragma unroll
+    for (int piece = 0; piece < Bias::kPieces; ++piece) {
+        const PieceBuckets in = Bias::unpack(packed, piece);
+        float grad[kSize];
+        int bucket[kSize];
+        bias.template add_piece<kSums>(s, in, piece, band, row0, col0, 0.5f * alpha, bucket);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+            float& x = s.x[Bias::m(i)][2 * piece + Bias::n(i)][Bias::half(i) * 2 + Bias::c(i)];
+            float& g = dp.x[Bias::m(i)][2 * piece + Bias::n(i)][Bias::half(i) * 2 + Bias::c(i)];
+            const SiluAndSlope silu = silu_and_slope_of_twice(x);
+            x = silu.value;
+            g *= silu.slope;
+            if (!full) {
+                const int row = row0 + Grid::row() + Bias::m(i) * 16 + Bias::half(i) * 8 + lane() / 4;
+                const int col = col0 + Grid::col() + (2 * piece + Bias::n(i)) * 8 + lane() % 4 * 2 + Bias::c(i);
+                const bool kept = mask.row(row).keeps(col);
+                x = kept ? x : 0.0f;
+                g = kept ? g : 0.0f;
+            }
+            grad[i] = g;
+        }
+        if constexpr (kSums) {
+            if (sum_times) time_sums->add_piece(in, grad, bucket);
+        }
+    }
+    if constexpr (kSums)
+        add_distances<Grid>(dp, *gradients, row0 + Grid::row() + bias.offset - col0 - Grid::col(), bias.reach);
+}
+
 // First scratch tile of a sequence: sequences own whole tiles, at most total_q / rows + batch in all.
 template <class Config>
 __device__ __forceinline__ int64_t first_accum_tile(const Sequence& seq, int b) {
@@ -127,7 +167,9 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
     if (col0 >= seq.len_k) return;
 
     const Mask mask(p, seq, b, head);
-    const Bias bias(p, seq, b, head);
+    const BlockBias<Bias, ScoreGrid, false> bias(p, seq, b, head, col0);
+    const TableGradients table_gradients(p, head);
+    TimeSums time_sums;
     // A direct dQ needs every row stored; a reduced one needs rows aligned to the scratch tiles.
     const Spans rows = plan == DqPlan::kDirect ? Spans{{0, seq.len_q}, {}} : mask.q_range(col0, kCols);
     const TileWalk walk(aligned(rows, kRows), kRows);
@@ -162,7 +204,11 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
                                      RightRows<KTile>(shared.k(), ScoreGrid::col()));
             matmul<T, kHeadDim / 16>(dp, LeftRows<QTile>(shared.dout(t % kStages), ScoreGrid::row()),
                                      RightRows<KTile>(shared.v(), ScoreGrid::col()));
-            differentiate<T, ScoreGrid>(s, dp, mask, bias, p, p.drab, b, head, row0, kRows, col0, kCols);
+            if constexpr (Bias::kKind == BiasKind::kRelative)
+                differentiate_relative<ScoreGrid, true>(s, dp, mask, bias, p.alpha, &table_gradients, &time_sums, row0,
+                                                        kRows, col0, kCols);
+            else
+                differentiate<T, ScoreGrid>(s, dp, mask, bias, p, p.drab, b, head, row0, kRows, col0, kCols);
             ScoreGrid::template store<T>(s, shared.p());
             ScoreGrid::template store<T>(dp, shared.ds());
         }
@@ -193,6 +239,8 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
                                                 seq.len_q - row0, p.dim_qk);
         }
     }
+
+    if constexpr (Bias::kKind == BiasKind::kRelative) time_sums.flush(table_gradients, bias.num_buckets);
 
     cute::cp_async_wait<0>();
     __syncthreads();

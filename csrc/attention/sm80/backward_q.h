@@ -45,7 +45,7 @@ __device__ __forceinline__ void backward_q_block(const BackwardParams& p, BlockO
     if (row0 >= seq.len_q) return;
 
     const Mask mask(p, seq, b, head);
-    const Bias bias(p, seq, b, head);
+    const BlockBias<Bias, ScoreGrid, true> bias(p, seq, b, head, row0);
     const TileWalk walk(mask.kv_range(row0, kRows), kCols);
     const T* k = p.k.at<T>(seq.k_begin, head);
     const T* v = p.v.at<T>(seq.k_begin, head);
@@ -73,7 +73,11 @@ __device__ __forceinline__ void backward_q_block(const BackwardParams& p, BlockO
         dp.clear();
         matmul<T, kHeadDim / 16>(s, q, RightRows<KTile>(shared.k(t & 1), 0));
         matmul<T, kHeadDim / 16>(dp, dout, RightRows<KTile>(shared.v(t & 1), 0));
-        differentiate<T, ScoreGrid>(s, dp, mask, bias, p, Dense{}, b, head, row0, kRows, walk[t], kCols);
+        if constexpr (Bias::kKind == BiasKind::kRelative)
+            differentiate_relative<ScoreGrid, false>(s, dp, mask, bias, p.alpha, nullptr, nullptr, row0, kRows, walk[t],
+                                                     kCols);
+        else
+            differentiate<T, ScoreGrid>(s, dp, mask, bias, p, Dense{}, b, head, row0, kRows, walk[t], kCols);
         Registers<ScoreGrid::kM, kCols / 16> g;
 #pragma unroll
         for (int step = 0; step < kCols / 16; ++step) convert_step<T>(g, dp, step);

@@ -1,6 +1,6 @@
 // HSTU attention forward, mma.sync + cp.async (compute capability 8.0 and later).
 //
-//   O_i = 1/N sum_j keep(i, j) silu(alpha (q_i.k_j + rab_ij)) v_j
+//   O_i = 1/N sum_j keep(i, j) silu(alpha (q_i.k_j + rab_ij) + bias_ij) v_j
 //
 // One block: one head, `rows` queries of one sequence. Q stays in shared memory (or registers); K and V tiles of `cols`
 // keys come through a two-stage ring, the next pair being fetched while this one is used; a single barrier a step both
@@ -13,6 +13,7 @@
 #include "attention/activation.h"
 #include "attention/bias.h"
 #include "attention/sm80/block_order.h"
+#include "attention/sm80/relative.h"
 #include "attention/sm80/tile.h"
 #include "attention/tile_config.h"
 #include "common/cuda_launch.h"
@@ -41,7 +42,8 @@ struct ForwardGrids {
     using Out = WarpGrid<Config::rows, kHeadDim, kWarpsM, Config::warps_n>;
 };
 
-// S -> P N = silu(alpha (S + rab)), 0 where masked, in ranges of elements that can be interleaved with products.
+// S -> P N = silu(alpha (S + rab)), 0 where masked, in ranges of elements that can be interleaved with products. With a
+// relative bias, which is added to a whole tile, S comes as (alpha S + bias) / 2.
 template <class Grid, class Mask, class Bias, bool kMasked>
 struct Activation {
     static constexpr int kPiece = Grid::kM * 8;  // this thread's elements in 16 columns, numbered one after another
@@ -64,7 +66,7 @@ struct Activation {
                 if constexpr (Bias::kKind == BiasKind::kRab) x += static_cast<float>(bias.at(row, col));
                 if constexpr (kMasked) x = mask.row(row).keeps(col) ? x : 0.0f;
             }
-            x = silu_of_twice(half_alpha * x);
+            x = silu_of_twice(Bias::kKind == BiasKind::kRelative ? x : half_alpha * x);
         }
     }
     // Part `step` of `steps` of elements [from, to).
@@ -72,6 +74,18 @@ struct Activation {
         (*this)(from + (to - from) * step / steps, from + (to - from) * (step + 1) / steps);
     }
 };
+
+// S -> (alpha S + bias) / 2 with a relative bias, 0 where masked: the activation after it tests nothing, so that this long
+// piece of code stands in a kernel once.
+template <class Grid, class Config, class Mask, class Bias>
+__device__ __forceinline__ void add_relative(typename Grid::Acc& s, const Mask& mask, const Bias& bias, int row0,
+                                             int col0, float half_alpha) {
+    bias.add(s, row0, col0, half_alpha);
+    if (mask.is_full(row0, Config::rows, col0, Config::cols)) return;
+    Grid::for_each(
+        s, [&](int row) { return mask.row(row0 + row); },
+        [&](const auto& rule, int, int col, float& x) { x = rule.keeps(col0 + col) ? x : 0.0f; });
+}
 
 // out += P V for one tile of keys, P staying in registers; values_ready() is called before V is read. The activation of
 // 16 keys runs among the products of the 16 keys before (or, where Q is in registers, already among the products that
@@ -93,7 +107,7 @@ __device__ __forceinline__ void attend(Out& out, const Q& q, KTile k, KTile v, c
     };
     const RightRows<KTile> keys(k, 0);
     const RightColumns<KTile> values(v, 0);
-    if constexpr (Config::q_in_registers) {
+    if constexpr (Config::q_in_registers && Bias::kKind != BiasKind::kRelative) {
         matmul_by_columns<T>(s, q, keys, [&](int step) {
             if (step >= kSteps) activate_piece(step / kSteps - 1, step % kSteps, kSteps);
         });
@@ -101,7 +115,12 @@ __device__ __forceinline__ void attend(Out& out, const Q& q, KTile k, KTile v, c
         values_ready();
         matmul_by_rows<T>(out, weights, values);
     } else {
-        matmul<T, kSteps>(s, q, keys);
+        if constexpr (Config::q_in_registers)
+            matmul_by_columns<T>(s, q, keys);
+        else
+            matmul<T, kSteps>(s, q, keys);
+        if constexpr (Bias::kKind == BiasKind::kRelative)
+            add_relative<Grid, Config>(s, mask, bias, row0, col0, 0.5f * alpha);
         activate_piece(0, 0, 1);
         values_ready();
         constexpr int kPairs = Out::kN / 2;
@@ -149,11 +168,16 @@ __device__ __forceinline__ void walk_keys(Out& out, const Shared& shared, const 
                 run(q_shared);
         };
         // Of a tile that the block needs in part, this warp's rows may need nothing.
-        if (mask.is_full(row0, Config::rows, walk[t], Config::cols))
+        const bool full = mask.is_full(row0, Config::rows, walk[t], Config::cols);
+        const bool needed = full || t == 0 || !Mask::kCheapRanges ||
+                            overlaps(mask.kv_range(warp_row0, Out::kM * 16), walk[t], Config::cols);
+        if constexpr (Bias::kKind == BiasKind::kRelative) {
+            if (needed) step(std::false_type{});
+        } else if (full) {
             step(std::false_type{});
-        else if (t == 0 || !Mask::kCheapRanges ||
-                 overlaps(mask.kv_range(warp_row0, Out::kM * 16), walk[t], Config::cols))
+        } else if (needed) {
             step(std::true_type{});
+        }
     }
 }
 
@@ -172,6 +196,8 @@ __device__ __forceinline__ void walk_keys_ahead(Out& out, const Shared& shared, 
     const auto score = [&](typename Grid::Acc& s, int t) {
         s.clear();
         matmul<T, kHeadDim / 16>(s, q, RightRows<typename Shared::KTile>(shared.k(t & 1), Grid::col()));
+        if constexpr (Bias::kKind == BiasKind::kRelative)
+            add_relative<Grid, Config>(s, mask, bias, row0, walk[t], 0.5f * alpha);
     };
     const auto add_values = [&](int t, const auto& meanwhile) {
         matmul<T, Config::cols / 16>(out, LeftRows<typename Shared::PTile>(shared.p(t & 1), OutGrid::row()),
@@ -179,7 +205,7 @@ __device__ __forceinline__ void walk_keys_ahead(Out& out, const Shared& shared, 
     };
     // Calls `run` with the activation of tile t, masked or not.
     const auto with_activation = [&](typename Grid::Acc& s, int t, const auto& run) {
-        if (mask.is_full(row0, Config::rows, walk[t], Config::cols))
+        if (Bias::kKind == BiasKind::kRelative || mask.is_full(row0, Config::rows, walk[t], Config::cols))
             run(Activation<Grid, Mask, Bias, false>{s, mask, bias, row0, walk[t], 0.5f * alpha});
         else
             run(Activation<Grid, Mask, Bias, true>{s, mask, bias, row0, walk[t], 0.5f * alpha});
@@ -219,6 +245,7 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
     constexpr int kRows = Config::rows, kCols = Config::cols, kThreads = Config::warps * 32;
     using Shared = ForwardShared<kHeadDim, Config>;
     using OutGrid = typename ForwardGrids<kHeadDim, Config>::Out;
+    using ScoreGrid = typename ForwardGrids<kHeadDim, Config>::Score;
     extern __shared__ __align__(128) unsigned char shared_memory[];
     const Shared shared{static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory))};
 
@@ -230,7 +257,7 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
     if (row0 >= seq.len_q) return;
 
     const Mask mask(p, seq, b, head);
-    const Bias bias(p, seq, b, head);
+    const BlockBias<Bias, ScoreGrid, true> bias(p, seq, b, head, row0);
     const TileWalk walk(mask.kv_range(row0, kRows), kCols);
     const T* k = p.k.at<T>(seq.k_begin, head);
     const T* v = p.v.at<T>(seq.k_begin, head);

@@ -12,7 +12,7 @@ static void l2norm_rows(const L2NormParams& p, int64_t begin, int64_t end, void*
     for (int64_t row = begin; row < end; ++row) {
         const C* x = as_compute(row_of<const T>(p.x, row), p.dim, buffer);
         const Norm<C> norm(dot(x, x, p.dim), p.eps);
-        store_sum(x, norm.inverse, x, C(0), p.dim, row_of<T>(p.out, row));
+        store_scaled(x, norm.inverse, p.dim, row_of<T>(p.out, row));
     }
 }
 

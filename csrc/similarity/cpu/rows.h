@@ -54,21 +54,53 @@ HSTU_CPU_INLINE const float* as_compute(const T* row, int64_t dim, float* buffer
     return buffer;
 }
 
-// to[d] = from[d] * scale + other[d] * other_scale, rounded to the tensor's type.
-template <class T, class C>
-HSTU_CPU_INLINE void store_sum(const C* from, C scale, const C* other, C other_scale, int64_t dim, T* to) {
+template <class C>
+struct EightOf {
+    typedef C Type __attribute__((vector_size(8 * sizeof(C))));
+};
+template <class C>
+using Eight = typename EightOf<C>::Type;
+
+// The first `count` of eight elements, then zeros.
+template <class C>
+HSTU_CPU_INLINE Eight<C> load_eight(const C* from, int64_t count) {
+    Eight<C> x = {};
+    if (count >= 8)
+        std::memcpy(&x, from, sizeof(x));
+    else
+        std::memcpy(&x, from, count * sizeof(C));
+    return x;
+}
+
+// to[d] = sum(d, count), a vector of the elements from d on, of which the first `count` count; rounded to T.
+template <class C, class T, class Sum>
+HSTU_CPU_INLINE void store_eights(int64_t dim, T* to, const Sum& sum) {
     C wide[8];
     int64_t d = 0;
     for (; d + 8 <= dim; d += 8) {
-        for (int i = 0; i < 8; ++i) wide[i] = from[d + i] * scale + other[d + i] * other_scale;
+        const Eight<C> x = sum(d, 8);
+        std::memcpy(wide, &x, sizeof(x));
         store8(wide, to + d);
     }
     if (d < dim) {
         T rest[8];
-        for (int i = 0; i < 8; ++i) wide[i] = d + i < dim ? from[d + i] * scale + other[d + i] * other_scale : C(0);
+        const Eight<C> x = sum(d, dim - d);
+        std::memcpy(wide, &x, sizeof(x));
         store8(wide, rest);
         std::memcpy(to + d, rest, (dim - d) * sizeof(T));
     }
+}
+
+template <class T, class C>
+HSTU_CPU_INLINE void store_scaled(const C* from, C scale, int64_t dim, T* to) {
+    store_eights<C>(dim, to, [&](int64_t d, int64_t count) { return load_eight(from + d, count) * scale; });
+}
+
+template <class T, class C>
+HSTU_CPU_INLINE void store_sum(const C* from, C scale, const C* other, C other_scale, int64_t dim, T* to) {
+    store_eights<C>(dim, to, [&](int64_t d, int64_t count) {
+        return load_eight(from + d, count) * scale + load_eight(other + d, count) * other_scale;
+    });
 }
 
 template <class C>

@@ -1,7 +1,8 @@
 // The in-batch softmax with its matrix products (mma.sync + cp.async), on queries q_i and items e_j:
 //
 //     l_ij = cos(q_i, e_j) / temperature - log_q[j], over the positive and every item that is kept as a negative
-//     forward: maximum and sum of exponentials of every row;  backward: G_ij = scale_i (exp(l_ij - lse_i) - [j = positive])
+//     forward: maximum and sum of exponentials of every row
+//     backward: G_ij = dloss_i / temperature (exp(l_ij - lse_i) - [j = positive])
 //     gradient of unit queries G e, of unit items G^T q
 //
 // One block: kRows rows of one side, which stay in shared memory, and a share of the other side in tiles of kCols rows,
@@ -28,7 +29,7 @@ struct FusedShared {
     using ColTile = Tile<kCols, kDim>;
     using ScoreTile = Tile<kRows, kCols>;
     static constexpr int kRing = RowTile::kBytes, kScores = kRing + 2 * ColTile::kBytes;
-    static constexpr int kRecords = kScores + ScoreTile::kBytes, kBytes = kRecords + 2 * kCols * 20;
+    static constexpr int kRecords = kScores + ScoreTile::kBytes, kBytes = kRecords + 2 * kCols * 24;
 
     uint32_t base;
     __device__ RowTile rows() const { return {base}; }
@@ -38,19 +39,20 @@ struct FusedShared {
 
 using ScoreGrid = WarpGrid<kRows, kCols, 4, 2>;
 
-// A query outside of all scales to 0 and has no positive; an item outside of all has a logit of -inf.
+// A query outside of all has no positive and no weight; an item outside of all has a logit of -inf.
 __device__ __forceinline__ QueryRecord query_record(const InBatchFused& p, int64_t t) {
     return t < p.queries ? p.query_records[t] : QueryRecord{-1, -1, -1, 0.0f};
 }
 __device__ __forceinline__ ItemRecord item_record(const InBatchFused& p, int64_t j) {
     return j < p.items ? p.item_records[j] : ItemRecord{-2, -2, INFINITY, 0.0f};
 }
-__device__ __forceinline__ float lse_of(const InBatchFused& p, int64_t t) {
-    return t < p.queries ? p.lse[t] : INFINITY;
-}
 
-__device__ __forceinline__ bool is_masked(const QueryRecord& query, const ItemRecord& item) {
-    return query.positive_id == item.id || query.sequence == item.sequence;
+// What a query's weights are made of: G_ij = scale (exp(l_ij - lse) - [j = positive]).
+struct Weight {
+    float lse, scale;
+};
+__device__ __forceinline__ Weight weight_of(const InBatchFused& p, int64_t t) {
+    return t < p.queries ? Weight{p.lse[t], p.dloss[t] * p.inv_temperature} : Weight{INFINITY, 0.0f};
 }
 
 // This block's tiles of the other side.
@@ -177,6 +179,19 @@ __global__ void __launch_bounds__(kThreads, 1) in_batch_forward_kernel(const __g
     }
 }
 
+// One thread: one query, whose shares it puts together.
+__global__ void __launch_bounds__(kThreads) in_batch_finish_kernel(const __grid_constant__ InBatchFused p) {
+    const int64_t t = blockIdx.x * int64_t{kThreads} + threadIdx.x;
+    if (t >= p.queries) return;
+    float top = -INFINITY, total = 0.0f;
+    for (int split = 0; split < p.splits; ++split) top = fmaxf(top, p.maximum[split * p.queries + t]);
+    const float shift = top == -INFINITY ? 0.0f : top;
+    for (int split = 0; split < p.splits; ++split)
+        total += p.sum[split * p.queries + t] * expf(p.maximum[split * p.queries + t] - shift);
+    p.lse[t] = top + logf(total);
+    p.loss[t] = p.lse[t] - p.positive_logit[t];
+}
+
 __device__ __forceinline__ void add_pair(float* to, float a, float b) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(a), "f"(b) : "memory");
@@ -195,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 1) in_batch_backward_kernel(const __
     const Shared shared{static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory))};
     QueryRecord* const queries = reinterpret_cast<QueryRecord*>(shared_memory + Shared::kRecords);  // [2][kCols], or
     ItemRecord* const items = reinterpret_cast<ItemRecord*>(shared_memory + Shared::kRecords);      // the same of items
-    float* const lses = reinterpret_cast<float*>(shared_memory + Shared::kRecords + 2 * kCols * 16);  // [2][kCols]
+    Weight* const weights = reinterpret_cast<Weight*>(shared_memory + Shared::kRecords + 2 * kCols * 16);  // [2][kCols]
     const int64_t row0 = int64_t{blockIdx.x} * kRows;
     const int64_t row_count = kOfItems ? p.items : p.queries, col_count = kOfItems ? p.queries : p.items;
     const Matrix& row_matrix = kOfItems ? p.item : p.query;
@@ -204,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 1) in_batch_backward_kernel(const __
 
     using RowRecord = std::conditional_t<kOfItems, ItemRecord, QueryRecord>;
     RowRecord row_records[ScoreGrid::kM * 2];
-    float row_lse[ScoreGrid::kM * 2];
+    Weight row_weights[ScoreGrid::kM * 2];
 #pragma unroll
     for (int i = 0; i < ScoreGrid::kM * 2; ++i) {
         const int64_t row = row0 + ScoreGrid::row() + i * 8 + lane() / 4;
@@ -212,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 1) in_batch_backward_kernel(const __
             row_records[i] = item_record(p, row);
         } else {
             row_records[i] = query_record(p, row);
-            row_lse[i] = lse_of(p, row);
+            row_weights[i] = weight_of(p, row);
         }
     }
     const auto load = [&](int tile) {
@@ -222,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, 1) in_batch_backward_kernel(const __
         if (threadIdx.x >= kCols) return;
         if constexpr (kOfItems) {
             queries[place] = query_record(p, first + threadIdx.x);
-            lses[place] = lse_of(p, first + threadIdx.x);
+            weights[place] = weight_of(p, first + threadIdx.x);
         } else {
             items[place] = item_record(p, first + threadIdx.x);
         }
@@ -250,28 +265,29 @@ __global__ void __launch_bounds__(kThreads, 1) in_batch_backward_kernel(const __
                 for (int c = 0; c < 2; ++c) {
                     const int col = col0 + n * 8 + c, place = (tile & 1) * kCols + col;
                     std::conditional_t<kOfItems, QueryRecord, ItemRecord> other;
-                    float col_lse = 0.0f;
+                    Weight col_weight{};
                     if constexpr (kOfItems)
-                        other = queries[place], col_lse = lses[place];
+                        other = queries[place], col_weight = weights[place];
                     else
                         other = items[place];
 #pragma unroll
                     for (int i = 0; i < ScoreGrid::kM * 2; ++i) {
                         const int row = static_cast<int>(row0) + ScoreGrid::row() + i * 8 + lane() / 4;
-                        const auto pair = [&](const QueryRecord& query, const ItemRecord& item, int j, float lse) {
+                        const auto pair = [&](const QueryRecord& query, const ItemRecord& item, int j,
+                                              const Weight& of_query) {
                             float& x = scores.x[i / 2][n][i % 2 * 2 + c];
                             const bool is_positive = j == query.positive;
-                            float weight = __expf(x * p.inv_temperature - item.log_q - lse);
+                            float weight = __expf(x * p.inv_temperature - item.log_q - of_query.lse);
                             if (is_positive)
                                 weight -= 1.0f;
                             else if (is_masked(query, item))
                                 weight = 0.0f;
-                            x = weight * query.scale;
+                            x = weight * of_query.scale;
                         };
                         if constexpr (kOfItems)
-                            pair(other, row_records[i], row, col_lse);
+                            pair(other, row_records[i], row, col_weight);
                         else
-                            pair(row_records[i], other, tile * kCols + col, row_lse[i]);
+                            pair(row_records[i], other, tile * kCols + col, row_weights[i]);
                     }
                 }
             }
@@ -338,13 +354,14 @@ int in_batch_splits(int64_t rows, int64_t others, int64_t dim, int device) {
     return best;
 }
 
-void in_batch_fused_forward(const InBatchFused& p, DType dtype, void* stream) {
+void in_batch_fused_forward(const InBatchFused& p, DType dtype, void* stream_handle) {
+    const auto stream = static_cast<cudaStream_t>(stream_handle);
     dispatch(dtype, p.dim, [&](auto element, auto dim) {
         constexpr int kDim = decltype(dim)::value;
         launch_grid<in_batch_forward_kernel<decltype(element), kDim>>(grid_of(p.queries, p.splits), kThreads,
-                                                                      FusedShared<kDim>::kBytes, p.device,
-                                                                      static_cast<cudaStream_t>(stream), p);
+                                                                      FusedShared<kDim>::kBytes, p.device, stream, p);
     });
+    launch<in_batch_finish_kernel>(ceil_div<int64_t>(p.queries, kThreads), kThreads, 0, p.device, stream, p);
 }
 
 void in_batch_fused_backward(const InBatchFused& p, DType dtype, bool of_items, void* stream_handle) {

@@ -4,19 +4,9 @@
 #include <cstdint>
 
 #include "common/dtype.h"
-#include "similarity/params.h"
+#include "similarity/sm80/in_batch_records.h"
 
 namespace hstu::similarity::sm80 {
-
-// What the kernels ask of a query and of an item, besides their rows. Ids and sequences are numbered from 0.
-struct alignas(16) QueryRecord {
-    int positive_id, sequence, positive;  // sequence -1: none
-    float scale;  // forward: 1 / (norm temperature); backward: the gradient of s_ij / (p - [j = +])
-};
-struct alignas(16) ItemRecord {
-    int id, sequence;      // sequence -2: none
-    float log_q, inverse;  // inverse: 1 / norm, forward only
-};
 
 struct InBatchFused {
     int64_t queries, items, dim;
@@ -27,7 +17,9 @@ struct InBatchFused {
     float* maximum;         // [splits, T]
     float* sum;             // [splits, T]
     float* positive_logit;  // [T]
-    const float* lse;       // [T]
+    float* loss;            // [T], written by the forward like lse
+    float* lse;             // [T]
+    const float* dloss;     // [T], backward only
     float* gradient;        // [T or X, D], added to: of unit queries, or of unit items
     int splits, device;
 };

@@ -16,6 +16,7 @@
 #include <cmath>
 
 #include "common/cuda_launch.h"
+#include "similarity/sm80/in_batch_records.h"
 
 namespace hstu::similarity::sm80 {
 namespace {
@@ -25,8 +26,8 @@ constexpr int kThreads = 256, kRows = 4, kAhead = 4, kStep = kThreads * kAhead;
 // The rows of one block: all that a logit depends on besides its column.
 struct RowGroup {
     int64_t first;  // in the tile
-    int64_t positive[kRows], positive_id[kRows], sequence[kRows];
-    float factor[kRows], positive_inverse[kRows];
+    QueryRecord query[kRows];
+    float positive_inverse[kRows];
     const float* similarity[kRows];
     const float* duplicate[kRows];
     int count;
@@ -35,12 +36,9 @@ struct RowGroup {
         count = static_cast<int>(min_of<int64_t>(kRows, p.rows - first));
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-            const int64_t row = first + min_of(r, count - 1), t = p.row0 + row;
-            positive[r] = clamp_to<int64_t>(p.positives[t], 0, p.items - 1);
-            positive_id[r] = p.item_ids[positive[r]];
-            factor[r] = static_cast<const float*>(p.query_inverse)[t] * static_cast<float>(p.inv_temperature);
-            positive_inverse[r] = static_cast<const float*>(p.item_inverse)[positive[r]];
-            sequence[r] = p.query_sequences ? p.query_sequences[t] : 0;
+            const int64_t row = first + min_of(r, count - 1);
+            query[r] = static_cast<const QueryRecord*>(p.query_records)[p.row0 + row];
+            positive_inverse[r] = static_cast<const ItemRecord*>(p.item_records)[query[r].positive].inverse;
             similarity[r] = static_cast<const float*>(p.similarity.data) + row * p.similarity.stride;
             duplicate[r] =
                 p.duplicate.data ? static_cast<const float*>(p.duplicate.data) + row * p.duplicate.stride : nullptr;
@@ -51,16 +49,15 @@ struct RowGroup {
 // logits[r] of column `col` of the tile, -inf where masked.
 __device__ __forceinline__ void logits_of(const InBatchParams& p, const RowGroup& rows, int64_t col,
                                           float (&logits)[kRows]) {
-    const int64_t item = p.col0 + col, id = p.item_ids[item], sequence = p.item_sequences ? p.item_sequences[item] : 0;
-    const float log_q = p.log_q ? static_cast<const float*>(p.log_q)[item] : 0.0f;
-    const float inverse = static_cast<const float*>(p.item_inverse)[item], threshold = static_cast<float>(p.threshold);
+    const ItemRecord item = static_cast<const ItemRecord*>(p.item_records)[p.col0 + col];
+    const float threshold = static_cast<float>(p.threshold);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
         const bool masked =
-            id == rows.positive_id[r] || (p.item_sequences && sequence == rows.sequence[r]) ||
-            (rows.duplicate[r] && rows.duplicate[r][col] * inverse * rows.positive_inverse[r] > threshold);
-        const float logit = rows.similarity[r][col] * inverse * rows.factor[r] - log_q;
-        logits[r] = masked && item != rows.positive[r] ? -INFINITY : logit;
+            is_masked(rows.query[r], item) ||
+            (rows.duplicate[r] && rows.duplicate[r][col] * item.inverse * rows.positive_inverse[r] > threshold);
+        const float logit = rows.similarity[r][col] * item.inverse * rows.query[r].scale - item.log_q;
+        logits[r] = masked && p.col0 + col != rows.query[r].positive ? -INFINITY : logit;
     }
 }
 
@@ -87,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) in_batch_forward_kernel(const __grid
                 logits_of(p, rows, col, logits[i]);
 #pragma unroll
                 for (int r = 0; r < kRows; ++r)
-                    if (p.col0 + col == rows.positive[r] && r < rows.count)
+                    if (p.col0 + col == rows.query[r].positive && r < rows.count)
                         static_cast<float*>(p.positive_logit)[p.row0 + rows.first + r] = logits[i][r];
             } else {
 #pragma unroll
@@ -157,7 +154,8 @@ __global__ void __launch_bounds__(kThreads) in_batch_backward_kernel(const __gri
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {
                 if (r >= rows.count) continue;
-                const float weight = expf(logits[i][r] - lse[r]) - (p.col0 + col == rows.positive[r] ? 1.0f : 0.0f);
+                const float weight =
+                    expf(logits[i][r] - lse[r]) - (p.col0 + col == rows.query[r].positive ? 1.0f : 0.0f);
                 gradient[r][col] = static_cast<T>(weight * scale[r]);
             }
         }

@@ -6,6 +6,8 @@
 // of shared memory too, in an order that the row's length alone decides. Nothing is shared between groups.
 #include "similarity/sm80/l2norm.h"
 
+#include <type_traits>
+
 #include "common/cuda_launch.h"
 #include "similarity/sm80/rows.h"
 
@@ -88,11 +90,12 @@ __global__ void __launch_bounds__(kThreads) l2norm_kernel(const L2NormParams p, 
     });
 }
 
-template <class T, int kWidth, int kLanes>
+// D: of dout, T or float.
+template <class T, class D, int kWidth, int kLanes>
 __global__ void __launch_bounds__(kThreads) l2norm_backward_kernel(const L2NormParams p, float inverse_eps) {
     const Place<T, kWidth, kLanes> place(p);
     const T* const from = row_of<const T>(p.x, place.row);
-    const T* const dout = row_of<const T>(p.dout, place.row);
+    const D* const dout = row_of<const D>(p.dout, place.row);
     T* const to = row_of<T>(p.out, place.row);
 
     typename decltype(place.group)::Row x, dx;
@@ -123,42 +126,46 @@ __global__ void __launch_bounds__(kThreads) l2norm_backward_kernel(const L2NormP
     });
 }
 
-template <bool kBackward, class T, int kWidth, int kLanes>
-void launch_rows(const L2NormParams& p, int device, void* stream) {
-    constexpr auto kKernel = kBackward ? &l2norm_backward_kernel<T, kWidth, kLanes> : &l2norm_kernel<T, kWidth, kLanes>;
+// D: void in the forward.
+template <class T, class D, int kWidth, int kLanes>
+void launch_rows(const L2NormParams& p, int device, void* stream_handle) {
     const int64_t blocks = ceil_div<int64_t>(p.rows, kThreads / kLanes);
-    launch<kKernel>(blocks, kThreads, 0, device, static_cast<cudaStream_t>(stream), p, static_cast<float>(1 / p.eps));
+    const auto stream = static_cast<cudaStream_t>(stream_handle);
+    const auto inverse_eps = static_cast<float>(1 / p.eps);
+    if constexpr (std::is_void_v<D>)
+        launch<&l2norm_kernel<T, kWidth, kLanes>>(blocks, kThreads, 0, device, stream, p, inverse_eps);
+    else
+        launch<&l2norm_backward_kernel<T, D, kWidth, kLanes>>(blocks, kThreads, 0, device, stream, p, inverse_eps);
 }
 
-template <bool kBackward, class T, int kWidth>
+template <class T, class D, int kWidth>
 void launch_vectors(const L2NormParams& p, int device, void* stream) {
     const int64_t vectors = ceil_div<int64_t>(p.dim, kWidth);
-    if (vectors <= 8 * kCached) return launch_rows<kBackward, T, kWidth, 8>(p, device, stream);
-    if (vectors <= 32 * kCached) return launch_rows<kBackward, T, kWidth, 32>(p, device, stream);
-    launch_rows<kBackward, T, kWidth, kThreads>(p, device, stream);
+    if (vectors <= 8 * kCached) return launch_rows<T, D, kWidth, 8>(p, device, stream);
+    if (vectors <= 32 * kCached) return launch_rows<T, D, kWidth, 32>(p, device, stream);
+    launch_rows<T, D, kWidth, kThreads>(p, device, stream);
 }
 
-template <bool kBackward>
-void launch_l2norm(const L2NormParams& p, DType dtype, int device, void* stream) {
-    with_element_type(dtype, [&](auto zero) {
-        using T = decltype(zero);
-        constexpr int kWidth = 16 / sizeof(T);
-        const bool vectors = has_vectors(p.x, p.dim, kWidth, sizeof(T)) &&
-                             has_vectors(p.dout, p.dim, kWidth, sizeof(T)) &&
-                             has_vectors(p.out, p.dim, kWidth, sizeof(T));
-        vectors ? launch_vectors<kBackward, T, kWidth>(p, device, stream)
-                : launch_vectors<kBackward, T, 1>(p, device, stream);
-    });
+template <class T, class D>
+void launch_l2norm(const L2NormParams& p, int device, void* stream) {
+    constexpr int kWidth = 16 / sizeof(T), kDoutBytes = sizeof(std::conditional_t<std::is_void_v<D>, T, D>);
+    const bool vectors = has_vectors(p.x, p.dim, kWidth, sizeof(T)) && has_vectors(p.dout, p.dim, kWidth, kDoutBytes) &&
+                         has_vectors(p.out, p.dim, kWidth, sizeof(T));
+    vectors ? launch_vectors<T, D, kWidth>(p, device, stream) : launch_vectors<T, D, 1>(p, device, stream);
 }
 
 }  // namespace
 
 void l2norm(const L2NormParams& p, DType dtype, int device, void* stream) {
-    launch_l2norm<false>(p, dtype, device, stream);
+    with_element_type(dtype, [&](auto zero) { launch_l2norm<decltype(zero), void>(p, device, stream); });
 }
 
-void l2norm_backward(const L2NormParams& p, DType dtype, int device, void* stream) {
-    launch_l2norm<true>(p, dtype, device, stream);
+void l2norm_backward(const L2NormParams& p, DType dtype, DType dout_dtype, int device, void* stream) {
+    with_element_type(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        if (dout_dtype == dtype) return launch_l2norm<T, T>(p, device, stream);
+        if constexpr (!std::is_same_v<T, float>) launch_l2norm<T, float>(p, device, stream);
+    });
 }
 
 }  // namespace hstu::similarity::sm80

@@ -7,6 +7,7 @@
 namespace hstu::similarity::sm80 {
 
 void l2norm(const L2NormParams& params, DType dtype, int device, void* stream);
-void l2norm_backward(const L2NormParams& params, DType dtype, int device, void* stream);
+// dout is of dtype or float32.
+void l2norm_backward(const L2NormParams& params, DType dtype, DType dout_dtype, int device, void* stream);
 
 }  // namespace hstu::similarity::sm80

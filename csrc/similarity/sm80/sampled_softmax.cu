@@ -6,8 +6,8 @@
 //   dtable[v] = J_table[v](sum of dloss_t w_tj q_t over the pairs (t, j) of item v)
 //
 // The forward reads every row of the table once, and while it has it in registers adds it to what becomes dquery, under
-// a running maximum; that leaves the backward one product with dloss. The backward sorts the pairs by item (in torch,
-// stably), cuts them into chunks and adds up each in its order; no sum depends on how the work was scheduled.
+// a running maximum; that leaves the backward one product with dloss. The backward sorts the pairs by item
+// (sampled_sort.cu), cuts them into chunks and adds up each in its order; no sum depends on how the work was scheduled.
 #include "similarity/sm80/sampled_softmax.h"
 
 #include "common/cuda_launch.h"
@@ -227,11 +227,6 @@ __global__ void __launch_bounds__(kThreads) sampled_forward_any_kernel(const Sam
     finish_row(p, t, lane, softmax, factor);
 }
 
-__global__ void __launch_bounds__(kThreads) sampled_items_kernel(const SampledParams p, int32_t* items) {
-    const int64_t count = p.samples + 1, place = blockIdx.x * int64_t{kThreads} + threadIdx.x;
-    if (place < p.rows * count) items[place] = p.inside(p.item(place / count, place % count));
-}
-
 // Whether the pairs at `place` and before it have one item.
 __device__ __forceinline__ bool joined(const SampledTableParams& p, int64_t place) {
     return place > 0 && place < p.pairs && p.pair_items[place - 1] == p.pair_items[place];
@@ -267,8 +262,8 @@ __global__ void __launch_bounds__(kThreads) sampled_sum_kernel(const SampledTabl
         uint32_t t = 0;
         float weight = 0;
         if (lane < count) {
-            const int64_t pair = p.order[place];
-            t = static_cast<uint32_t>(pair) / pairs_a_query;
+            const uint32_t pair = p.order[place];
+            t = pair / pairs_a_query;
             weight = p.dsimilarity[pair] * p.dloss[t];
         }
         const unsigned ends = __ballot_sync(kAllLanes, lane < count && (place + 1 == end || !joined(p, place + 1)));
@@ -438,11 +433,6 @@ void sampled_softmax_forward(const SampledForwardParams& p, DType dtype, int dev
             launch<&sampled_forward_any_kernel<T>>(ceil_div<int64_t>(p.rows, kWarps), kThreads, 0, device, stream, p,
                                                    Scale(p));
     });
-}
-
-void sampled_softmax_items(const SampledParams& p, int32_t* items, int device, void* stream) {
-    launch<&sampled_items_kernel>(ceil_div<int64_t>(p.rows * (p.samples + 1), kThreads), kThreads, 0, device,
-                                  static_cast<cudaStream_t>(stream), p, items);
 }
 
 void sampled_softmax_table(const SampledTableParams& p, DType dtype, int device, void* stream_handle) {

@@ -1,5 +1,6 @@
 #include "similarity/sm80/topk.h"
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 
@@ -11,9 +12,9 @@ namespace {
 
 using namespace hstu::attention::sm80;  // tiles and warp-level products
 
-constexpr int kTileItems = kTopkTileItems, kStages = 3, kThreads = 256, kSelectThreads = 512;
-constexpr int kNarrowKeys = 32, kNarrowWarps = 4;  // keys of a lane, rows of a block of the narrow selection
-constexpr int kListed = 112;  // candidates that a block of the scan collects before it appends them
+constexpr int kTileItems = kTopkTileItems, kThreads = 256, kWarps = kThreads / 32;
+constexpr int kListed = 12;  // candidates that a warp of the scan keeps until the next tile
+constexpr int kKeys = 16, kNarrowThreads = 128, kWideThreads = 512;  // keys of a thread of a selection
 
 // ---- Candidates ----
 
@@ -65,29 +66,32 @@ __device__ __forceinline__ void append(const TopkScan& p, int64_t row, int slot,
 struct Round {
     int64_t begin, end;     // positions [begin, end) of all tiles
     int64_t tiles, stride;  // have no factor in common
-    bool is_dense;          // more candidates than a list takes are expected of a tile
+    bool is_first;          // there is no threshold: every item is a candidate, in the slot of its place in the round
+    bool is_dense;          // nearly more candidates than a list takes are expected of a tile
 
     HSTU_HOST_DEVICE int64_t operator[](int64_t position) const { return position * stride % tiles; }
 };
 
-// Candidates on their way from a block of the scan to their rows. An addition to a row's count in global memory takes as
-// long as a tenth of a tile's products, so they are made together, once in a few tiles. An entry is the score, and below
-// it the block's number of the tile, the row and the column.
-struct List {
-    int count;
+// Candidates on their way from the warps of a scan to their rows, where a slot must be asked for. The answer takes as
+// long as a tenth of a tile's products, so it is asked for before the products of the next tile and used after them.
+template <int kStages>
+struct Lists {
     int64_t first_items[kStages];  // of the tile in a stage of the ring
-    uint64_t entries[kListed];
+    uint64_t keys[kWarps][kListed];
+    uint8_t rows[kWarps][kListed];
 };
 
 template <class T, int kRows>
 struct ScanShared {
+    static constexpr int kStages = kRows == 128 ? 3 : 5;
     using Panel = Tile<kRows, 64>;  // 64 columns of the queries
     using ItemPanel = Tile<kTileItems, 64>;
 
     uint32_t base;
     int panels;
+    __host__ __device__ static int lists(int panels) { return panels * Panel::kBytes + kStages * ItemPanel::kBytes; }
     __host__ __device__ static int bytes(int panels) {
-        return panels * Panel::kBytes + kStages * ItemPanel::kBytes + static_cast<int>(sizeof(List));
+        return lists(panels) + static_cast<int>(sizeof(Lists<kStages>));
     }
     __device__ Panel query(int panel) const { return {base + panel * Panel::kBytes}; }
     __device__ ItemPanel items(int stage) const { return {base + panels * Panel::kBytes + stage * ItemPanel::kBytes}; }
@@ -104,69 +108,88 @@ __device__ __forceinline__ bool qualifies(const TopkScan& p, int64_t row, int64_
     return score > least || candidate(p, item, score, p.thresholds[row]) != 0;
 }
 
-// Appends what four neighbouring lanes found in one row, with one addition to its count.
-__device__ __noinline__ void append_row(const TopkScan& p, int64_t row, int64_t item0, int col0, const float* scores,
-                                        uint32_t found, float least) {
-    uint32_t beaten = 0;
-    for (uint32_t rest = found; rest; rest &= rest - 1) {
-        const int i = __ffs(rest) - 1;
-        if (qualifies(p, row, item0 + column(col0, i), scores[i], least)) beaten |= 1u << i;
+// Appends what the thread found in its rows, every eighth from `row` on. The four lanes of a row make one addition to its
+// count, and the additions of all rows are under way at once.
+template <int kRowCount, int kCount>
+__device__ __noinline__ void append_rows(const TopkScan& p, int64_t row, int64_t item0, int col0,
+                                         const float (&scores)[kRowCount][kCount], const uint32_t (&found)[kRowCount],
+                                         const float (&least)[kRowCount]) {
+    uint32_t beaten[kRowCount];
+    int slot[kRowCount];
+#pragma unroll
+    for (int r = 0; r < kRowCount; ++r) {
+        beaten[r] = 0;
+        for (uint32_t rest = found[r]; rest; rest &= rest - 1) {
+            const int i = __ffs(rest) - 1;
+            if (qualifies(p, row + r * 8, item0 + column(col0, i), scores[r][i], least[r])) beaten[r] |= 1u << i;
+        }
+        __syncwarp();
+        const int count = __popc(beaten[r]), neighbour = __shfl_xor_sync(0xffffffffu, count, 1);
+        const int pair = count + neighbour, other_pair = __shfl_xor_sync(0xffffffffu, pair, 2);
+        slot[r] = (lane() & 1 ? neighbour : 0) + (lane() & 2 ? other_pair : 0);
+        if (lane() % 4 == 0 && pair + other_pair > 0) slot[r] = atomicAdd(p.counts + row + r * 8, pair + other_pair);
     }
-    __syncwarp();
-    const int count = __popc(beaten), neighbour = __shfl_xor_sync(0xffffffffu, count, 1);
-    const int pair = count + neighbour, other_pair = __shfl_xor_sync(0xffffffffu, pair, 2);
-    int slot = 0;
-    if (lane() % 4 == 0 && pair + other_pair > 0) slot = atomicAdd(p.counts + row, pair + other_pair);
-    slot = __shfl_sync(0xffffffffu, slot, lane() & ~3) + (lane() & 1 ? neighbour : 0) + (lane() & 2 ? other_pair : 0);
-    for (; beaten; beaten &= beaten - 1) {
-        const int i = __ffs(beaten) - 1;
-        append(p, row, slot++, key_of(scores[i], item0 + column(col0, i)));
+#pragma unroll
+    for (int r = 0; r < kRowCount; ++r) {
+        const int first = __shfl_sync(0xffffffffu, slot[r], lane() & ~3);
+        int to = first + (lane() % 4 == 0 ? 0 : slot[r]);
+        for (; beaten[r]; beaten[r] &= beaten[r] - 1) {
+            const int i = __ffs(beaten[r]) - 1;
+            append(p, row + r * 8, to++, key_of(scores[r][i], item0 + column(col0, i)));
+        }
     }
 }
 
-// Puts them on the block's list, or where that is full appends them one by one. True: the list is half full.
-__device__ __noinline__ bool list_row(const TopkScan& p, List& list, int64_t row0, int row, int64_t item0, int number,
-                                      int col0, const float* scores, uint32_t found, float least) {
-    bool is_filling = false;
-    for (; found; found &= found - 1) {
-        const int i = __ffs(found) - 1, col = column(col0, i);
-        if (!qualifies(p, row0 + row, item0 + col, scores[i], least)) continue;
-        const int slot = number < 1 << 18 ? atomicAdd(&list.count, 1) : kListed;
-        is_filling |= slot >= kListed / 2;
-        if (slot < kListed)
-            list.entries[slot] = uint64_t{__float_as_uint(scores[i])} << 32 | static_cast<uint32_t>(number) << 14 |
-                                 static_cast<uint32_t>(row) << 7 | static_cast<uint32_t>(col);
-        else
-            append(p, row0 + row, atomicAdd(p.counts + row0 + row, 1), key_of(scores[i], item0 + col));
+// The keys of all items of a tile, one beside the other from `slot0` on; 0 for those that can be no candidates.
+template <int kRowCount, int kCount>
+__device__ __noinline__ void place_rows(const TopkScan& p, int64_t row, int64_t item0, int slot0, int col0,
+                                        const float (&scores)[kRowCount][kCount], const float (&least)[kRowCount]) {
+#pragma unroll
+    for (int r = 0; r < kRowCount; ++r) {
+        if (least[r] > 0) continue;  // outside
+#pragma unroll
+        for (int i = 0; i < kCount; i += 2) {
+            const int64_t col = column(col0, i);
+            const ulonglong2 keys{candidate(p, item0 + col, scores[r][i], 0),
+                                  candidate(p, item0 + col + 1, scores[r][i + 1], 0)};
+            *reinterpret_cast<ulonglong2*>(p.keys + (row + r * 8) * p.capacity + slot0 + col) = keys;
+        }
     }
-    return is_filling;
 }
 
-// By the whole block, while nobody adds to the list.
-__device__ __noinline__ void empty_list(const TopkScan& p, const Round& round, List& list, int64_t row0) {
-    __syncthreads();
-    if (threadIdx.x < min_of(list.count, kListed)) {
-        const uint64_t entry = list.entries[threadIdx.x];
-        const uint32_t place = static_cast<uint32_t>(entry);
-        const int64_t row = row0 + (place >> 7 & 127);
-        const int64_t position = round.begin + blockIdx.y + int64_t{place >> 14} * gridDim.y;
-        const uint64_t key = key_of(__uint_as_float(entry >> 32), round[position] * kTileItems + (place & 127));
-        append(p, row, atomicAdd(p.counts + row, 1), key);
+// Puts what the warp found in its rows on its list, from `listed` on; what does not fit is appended at once. Returns how
+// many there are then.
+__device__ __noinline__ int list_row(const TopkScan& p, uint64_t* keys, uint8_t* rows, int64_t row0, int row,
+                                     int64_t item0, int col0, const float* scores, uint32_t found, float least,
+                                     int listed) {
+    while (__any_sync(0xffffffffu, found != 0)) {
+        const int i = max_of(__ffs(found) - 1, 0);
+        const int64_t item = item0 + column(col0, i);
+        const bool is_candidate = found != 0 && qualifies(p, row0 + row, item, scores[i], least);
+        const uint32_t candidates = __ballot_sync(0xffffffffu, is_candidate);
+        if (is_candidate) {
+            const int slot = listed + __popc(candidates & ((1u << lane()) - 1));
+            const uint64_t key = key_of(scores[i], item);
+            if (slot < kListed)
+                keys[slot] = key, rows[slot] = static_cast<uint8_t>(row);
+            else
+                append(p, row0 + row, atomicAdd(p.counts + row0 + row, 1), key);
+        }
+        listed += __popc(candidates);
+        found &= found - 1;
     }
-    __syncthreads();
-    if (threadIdx.x == 0) list.count = 0;
-    __syncthreads();
+    return listed;
 }
 
 // One block: kRows queries, which stay in shared memory, and every gridDim.y-th tile of the round. Panels of 64 columns
 // of the items come through a ring of kStages; one barrier a panel publishes the one that has landed and frees the one
 // to be refilled. Scores are fp32 accumulators; a row is looked at element by element only where its best one qualifies.
-// The first barrier of a tile also closes the list of candidates of the tile before.
 template <class T, int kRows, int kWarpsM>
 __global__ void __launch_bounds__(kThreads, 2)
     topk_scan_kernel(const __grid_constant__ TopkScan p, const __grid_constant__ Round round) {
     using Shared = ScanShared<T, kRows>;
-    using Grid = WarpGrid<kRows, kTileItems, kWarpsM, kThreads / 32 / kWarpsM>;
+    using Grid = WarpGrid<kRows, kTileItems, kWarpsM, kWarps / kWarpsM>;
+    constexpr int kStages = Shared::kStages;
     extern __shared__ __align__(128) unsigned char shared_memory[];
     const int dim = static_cast<int>(p.dim), panels = ceil_div(dim, 64);
     const Shared shared{static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory)), panels};
@@ -182,12 +205,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     int64_t next = round.begin + blockIdx.y, next_tile = round[next];
     const int64_t tile_step = round[gridDim.y];
     int next_panel = 0, next_stage = 0;
-    List& list = *reinterpret_cast<List*>(shared_memory + Shared::bytes(panels) - sizeof(List));
-    if (threadIdx.x == 0) list.count = 0;
+    auto& lists = *reinterpret_cast<Lists<kStages>*>(shared_memory + Shared::lists(panels));
+    uint64_t* const keys = lists.keys[warp()];
+    uint8_t* const key_rows = lists.rows[warp()];
     const auto load_next = [&] {
         if (next < round.end) {
             const int64_t item0 = next_tile * kTileItems;
-            if (threadIdx.x == 0) list.first_items[next_stage] = item0;
+            if (threadIdx.x == 0) lists.first_items[next_stage] = item0;
             load_tile<kThreads>(shared.items(next_stage), catalogue + item0 * p.catalogue.stride + next_panel * 64,
                                 p.catalogue.stride, static_cast<int>(min_of<int64_t>(kTileItems, p.items - item0)),
                                 dim - next_panel * 64);
@@ -208,46 +232,69 @@ __global__ void __launch_bounds__(kThreads, 2)
         least[i] = row < rows ? least_score(p.thresholds[row0 + row]) : INFINITY;
     }
 
-    int stage = 0, number = 0;
-    bool is_filling = false;  // what this thread has seen of the list
-    for (int64_t position = round.begin + blockIdx.y; position < round.end; position += gridDim.y, ++number) {
+    int stage = 0, listed = 0;
+    for (int64_t position = round.begin + blockIdx.y; position < round.end; position += gridDim.y) {
+        const bool has_key = lane() < listed;
+        int slot = 0;
+        if (has_key) slot = atomicAdd(p.counts + row0 + key_rows[lane()], 1);
         typename Grid::Acc scores;
         scores.clear();
         int64_t item0 = 0;
         for (int panel = 0; panel < panels; ++panel) {
             cute::cp_async_wait<kStages - 2>();
-            const bool is_half_full = __syncthreads_or(is_filling);
+            __syncthreads();
             load_next();
-            if (panel == 0) item0 = list.first_items[stage];
-            if (is_half_full) empty_list(p, round, list, row0);
-            is_filling = false;
+            if (panel == 0) item0 = lists.first_items[stage];
             matmul<T, 4>(scores, LeftRows<typename Shared::Panel>(shared.query(panel), Grid::row()),
                          RightRows<typename Shared::ItemPanel>(shared.items(stage), Grid::col()));
             stage = stage + 1 == kStages ? 0 : stage + 1;
         }
-        const int col0 = Grid::col() + lane() % 4 * 2;
+        if (has_key) append(p, row0 + key_rows[lane()], slot, keys[lane()]);
+        __syncwarp();
+        listed = 0;
+
+        constexpr int kRowCount = Grid::kM * 2, kCount = Grid::kN * 2;
+        const int col0 = Grid::col() + lane() % 4 * 2, row = Grid::row() + lane() / 4;
+        uint32_t found[kRowCount], any = 0;
 #pragma unroll
-        for (int m = 0; m < Grid::kM; ++m) {
+        for (int r = 0; r < kRowCount; ++r) {
+            found[r] = 0;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                uint32_t found = 0;
-#pragma unroll
-                for (int i = 0; i < Grid::kN * 2; ++i)
-                    found |= scores.x[m][i / 2][half * 2 + i % 2] >= least[m * 2 + half] ? 1u << i : 0;
-                if (!__any_sync(0xffffffffu, found != 0)) continue;
-                float row_scores[Grid::kN * 2];
-#pragma unroll
-                for (int i = 0; i < Grid::kN * 2; ++i) row_scores[i] = scores.x[m][i / 2][half * 2 + i % 2];
-                const int row = Grid::row() + m * 16 + half * 8 + lane() / 4;
-                if (round.is_dense)
-                    append_row(p, row0 + row, item0, col0, row_scores, found, least[m * 2 + half]);
-                else
-                    is_filling |=
-                        list_row(p, list, row0, row, item0, number, col0, row_scores, found, least[m * 2 + half]);
-            }
+            for (int i = 0; i < kCount; ++i)
+                found[r] |= scores.x[r / 2][i / 2][r % 2 * 2 + i % 2] >= least[r] ? 1u << i : 0;
+            any |= found[r];
         }
+        if (!round.is_first && !__any_sync(0xffffffffu, any != 0)) continue;
+        if (round.is_first || round.is_dense) {
+            float copy[kRowCount][kCount];
+#pragma unroll
+            for (int r = 0; r < kRowCount; ++r) {
+#pragma unroll
+                for (int i = 0; i < kCount; ++i) copy[r][i] = scores.x[r / 2][i / 2][r % 2 * 2 + i % 2];
+            }
+            if (round.is_first)
+                place_rows(p, row0 + row, item0, static_cast<int>(position) * kTileItems, col0, copy, least);
+            else
+                append_rows(p, row0 + row, item0, col0, copy, found, least);
+            continue;
+        }
+#pragma unroll
+        for (int r = 0; r < kRowCount; ++r) {
+            if (!__any_sync(0xffffffffu, found[r] != 0)) continue;
+            float copy[kCount];
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) copy[i] = scores.x[r / 2][i / 2][r % 2 * 2 + i % 2];
+            listed = list_row(p, keys, key_rows, row0, row + r * 8, item0, col0, copy, found[r], least[r], listed);
+        }
+        listed = min_of(listed, kListed);
+        __syncwarp();
     }
-    empty_list(p, round, list, row0);
+    if (lane() < listed) {
+        const int64_t to = row0 + key_rows[lane()];
+        append(p, to, atomicAdd(p.counts + to, 1), keys[lane()]);
+    }
+    if (round.is_first && blockIdx.y == 0 && threadIdx.x < rows)
+        p.counts[row0 + threadIdx.x] = static_cast<int>(round.end - round.begin) * kTileItems;
 }
 
 // The same for scores that are there already: a warp takes kAhead x 32 columns of a row with one addition to its count.
@@ -311,42 +358,69 @@ __device__ __forceinline__ void sort_descending(uint64_t* keys, int size) {
     __syncthreads();
 }
 
-// Keeps the best k of keys[0, count) in shared memory, in any order; returns how many are left and sets the threshold.
-// The k-th key is found bit by bit: a bit of it is 1 if at least k keys are not below what that gives.
-__device__ __forceinline__ int select(uint64_t* keys, int count, int k, uint64_t& threshold) {
-    constexpr int kMost = 8192 / kSelectThreads;  // keys of a thread
-    __shared__ int totals[3], kept;
-    if (count < k) return count;
-    if (threadIdx.x == 0) totals[0] = kept = 0;
-    __syncthreads();
-    uint64_t mine[kMost];
+// A thread's keys of `count`: every kBlock-th.
+template <int kBlock>
+__device__ __forceinline__ void read_keys(const uint64_t* from, int count, uint64_t (&mine)[kKeys]) {
 #pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-        const int at = i * kSelectThreads + threadIdx.x;
-        mine[i] = at < count ? keys[at] : 0;
-    }
-    const auto not_below = [&](uint64_t bound) {
+    for (int i = 0; i < kKeys; ++i) mine[i] = i * kBlock + threadIdx.x < count ? from[i * kBlock + threadIdx.x] : 0;
+}
+
+// The k-th best of the block's keys, which are distinct or 0; not above any key where there are fewer than k. It is found
+// bit by bit: a bit is 1 if at least k keys are not below what that gives. It lies between the threshold and the best key,
+// whose leading bits it shares with both.
+template <int kBlock>
+__device__ __forceinline__ uint64_t kth_key(const uint64_t (&mine)[kKeys], int count, int k, uint64_t threshold) {
+    __shared__ int totals[3];
+    __shared__ uint32_t top;
+    if (threadIdx.x == 0) totals[0] = 0, top = 0;
+    __syncthreads();
+    uint32_t best = 0;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) best = max_of(best, static_cast<uint32_t>(mine[i] >> 32));
+    best = __reduce_max_sync(0xffffffffu, best);
+    if (lane() == 0) atomicMax(&top, best);
+    __syncthreads();
+    best = top;
+
+    const auto not_below = [&](const auto& is_not_below) {
+        constexpr int kChunk = 4;
         int found = 0;
 #pragma unroll
-        for (int i = 0; i < kMost; ++i)
-            if (i * kSelectThreads < count) found += mine[i] >= bound;
-        return found;
+        for (int begin = 0; begin < kKeys; begin += kChunk) {
+            if (begin * kBlock >= count) break;
+#pragma unroll
+            for (int i = begin; i < begin + kChunk; ++i) found += is_not_below(mine[i]) ? 1 : 0;
+        }
+        return __reduce_add_sync(0xffffffffu, found);
     };
-    uint64_t last = 0;
-    for (int step = 0; step < 64; ++step) {
-        const uint64_t trial = last | uint64_t{1} << (63 - step);
-        const int found = __reduce_add_sync(0xffffffffu, not_below(trial));
+    const uint32_t differing = best ^ static_cast<uint32_t>(threshold >> 32);
+    const int first_bit = differing == 0 ? 31 : 63 - __clz(differing);
+    uint64_t last = uint64_t{best} << 32 & ~((uint64_t{2} << first_bit) - 1);
+    int total = -1;
+    for (int bit = first_bit, step = 0; bit >= 0 && total != k; --bit, ++step) {
+        const uint64_t trial = last | uint64_t{1} << bit;
+        const uint32_t score = static_cast<uint32_t>(trial >> 32);
+        const int found = bit >= 32 ? not_below([&](uint64_t key) { return static_cast<uint32_t>(key >> 32) >= score; })
+                                    : not_below([&](uint64_t key) { return key >= trial; });
         if (threadIdx.x == 0) totals[(step + 1) % 3] = 0;
         if (lane() == 0 && found > 0) atomicAdd(totals + step % 3, found);
         __syncthreads();
-        const int total = totals[step % 3];
+        total = totals[step % 3];
         if (total >= k) last = trial;
-        if (total == k) break;
     }
-    if (last > 0) threshold = last;
-    last = max_of<uint64_t>(last, 1);  // excluded items have no key: fewer than k are left
+    __syncthreads();  // before the next use of totals
+    return last;
+}
 
-    const int found = not_below(last);
+// Writes the keys that are not below `last`, in any order; returns how many there are.
+template <int kBlock>
+__device__ __forceinline__ int write_keys(const uint64_t (&mine)[kKeys], uint64_t last, uint64_t* to) {
+    __shared__ int written;
+    if (threadIdx.x == 0) written = 0;
+    __syncthreads();
+    int found = 0;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) found += mine[i] >= last ? 1 : 0;
     int slot = found;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
@@ -354,73 +428,52 @@ __device__ __forceinline__ int select(uint64_t* keys, int count, int k, uint64_t
         if (lane() >= step) slot += before;
     }
     int base = 0;
-    if (lane() == 31) base = atomicAdd(&kept, slot);
+    if (lane() == 31) base = atomicAdd(&written, slot);
     slot += __shfl_sync(0xffffffffu, base, 31) - found;
 #pragma unroll
-    for (int i = 0; i < kMost; ++i)
-        if (mine[i] >= last) keys[slot++] = mine[i];
+    for (int i = 0; i < kKeys; ++i)
+        if (mine[i] >= last) to[slot++] = mine[i];
     __syncthreads();
-    return kept;
+    return written;
 }
 
-// The same for rows of at most 32 kNarrowKeys candidates, a warp a row, without a barrier. Of excluded items only those
-// are looked up that would be kept.
-__global__ void __launch_bounds__(kNarrowWarps * 32) topk_narrow_kernel(const __grid_constant__ TopkScan p) {
-    const int64_t row = int64_t{blockIdx.x} * kNarrowWarps + warp();
-    if (row >= p.rows) return;
+// Keeps the best k of keys[0, count) in shared memory, in any order; returns how many are left and sets the threshold.
+__device__ __forceinline__ int select(uint64_t* keys, int count, int k, uint64_t& threshold) {
+    if (count < k) return count;
+    uint64_t mine[kKeys];
+    read_keys<kWideThreads>(keys, count, mine);
+    const uint64_t last = kth_key<kWideThreads>(mine, count, k, threshold);
+    if (last > 0) threshold = last;
+    return write_keys<kWideThreads>(mine, max_of<uint64_t>(last, 1), keys);  // 0: excluded
+}
+
+// One block a row, for rows of few candidates, in registers. Of excluded items only those are looked up that would be
+// kept.
+__global__ void __launch_bounds__(kNarrowThreads) topk_narrow_kernel(const __grid_constant__ TopkScan p) {
+    const int64_t row = blockIdx.x;
     const int offered = p.counts[row], kept = p.kept[row];
-    if (offered == kept || offered > 32 * kNarrowKeys) return;
+    if (offered == kept || offered > kKeys * kNarrowThreads) return;
     uint64_t* const stored = p.keys + row * p.capacity;
-    uint64_t mine[kNarrowKeys];
-#pragma unroll
-    for (int i = 0; i < kNarrowKeys; ++i) mine[i] = i * 32 + lane() < offered ? stored[i * 32 + lane()] : 0;
-    const auto not_below = [&](uint64_t bound) {
-        int found = 0;
-#pragma unroll
-        for (int i = 0; i < kNarrowKeys; ++i) {
-            if (i * 32 >= offered) break;
-            found += mine[i] >= bound;
-        }
-        return __reduce_add_sync(0xffffffffu, found);
-    };
-    const auto score_not_below = [&](uint32_t bound) {
-        int found = 0;
-#pragma unroll
-        for (int i = 0; i < kNarrowKeys; ++i) {
-            if (i * 32 >= offered) break;
-            found += static_cast<uint32_t>(mine[i] >> 32) >= bound;
-        }
-        return __reduce_add_sync(0xffffffffu, found);
-    };
-    uint64_t last = 0;
-    for (bool is_final = false; !is_final;) {
-        last = 0;
-        int total = -1;
-        for (int bit = 63; bit >= 0 && total != p.k; --bit) {
-            const uint64_t trial = last | uint64_t{1} << bit;
-            total = bit >= 32 ? score_not_below(static_cast<uint32_t>(trial >> 32)) : not_below(trial);
-            if (total >= p.k) last = trial;
-        }
-        bool found_excluded = false;
+    const uint64_t threshold = p.thresholds[row];
+    uint64_t mine[kKeys], last = 0;
+    read_keys<kNarrowThreads>(stored, offered, mine);
+    bool found_excluded = true;
+    while (found_excluded) {
+        last = kth_key<kNarrowThreads>(mine, offered, p.k, threshold);
+        found_excluded = false;
         if (p.excluded) {
 #pragma unroll
-            for (int i = 0; i < kNarrowKeys; ++i) {
-                if (i * 32 + lane() < kept || mine[i] < max_of<uint64_t>(last, 1)) continue;
+            for (int i = 0; i < kKeys; ++i) {
+                if (i * kNarrowThreads + threadIdx.x < kept || mine[i] < max_of<uint64_t>(last, 1)) continue;
                 if (is_excluded(p, row, item_of(mine[i]))) mine[i] = 0, found_excluded = true;
             }
+            found_excluded = __syncthreads_or(found_excluded);
         }
-        is_final = !__any_sync(0xffffffffu, found_excluded);
     }
-    if (lane() == 0 && last > 0) p.thresholds[row] = last;
-    last = max_of<uint64_t>(last, 1);
-    int left = 0;
-#pragma unroll
-    for (int i = 0; i < kNarrowKeys; ++i) {
-        const uint32_t taken = __ballot_sync(0xffffffffu, mine[i] >= last);
-        if (mine[i] >= last) stored[left + __popc(taken & ((1u << lane()) - 1))] = mine[i];
-        left += __popc(taken);
-    }
-    if (lane() == 0) p.counts[row] = p.kept[row] = left;
+    const int left = write_keys<kNarrowThreads>(mine, max_of<uint64_t>(last, 1), stored);
+    if (threadIdx.x > 0) return;
+    if (last > 0) p.thresholds[row] = last;
+    p.counts[row] = p.kept[row] = left;
 }
 
 // The result: the kept keys of a row, sorted.
@@ -480,7 +533,7 @@ __device__ __forceinline__ int rescan(const TopkScan& p, const Scores& scores, i
     __syncthreads();
     for (int64_t group = 0; group < scores.groups(); ++group) {
         const int64_t first = scores.first(group, p), end = min_of(first + kTileItems, scores.end(p));
-        for (int64_t item = first + warp(); item < end; item += kSelectThreads / 32) {
+        for (int64_t item = first + warp(); item < end; item += kWideThreads / 32) {
             const float score = scores.score(p, row, item);
             const uint64_t key = lane() == 0 ? candidate(p, item, score, threshold) : 0;
             if (key != 0 && !is_excluded(p, row, item)) keys[atomicAdd(&count, 1)] = key;
@@ -500,7 +553,7 @@ __device__ __forceinline__ int rescan(const TopkScan& p, const Scores& scores, i
 
 // One block a row, for what is too much for a warp.
 template <class Scores>
-__global__ void __launch_bounds__(kSelectThreads)
+__global__ void __launch_bounds__(kWideThreads)
     topk_select_kernel(const __grid_constant__ TopkScan p, const __grid_constant__ Scores scores) {
     extern __shared__ __align__(128) unsigned char shared_memory[];
     uint64_t* const keys = reinterpret_cast<uint64_t*>(shared_memory);  // [capacity]
@@ -511,12 +564,12 @@ __global__ void __launch_bounds__(kSelectThreads)
     uint64_t* const stored = p.keys + row * p.capacity;
     uint64_t threshold = p.thresholds[row];
     int count = offered > p.capacity ? kept : offered;
-    for (int i = threadIdx.x; i < count; i += kSelectThreads)
+    for (int i = threadIdx.x; i < count; i += kWideThreads)
         keys[i] = i >= kept && is_excluded(p, row, item_of(stored[i])) ? 0 : stored[i];
     __syncthreads();
     if (offered > p.capacity) count = rescan(p, scores, row, keys, kept, threshold);
     const int left = select(keys, count, p.k, threshold);
-    for (int i = threadIdx.x; i < left; i += kSelectThreads) stored[i] = keys[i];
+    for (int i = threadIdx.x; i < left; i += kWideThreads) stored[i] = keys[i];
     if (threadIdx.x == 0) {
         p.thresholds[row] = threshold;
         p.counts[row] = p.kept[row] = left;
@@ -526,8 +579,8 @@ __global__ void __launch_bounds__(kSelectThreads)
 template <class Scores>
 void launch_select(const TopkScan& p, const Scores& scores, bool last, cudaStream_t stream) {
     const int shared_bytes = p.capacity * static_cast<int>(sizeof(uint64_t));
-    launch<topk_narrow_kernel>(ceil_div<int64_t>(p.rows, kNarrowWarps), kNarrowWarps * 32, 0, p.device, stream, p);
-    launch<topk_select_kernel<Scores>>(p.rows, kSelectThreads, shared_bytes, p.device, stream, p, scores);
+    launch<topk_narrow_kernel>(p.rows, kNarrowThreads, 0, p.device, stream, p);
+    launch<topk_select_kernel<Scores>>(p.rows, kWideThreads, shared_bytes, p.device, stream, p, scores);
     if (last) launch<topk_write_kernel>(p.rows, kThreads, 0, p.device, stream, p);
 }
 
@@ -549,9 +602,9 @@ void scan(const TopkScan& p, cudaStream_t stream) {
     while (std::gcd(stride, tiles) != 1) ++stride;
     const bool wide = topk_scan_rows(p) == 128;
     for (int64_t done = 0; done < tiles;) {
-        const int64_t length = topk_round(p.items, done * kTileItems, p.k) / kTileItems;
-        const bool is_dense = p.k * int64_t{128} > kListed / 4 * done;
-        const Round round{done, min_of(tiles, done + length), tiles, stride, is_dense};
+        const int64_t length = topk_round(p.items, done * kTileItems, p.k, p.rows) / kTileItems;
+        const bool is_dense = 2 * int64_t{p.k} > done;  // a warp of 32 x 64 scores expects more than 8 then
+        const Round round{done, min_of(tiles, done + length), tiles, stride, done == 0, is_dense};
         if (wide)
             scan_round<T, 128, 4>(p, round, stream);
         else
@@ -562,6 +615,21 @@ void scan(const TopkScan& p, cudaStream_t stream) {
 }
 
 }  // namespace
+
+int64_t topk_round(int64_t items, int64_t done, int64_t k, int64_t rows) {
+    constexpr int kNarrow = kKeys * kNarrowThreads, kFewRows = 64;
+    const int64_t first = clamp_to<int64_t>(9 * k / 2 / kTileItems * kTileItems, kNarrow, topk_capacity(k));
+    if (done == 0) return first;
+    const double count = static_cast<double>(k), deviation = 1 / std::sqrt(count);
+    const double fits = (static_cast<double>(topk_capacity(k)) - count) / (1 + 5 * deviation);
+    const bool is_narrow = rows <= kFewRows && k <= kNarrow / 4;
+    const double wanted = is_narrow ? (kNarrow - count) / (1 + 2 * deviation) : std::max(500.0, 5 * count / 2);
+    const double growth = 1 + std::min(fits, wanted) / count;
+    const double all = static_cast<double>(items) / static_cast<double>(first);
+    const double rounds = std::max(1.0, std::ceil(std::log(all) / std::log(growth)));
+    const auto length = static_cast<int64_t>(static_cast<double>(done) * (std::pow(all, 1 / rounds) - 1));
+    return max_of<int64_t>(1, ceil_div<int64_t>(length, kTileItems)) * kTileItems;
+}
 
 int topk_scan_rows(const TopkScan& p) {
     const auto aligned = [](const Matrix& x) {

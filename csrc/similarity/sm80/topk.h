@@ -45,15 +45,10 @@ struct TopkScores {
     int64_t col0, cols;
 };
 
-// Items of the round after `done` of them, whole tiles. A share k / done of them is expected to beat the threshold: some
-// 500, or 2.5 k, but never more than half of the room.
-constexpr int64_t topk_round(int64_t items, int64_t done, int64_t k) {
-    const int64_t room = topk_capacity(k);
-    if (items <= room) return room;
-    if (done == 0) return clamp_to<int64_t>(9 * k / 2 / kTopkTileItems * kTopkTileItems, 1024, room);
-    const int64_t candidates = min_of(max_of<int64_t>(500, 5 * k / 2), (room - k) / 2);
-    return max_of<int64_t>(1, done * candidates / k / kTopkTileItems) * kTopkTileItems;
-}
+// Items of the round after `done` of them, whole tiles: as few rounds as can be, each growing by the same factor. Growing by
+// g brings k (g - 1) new candidates, with a deviation of a share 1 / sqrt(k); they must fit, and where many queries share
+// the time of a round, the cost of one more candidate for each is more than that of a further round.
+int64_t topk_round(int64_t items, int64_t done, int64_t k, int64_t rows);
 
 // Rows of the tile of queries that the fused scan would use, 0 where this D does not fit or is not aligned.
 int topk_scan_rows(const TopkScan& p);

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hstu_ext import _C
+from hstu_ext.bias import RelativeBias
 from hstu_ext.ops._shared import PLAIN, execution
 
 
 class _Problem(NamedTuple):
-    """What a call is told besides q, k, v and rab, in the order of _C and of the custom ops."""
+    """What a call is told besides the differentiable tensors, in the order of _C and of the custom ops."""
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
@@ -35,6 +36,16 @@ class _Problem(NamedTuple):
     scaling_seqlen: int
     seqused_q: Tensor | None
     seqused_k: Tensor | None
+    query_times: Tensor | None
+    key_times: Tensor | None
+
+
+class _Scores(NamedTuple):
+    """What is added to the scores: rab inside of alpha, the two tables of a RelativeBias outside."""
+
+    rab: Tensor | None
+    position_table: Tensor | None
+    time_table: Tensor | None
 
 
 # _Problem(...) without the Python-level constructor, which costs as much as reading all of a call's tensors.
@@ -43,8 +54,10 @@ _new_tuple = tuple.__new__
 _PROBLEM_SCHEMA = (
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? num_contexts, "
     "Tensor? num_targets, SymInt target_group_size, SymInt window_left, SymInt window_right, float alpha, "
-    "Tensor? func, SymInt scaling_seqlen, Tensor? seqused_q, Tensor? seqused_k"
+    "Tensor? func, SymInt scaling_seqlen, Tensor? seqused_q, Tensor? seqused_k, Tensor? query_times, Tensor? key_times"
 )
+_SCORES_SCHEMA = "Tensor? rab, Tensor? position_table, Tensor? time_table"
+_NO_SCORES = _Scores(None, None, None)
 
 
 def hstu_attn_varlen_func(
@@ -67,13 +80,14 @@ def hstu_attn_varlen_func(
     scaling_seqlen: int = -1,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    bias: RelativeBias | None = None,
     deterministic: bool = False,
 ) -> Tensor:
-    """HSTU attention, differentiable in q, k, v and, with has_drab, rab.
+    """HSTU attention, differentiable in q, k, v, the tables of bias and, with has_drab, rab.
 
     For query row i and key row j of one sequence and head, with N = scaling_seqlen (-1: max_seqlen_q):
 
-        S_ij = alpha * (q_i . k_j + rab_ij)
+        S_ij = alpha * (q_i . k_j + rab_ij) + bias_ij
         P_ij = keep(i, j) * silu(S_ij) / N
         out_i = sum_j P_ij v_j
 
@@ -106,6 +120,7 @@ def hstu_attn_varlen_func(
         scaling_seqlen: N above.
         seqused_q: [batch], int32 or int64, query rows in use of each sequence; None for all.
         seqused_k: [batch], the same for the keys.
+        bias: a RelativeBias by position and by time, computed inside the kernels; not together with rab.
         deterministic: the same gradients, bit for bit, on every run. Also set by torch.use_deterministic_algorithms.
 
     Returns:
@@ -121,17 +136,20 @@ def hstu_attn_varlen_func(
     left, right = window_size
     problem = _new_tuple(_Problem, (
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_contexts, num_targets, target_group_size,
-        left, right, alpha, func, scaling_seqlen, seqused_q, seqused_k,
+        left, right, alpha, func, scaling_seqlen, seqused_q, seqused_k, *_times(bias),
     ))  # fmt: skip
     _check_rab(rab, has_drab)
     plain = _is_plain(q, k, v, rab, problem)
     if torch._C._is_any_autocast_enabled():
         q, k, v, rab = _autocast(q, k, v, rab)
+    scores = _scores(rab, bias)
     if not plain:
-        return _by_op(q, k, v, rab, *problem, has_drab, deterministic)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or has_drab):
-        return _by_function(q, k, v, rab, problem, has_drab, deterministic)
-    return _forward(q, k, v, rab, problem)
+        return _by_op(q, k, v, *scores, *problem, has_drab, deterministic)
+    if torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or has_drab or _wants_tables(scores)
+    ):
+        return _by_function(q, k, v, *scores, problem, has_drab, deterministic)
+    return _forward(q, k, v, scores, problem)
 
 
 def hstu_attn_qkvpacked_func(
@@ -149,6 +167,7 @@ def hstu_attn_qkvpacked_func(
     func: Tensor | None = None,
     scaling_seqlen: int = -1,
     seqused: Tensor | None = None,
+    bias: RelativeBias | None = None,
     deterministic: bool = False,
 ) -> Tensor:
     """hstu_attn_varlen_func of q, k and v in one tensor [total, 3, heads, dim], whose gradient is one tensor as well.
@@ -158,7 +177,7 @@ def hstu_attn_qkvpacked_func(
     left, right = window_size
     problem = _new_tuple(_Problem, (
         cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, num_contexts, num_targets, target_group_size,
-        left, right, alpha, func, scaling_seqlen, seqused, seqused,
+        left, right, alpha, func, scaling_seqlen, seqused, seqused, *_times(bias),
     ))  # fmt: skip
     _check_rab(rab, has_drab)
     if not isinstance(qkv, Tensor):
@@ -168,12 +187,39 @@ def hstu_attn_qkvpacked_func(
         raise ValueError(f"hstu_ext.attention: qkv must be [total, 3, heads, dim], got {list(qkv.shape)}")
     if torch._C._is_any_autocast_enabled():
         qkv, _, _, rab = _autocast(qkv, qkv, qkv, rab)
-    if plain and torch.is_grad_enabled() and (qkv.requires_grad or has_drab):
-        return _by_packed_function(qkv, rab, problem, has_drab, deterministic)
+    scores = _scores(rab, bias)
+    if plain and torch.is_grad_enabled() and (qkv.requires_grad or has_drab or _wants_tables(scores)):
+        return _by_packed_function(qkv, *scores, problem, has_drab, deterministic)
     q, k, v = qkv.unbind(1)
     if not plain:
-        return _by_op(q, k, v, rab, *problem, has_drab, deterministic)
-    return _forward(q, k, v, rab, problem)
+        return _by_op(q, k, v, *scores, *problem, has_drab, deterministic)
+    return _forward(q, k, v, scores, problem)
+
+
+def _times(bias: RelativeBias | None) -> tuple[Tensor | None, Tensor | None]:
+    if bias is None:
+        return None, None
+    if not isinstance(bias, RelativeBias):
+        raise TypeError(f"hstu_ext.attention: bias must be a hstu_ext.RelativeBias, got {type(bias).__name__}")
+    return bias.query_times, bias.key_times
+
+
+def _scores(rab: Tensor | None, bias: RelativeBias | None) -> _Scores:
+    if bias is None:
+        return _NO_SCORES if rab is None else _Scores(rab, None, None)
+    if rab is not None:
+        raise ValueError("hstu_ext.attention: rab must be None where bias is given, got both")
+    if bias.position_table is None and bias.time_table is None:
+        raise ValueError("hstu_ext.attention: bias must have a position_table or a time_table, got neither")
+    for name, table in (("position_table", bias.position_table), ("time_table", bias.time_table)):
+        if table is not None and not isinstance(table, Tensor):
+            raise TypeError(f"hstu_ext.attention: {name} must be a tensor, got {type(table).__name__}")
+    return _Scores(None, bias.position_table, bias.time_table)
+
+
+def _wants_tables(scores: _Scores) -> bool:
+    _, position, time = scores
+    return (position is not None and position.requires_grad) or (time is not None and time.requires_grad)
 
 
 def _check_rab(rab: Tensor | None, has_drab: bool) -> None:
@@ -219,14 +265,16 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None, problem: _Problem) -> Tensor:
+def _forward(q: Tensor, k: Tensor, v: Tensor, scores: _Scores, problem: _Problem) -> Tensor:
     # empty_like costs half of new_empty.
     out = _empty_like(v) if q.shape == v.shape else q.new_empty(q.shape[:-1] + v.shape[-1:])
+    rab, position, time = scores
     stream_and_threads = execution(q)
     try:
-        _C.attention_forward(q, k, v, rab, out, *problem, *stream_and_threads)
+        _C.attention_forward(q, k, v, rab, position, time, out, *problem, *stream_and_threads)
     except _C.MisalignedError:
-        _C.attention_forward(_aligned(q), _aligned(k), _aligned(v), rab, out, *problem, *stream_and_threads)
+        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+        _C.attention_forward(q, k, v, rab, position, time, out, *problem, *stream_and_threads)
     return out
 
 
@@ -235,28 +283,34 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rab: Tensor | None,
+    scores: _Scores,
     grads: tuple[Tensor, Tensor, Tensor],
     problem: _Problem,
     want_drab: bool,
+    want_tables: bool,
     deterministic: bool,
-) -> Tensor | None:
-    """Writes dq, dk and dv into grads and returns the gradient of rab."""
+) -> _Scores:
+    """Writes dq, dk and dv into grads and returns the gradients of rab and the tables, None for those not wanted."""
     if dout.stride(-1) != 1:  # a sum's gradient is expanded from one element
         dout = dout.contiguous()
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    drab = None
+    rab, position, time = scores
+    drab = dposition = dtime = None
     if want_drab and rab is not None:
         drab = rab.new_zeros((rab.shape[0], q.shape[1], *rab.shape[2:]))
+    if want_tables:
+        dposition = None if position is None else position.new_zeros(position.shape)
+        dtime = None if time is None else time.new_zeros(time.shape)
+    dscores = _Scores(drab, dposition, dtime)
     try:
-        _run_backward(dout, q, k, v, rab, grads, drab, problem, deterministic)
+        _run_backward(dout, q, k, v, scores, grads, dscores, problem, deterministic)
     except _C.MisalignedError:
         dout, q, k, v = _aligned(dout), _aligned(q), _aligned(k), _aligned(v)
-        _run_backward(dout, q, k, v, rab, grads, drab, problem, deterministic)
+        _run_backward(dout, q, k, v, scores, grads, dscores, problem, deterministic)
     if drab is not None and rab is not None and rab.shape[1] < drab.shape[1]:
         accumulate = torch.float64 if drab.dtype == torch.float64 else torch.float32
         drab = drab.sum(1, keepdim=True, dtype=accumulate).to(drab.dtype)
-    return drab
+    return _Scores(drab, dposition, dtime)
 
 
 def _run_backward(
@@ -264,18 +318,27 @@ def _run_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rab: Tensor | None,
+    scores: _Scores,
     grads: tuple[Tensor, Tensor, Tensor],
-    drab: Tensor | None,
+    dscores: _Scores,
     problem: _Problem,
     deterministic: bool,
 ) -> None:
+    dq_accum = table_accum = None
+    if q.is_cuda:
+        if deterministic:
+            size = _C.attention_table_scratch(dscores.position_table, dscores.time_table)
+            table_accum = q.new_zeros(size, dtype=torch.int64) if size else None
+        else:
+            size = _C.attention_backward_scratch(q, v, problem.cu_seqlens_q, problem.max_seqlen_k)
+            dq_accum = q.new_empty(size, dtype=torch.float32) if size else None
+    rab, position, time = scores
     dq, dk, dv = grads
-    dq_accum = None
-    if q.is_cuda and not deterministic:
-        size = _C.attention_backward_scratch(q, v, problem.cu_seqlens_q, problem.max_seqlen_k)
-        dq_accum = q.new_empty(size, dtype=torch.float32) if size else None
-    _C.attention_backward(dout, q, k, v, rab, dq, dk, dv, drab, dq_accum, *problem, deterministic, *execution(q))
+    drab, dposition, dtime = dscores
+    _C.attention_backward(
+        dout, q, k, v, rab, position, time, dq, dk, dv, drab, dposition, dtime, dq_accum, table_accum, *problem,
+        deterministic, *execution(q),
+    )  # fmt: skip
 
 
 class _Attention(torch.autograd.Function):
@@ -286,44 +349,59 @@ class _Attention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         rab: Tensor | None,
+        position_table: Tensor | None,
+        time_table: Tensor | None,
         problem: _Problem,
         has_drab: bool,
         deterministic: bool,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, rab)
+        ctx.save_for_backward(q, k, v, rab, position_table, time_table)
         ctx.problem, ctx.has_drab, ctx.deterministic = problem, has_drab, deterministic
-        return _forward(q, k, v, rab, problem)
+        return _forward(q, k, v, _Scores(rab, position_table, time_table), problem)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, rab = ctx.saved_tensors
+        q, k, v, *scores = ctx.saved_tensors
         grads = _empty_like(q), _empty_like(k), _empty_like(v)
-        want_drab = ctx.has_drab and ctx.needs_input_grad[3]
-        drab = _backward(dout, q, k, v, rab, grads, ctx.problem, want_drab, ctx.deterministic)
-        return *grads, drab, None, None, None
+        needs = ctx.needs_input_grad
+        dscores = _backward(
+            dout, q, k, v, _Scores(*scores), grads, ctx.problem, ctx.has_drab and needs[3], needs[4] or needs[5],
+            ctx.deterministic,
+        )  # fmt: skip
+        return *grads, *dscores, None, None, None
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, rab: Tensor | None, problem: _Problem, has_drab: bool, deterministic: bool
+        ctx: Any,
+        qkv: Tensor,
+        rab: Tensor | None,
+        position_table: Tensor | None,
+        time_table: Tensor | None,
+        problem: _Problem,
+        has_drab: bool,
+        deterministic: bool,
     ) -> Tensor:
-        ctx.save_for_backward(qkv, rab)
+        ctx.save_for_backward(qkv, rab, position_table, time_table)
         ctx.problem, ctx.has_drab, ctx.deterministic = problem, has_drab, deterministic
         q, k, v = qkv.unbind(1)
-        return _forward(q, k, v, rab, problem)
+        return _forward(q, k, v, _Scores(rab, position_table, time_table), problem)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, rab = ctx.saved_tensors
+        qkv, *scores = ctx.saved_tensors
         q, k, v = qkv.unbind(1)
         dqkv = _empty_like(qkv)
         dq, dk, dv = dqkv.unbind(1)
-        want_drab = ctx.has_drab and ctx.needs_input_grad[1]
-        drab = _backward(dout, q, k, v, rab, (dq, dk, dv), ctx.problem, want_drab, ctx.deterministic)
-        return dqkv, drab, None, None, None
+        needs = ctx.needs_input_grad
+        dscores = _backward(
+            dout, q, k, v, _Scores(*scores), (dq, dk, dv), ctx.problem, ctx.has_drab and needs[1], needs[2] or needs[3],
+            ctx.deterministic,
+        )  # fmt: skip
+        return dqkv, *dscores, None, None, None
 
 
 _by_function: Callable[..., Tensor] = _Attention.apply
@@ -333,11 +411,11 @@ _by_packed_function: Callable[..., Tensor] = _PackedAttention.apply
 @torch.library.custom_op(
     "hstu_ext::attention_forward",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? rab, {_PROBLEM_SCHEMA}, bool has_drab, bool deterministic) "
+    schema=f"(Tensor q, Tensor k, Tensor v, {_SCORES_SCHEMA}, {_PROBLEM_SCHEMA}, bool has_drab, bool deterministic) "
     "-> Tensor",
 )
-def _forward_op(q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None, *rest: Any) -> Tensor:
-    return _forward(q, k, v, rab, _Problem(*rest[:-2]))
+def _forward_op(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    return _forward(q, k, v, _Scores(*rest[:3]), _Problem(*rest[3:-2]))
 
 
 @_forward_op.register_fake
@@ -348,26 +426,25 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
 @torch.library.custom_op(
     "hstu_ext::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? rab, {_PROBLEM_SCHEMA}, bool want_drab, "
-    "bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, {_SCORES_SCHEMA}, {_PROBLEM_SCHEMA}, bool want_drab, "
+    "bool want_tables, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _backward_op(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The last result is the gradient of rab, or has no elements where that is not wanted."""
-    *problem, want_drab, deterministic = rest
+def _backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """The last results are the gradients of rab and the tables; those not wanted have no elements."""
+    scores, problem, flags = _Scores(*rest[:3]), _Problem(*rest[3:-3]), rest[-3:]
     grads = _empty_like(q), _empty_like(k), _empty_like(v)
-    drab = _backward(dout, q, k, v, rab, grads, _Problem(*problem), want_drab, deterministic)
-    return *grads, q.new_empty(0) if drab is None else drab
+    dscores = _backward(dout, q, k, v, scores, grads, problem, *flags)
+    return *grads, *(q.new_empty(0) if x is None else x for x in dscores)
 
 
 @_backward_op.register_fake
-def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rab: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    want_drab = rest[-2]
-    drab = _empty_like(rab) if want_drab and rab is not None else q.new_empty(0)
-    return _empty_like(q), _empty_like(k), _empty_like(v), drab
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    want_drab, want_tables, _ = rest[-3:]
+    dscores = [
+        _empty_like(x) if wanted and x is not None else q.new_empty(0)
+        for x, wanted in zip(rest[:3], (want_drab, want_tables, want_tables))
+    ]
+    return _empty_like(q), _empty_like(k), _empty_like(v), *dscores
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -378,9 +455,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_of_op(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     inputs = [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others)]
     *inputs, has_drab, deterministic = inputs
-    want_drab = has_drab and ctx.needs_input_grad[3]
-    dq, dk, dv, drab = _backward_op(dout, *inputs, want_drab, deterministic)
-    return dq, dk, dv, drab if want_drab else None, *(None,) * (len(_Problem._fields) + 2)
+    needs = ctx.needs_input_grad
+    want_drab, want_tables = has_drab and needs[3], needs[4] or needs[5]
+    *grads, drab, dposition, dtime = _backward_op(dout, *inputs, want_drab, want_tables, deterministic)
+    dscores = drab if want_drab else None, dposition if needs[4] else None, dtime if needs[5] else None
+    return *grads, *dscores, *(None,) * (len(_Problem._fields) + 2)
 
 
 _by_op: Callable[..., Tensor] = _forward_op

@@ -26,7 +26,7 @@ _GPU_TILE_COLS = 1 << 12
 _GPU_TILE_ELEMENTS = 1 << 23
 _GPU_TILE_ITEM_ELEMENTS = 1 << 24
 _GPU_TOPK_ROWS = 2048  # queries that are served at once: each has its list of candidates
-_SORTED_PAIRS = (1 << 31) - 1  # that torch sorts at once
+_SORTED_PAIRS = (1 << 31) - 1  # at once
 _CHUNK_PAIRS = 128  # sorted pairs that a warp adds up
 
 
@@ -150,7 +150,7 @@ def sampled_softmax_loss(
 
     Raises:
         TypeError, ValueError: an argument is not as above.
-        MissingKernelError: a tensor is on a GPU.
+        MissingKernelError: a tensor is on a GPU and this build has CPU kernels only.
 
     Source: the sampled softmax of Zhai et al., "Actions Speak Louder than Words" (ICML 2024); log q after Yi et al.,
     "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations" (RecSys 2019).
@@ -265,7 +265,7 @@ def _compute(x: Tensor | None, model: Tensor) -> Tensor | None:
 
 def _weighted_mean(op: str, losses: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
-        return losses.sum() / max(losses.shape[0], 1)
+        return losses.mean() if losses.shape[0] > 0 else losses.sum()
     if weights.shape != losses.shape:
         raise ValueError(f"hstu_ext.{op}: weights must be {list(losses.shape)}, got {list(weights.shape)}")
     weights = weights.to(losses.dtype)
@@ -280,6 +280,13 @@ def _is_plain(*values: object) -> bool:
     return all(type(value) in PLAIN for value in values if isinstance(value, Tensor))
 
 
+def _by_library(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A custom op that plain tensors go past: it would cost them several times what they pay."""
+    op = torch.library.custom_op(f"hstu_ext::{name}", run, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    return lambda *args: (run if _is_plain(*args) else op)(*args)
+
+
 def _differentiable(
     name: str,
     schema: str,
@@ -292,8 +299,14 @@ def _differentiable(
     op = torch.library.custom_op(f"hstu_ext::{name}", run, mutates_args=(), schema=schema)
     op.register_fake(fake)
     op.register_autograd(backward, setup_context=setup_context)
-    body = {"forward": run, "setup_context": setup_context, "backward": once_differentiable(backward)}
-    function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in body.items()})
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = run(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    body = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+    function: Any = type(name, (torch.autograd.Function,), body)
 
     def call(*args: Any) -> Any:
         if not _is_plain(*args):
@@ -331,20 +344,24 @@ def _factor_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.is_cuda else _compute_dtype(x)
 
 
-def _unit(x: Tensor, eps: float) -> Tensor:
+def _unit(x: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """Normalised rows, factors of a product."""
     x = _rows(x.to(_factor_dtype(x)))
-    out = _empty_like(x)
+    out = _empty_like(x) if out is None else out
     _C.l2norm(x, out, eps, *execution(x))
     return out
 
 
-def _unit_backward(dout: Tensor, x: Tensor, eps: float) -> Tensor:
-    """The gradient of x, in its dtype, from that of its normalised rows."""
-    wide = _rows(x.to(_factor_dtype(x)))
-    dx = _empty_like(wide)
-    _C.l2norm_backward(dout.to(wide.dtype), wide, dx, eps, *execution(x))
-    return dx.to(x.dtype)
+def _unit_backward(dout: Tensor, x: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """The gradient of x, in its dtype, from that of its normalised rows, which may be wider."""
+    out = _empty_like(x) if out is None else out
+    if x.is_cuda:
+        _C.l2norm_backward(dout, _rows(x), out, eps, *execution(x))
+        return out
+    wide = _rows(x.to(dout.dtype))
+    dx = out if out.dtype == dout.dtype else _empty_like(wide)
+    _C.l2norm_backward(dout, wide, dx, eps, *execution(x))
+    return dx if dx is out else out.copy_(dx)
 
 
 def _spans(total: int, step: int) -> Iterator[slice]:
@@ -370,9 +387,11 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, total may be wider."""
-    if a.dtype == total.dtype:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool = False) -> None:
+    """total += a b, or = where it is the first; total may be wider."""
+    if is_first:
+        _product(a, b, total)
+    elif a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
@@ -389,22 +408,18 @@ def _l2norm_run(x: Tensor, eps: float) -> Tensor:
     return out
 
 
-def _l2norm_fake(x: Tensor, eps: float) -> Tensor:
-    return _empty_like(x)
-
-
-@torch.library.custom_op(
-    "hstu_ext::l2norm_backward", mutates_args=(), schema="(Tensor dout, Tensor x, float eps) -> Tensor"
-)
-def _l2norm_backward(dout: Tensor, x: Tensor, eps: float) -> Tensor:
+def _l2norm_backward_run(dout: Tensor, x: Tensor, eps: float) -> Tensor:
     dx = _empty_like(x)
     _C.l2norm_backward(_rows(dout), _rows(x), dx, eps, *execution(x))
     return dx
 
 
-@_l2norm_backward.register_fake
-def _(dout: Tensor, x: Tensor, eps: float) -> Tensor:
-    return _empty_like(x)
+_l2norm_backward = _by_library(
+    "l2norm_backward",
+    "(Tensor dout, Tensor x, float eps) -> Tensor",
+    _l2norm_backward_run,
+    lambda dout, x, eps: _empty_like(x),
+)
 
 
 def _l2norm_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -417,7 +432,12 @@ def _l2norm_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
 
 
 _l2norm = _differentiable(
-    "l2norm", "(Tensor x, float eps) -> Tensor", _l2norm_run, _l2norm_fake, _l2norm_save, _l2norm_gradient
+    "l2norm",
+    "(Tensor x, float eps) -> Tensor",
+    _l2norm_run,
+    lambda x, eps: _empty_like(x),
+    _l2norm_save,
+    _l2norm_gradient,
 )
 
 
@@ -510,14 +530,18 @@ def _topk_on_gpu(
 def _scores_in_rounds(query: Tensor, items: Tensor, k: int) -> Iterator[tuple[slice, Tensor]]:
     """float32 scores of all items, each round as long as its candidates are expected to fit (sm80/topk.h)."""
     query, count = query.float(), items.shape[0]
-    limit = min(_GPU_TILE_ELEMENTS // query.shape[0], _GPU_TILE_ITEM_ELEMENTS // items.shape[1])
-    limit = max(limit, _C.topk_round(count, 0, k))
-    buffer = query.new_empty((query.shape[0], min(limit, count)))
-    done = 0
-    while done < count:
-        cols = slice(done, min(count, done + min(limit, _C.topk_round(count, done, k))))
-        yield cols, torch.mm(query, items[cols].float().t(), out=buffer[:, : cols.stop - cols.start])
-        done = cols.stop
+    step = _GPU_TILE_ELEMENTS // query.shape[0]
+    if items.dtype != query.dtype:
+        step = min(step, _GPU_TILE_ITEM_ELEMENTS // items.shape[1])
+    step = max(step, _C.topk_round(count, 0, k, query.shape[0]))
+    buffer = query.new_empty((query.shape[0], min(step, count)))
+    for tile in _spans(count, step):
+        scores = torch.mm(query, items[tile].float().t(), out=buffer[:, : tile.stop - tile.start])
+        done = tile.start
+        while done < tile.stop:
+            cols = slice(done, min(tile.stop, done + _C.topk_round(count, done, k, query.shape[0])))
+            yield cols, scores[:, cols.start - tile.start : cols.stop - tile.start]
+            done = cols.stop
 
 
 def _topk_by_sorting(
@@ -608,7 +632,7 @@ def _sampled_backward_run(
     dloss = dloss.contiguous()
     inputs = (_rows(query), _rows(table), pos_ids.contiguous(), neg_ids.contiguous(), temperature, eps, log_q)
     if query.is_cuda:
-        dquery = (of_rows * dloss.unsqueeze(1)).to(query.dtype) if want_query else None
+        dquery = torch.mul(of_rows, dloss.unsqueeze(1), out=_empty_like(query)) if want_query else None
         return dquery, _sampled_table_gradient(inputs, dloss, of_pairs, sparse) if want_table else None
     threads = torch.get_num_threads()
     dquery = _empty_like(query) if want_query else None
@@ -632,7 +656,7 @@ def _sparse_rows(ids: Tensor, rows: Tensor, table: Tensor) -> Tensor:
 
 
 def _sampled_table_gradient(inputs: tuple[Any, ...], dloss: Tensor, dsimilarity: Tensor, sparse: bool) -> Tensor:
-    """On a GPU: a sort of the pairs by item, and a sum over each item's. More pairs than torch can sort go in parts."""
+    """On a GPU: a sort of the pairs by item, and a sum over each item's. More pairs than can be sorted go in parts."""
     query, table, pos_ids, neg_ids, *rest = inputs
     total = None
     for rows in _spans(max(1, query.shape[0]), max(1, _SORTED_PAIRS // dsimilarity.shape[1])):
@@ -646,10 +670,13 @@ def _sampled_table_gradient(inputs: tuple[Any, ...], dloss: Tensor, dsimilarity:
 
 def _sampled_table_part(inputs: tuple[Any, ...], dloss: Tensor, dsimilarity: Tensor, sparse: bool) -> Tensor:
     query, table = inputs[:2]
-    items = query.new_empty(dsimilarity.numel(), dtype=torch.int32)
-    arguments: tuple[Any, ...] = (*inputs, items, *execution(query))
-    _C.sampled_softmax_items(*arguments)
-    items, order = items.sort(stable=True)
+    pairs, dtype = dsimilarity.numel(), torch.int32
+    buffers = [query.new_empty(pairs, dtype=dtype) for _ in range(4)]
+    scratch = query.new_empty(-(-_C.sampled_softmax_sort_bytes(pairs, table.shape[0]) // 8), dtype=torch.int64)
+    arguments: tuple[Any, ...] = (*inputs, *buffers, scratch, *execution(query))
+    half = _C.sampled_softmax_sort(*arguments)
+    items, order = buffers[half], buffers[2 + half]
+    del buffers, scratch, arguments
     ids = pair_rows = None
     if sparse:
         ids, pair_rows = items.unique_consecutive(return_inverse=True)
@@ -664,17 +691,13 @@ def _sampled_table_part(inputs: tuple[Any, ...], dloss: Tensor, dsimilarity: Ten
     return dtable if ids is None else _sparse_rows(ids, dtable, table)
 
 
-@torch.library.custom_op(
+_sampled_backward = torch.library.custom_op(
     "hstu_ext::sampled_softmax_backward",
+    lambda *args: _sampled_backward_run(args, sparse=False, want_query=True, want_table=True),
     mutates_args=(),
     schema="(Tensor dloss, Tensor of_rows, Tensor of_pairs, Tensor query, Tensor table, Tensor pos_ids, "
     "Tensor neg_ids, float temperature, float eps, Tensor? log_q) -> (Tensor, Tensor)",
 )
-def _sampled_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    dquery, dtable = _sampled_backward_run(args, sparse=False, want_query=True, want_table=True)
-    assert dquery is not None
-    assert dtable is not None
-    return dquery, dtable
 
 
 @_sampled_backward.register_fake
@@ -712,25 +735,30 @@ _sampled = _differentiable(
 # l2norm_dot
 
 
-def _dot_tile_shape(q: Tensor, items: Tensor) -> tuple[int, int]:
-    """Tiles as wide as the items of one may be: the scores are written once, so only the items need the cache."""
+def _dot_tile_shape(q: Tensor, items: Tensor, is_direct: bool = False) -> tuple[int, int]:
+    """Tiles as wide as the items of one may be: the scores are written once, so only the items need the cache.
+
+    is_direct: the product writes the result itself.
+    """
     if q.is_cuda:
         return max(1, q.shape[0]), max(1, min(items.shape[0], _GPU_TILE_ITEM_ELEMENTS // items.shape[1]))
-    cols = max(1, min(items.shape[0], _TILE_ITEM_ELEMENTS // items.shape[1]))
+    cols = max(1, min(items.shape[0], (4 if is_direct else 1) * _TILE_ITEM_ELEMENTS // items.shape[1]))
     return max(1, min(q.shape[0], 4 * _TILE_ELEMENTS // cols)), cols
 
 
 def _tiles_of_units(items: Tensor, step: int, eps: float) -> Iterator[tuple[slice, Tensor]]:
-    """The normalised rows of one tile after the other."""
+    """The normalised rows of one tile after the other, in one buffer."""
+    buffer = items.new_empty((step, items.shape[1]), dtype=_factor_dtype(items))
     for cols in _spans(items.shape[0], step):
-        yield cols, _unit(items[cols], eps)
+        yield cols, _unit(items[cols], eps, out=buffer[: cols.stop - cols.start])
 
 
 def _dot_run(q: Tensor, items: Tensor, eps: float) -> Tensor:
     _C.l2norm_dot_check(q, items, eps)
-    rows_step, cols_step = _dot_tile_shape(q, items)
+    is_direct = q.dtype == _factor_dtype(q)
+    rows_step, cols_step = _dot_tile_shape(q, items, is_direct)
     unit_q, out = _unit(q, eps), q.new_empty((q.shape[0], items.shape[0]))
-    wide = None if out.dtype == unit_q.dtype else unit_q.new_empty((rows_step, cols_step))
+    wide = None if is_direct else unit_q.new_empty((rows_step, cols_step))
     for cols, unit_items in _tiles_of_units(items, cols_step, eps):
         if wide is None:
             torch.mm(unit_q, unit_items.t(), out=out[:, cols])
@@ -745,28 +773,26 @@ def _dot_fake(q: Tensor, items: Tensor, eps: float) -> Tensor:
     return q.new_empty((q.shape[0], items.shape[0]))
 
 
-@torch.library.custom_op(
-    "hstu_ext::l2norm_dot_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor q, Tensor items, float eps) -> (Tensor, Tensor)",
-)
-def _dot_backward(dout: Tensor, q: Tensor, items: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _dot_backward_run(dout: Tensor, q: Tensor, items: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     rows_step, cols_step = _dot_tile_shape(q, items)
     unit_q, ditems = _unit(q, eps), _empty_like(items)
     dunit_q = torch.zeros_like(unit_q, dtype=_compute_dtype(q))
     for cols, unit_items in _tiles_of_units(items, cols_step, eps):
-        dunit_items = torch.zeros_like(unit_items, dtype=dunit_q.dtype)
+        dunit_items = unit_items.new_empty(unit_items.shape, dtype=dunit_q.dtype)
         for rows in _spans(q.shape[0], rows_step):
             tile = dout[rows, cols].to(unit_q.dtype)
             _add_product(dunit_q[rows], tile, unit_items)
-            _add_product(dunit_items, tile.t(), unit_q[rows])
-        ditems[cols] = _unit_backward(dunit_items, items[cols], eps)
-    return _unit_backward(dunit_q, q, eps), ditems
+            _add_product(dunit_items, tile.t(), unit_q[rows], is_first=rows.start == 0)
+        _unit_backward(dunit_items, items[cols], eps, out=ditems[cols])
+    return _unit_backward(dunit_q, q, eps), ditems if q.shape[0] > 0 else ditems.zero_()
 
 
-@_dot_backward.register_fake
-def _(dout: Tensor, q: Tensor, items: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _empty_like(q), _empty_like(items)
+_dot_backward = _by_library(
+    "l2norm_dot_backward",
+    "(Tensor dout, Tensor q, Tensor items, float eps) -> (Tensor, Tensor)",
+    _dot_backward_run,
+    lambda dout, q, items, eps: (_empty_like(q), _empty_like(items)),
+)
 
 
 def _dot_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -806,103 +832,48 @@ def _in_batch_tiles(
             yield rows, cols, tiles[0], tiles[1] if len(tiles) > 1 else None
 
 
-def _inverse_norms(x: Tensor, eps: float) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
-    return norms.clamp(min=eps).reciprocal()
-
-
-def _in_batch_factors(query: Tensor, items: Tensor, eps: float) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """What is multiplied: unit rows; on a GPU the rows as they are, and 1 / max(norm, eps) of both for the kernel."""
-    if not query.is_cuda:
-        return _unit(query, eps), _unit(items, eps), (None, None)
-    return _rows(query), _rows(items), (_inverse_norms(query, eps), _inverse_norms(items, eps))
-
-
 def _in_batch_is_fused(query: Tensor, items: Tensor, threshold: float | None) -> bool:
     """Whether the logits stay inside of kernels: half precision on a GPU, without near-duplicates."""
-    return query.is_cuda and threshold is None and query.numel() > 0 and _C.in_batch_fused_splits(query, items) > 0
+    return threshold is None and query.is_cuda and query.numel() > 0 and _C.in_batch_fused_splits(query, items) > 0
 
 
-def _fused_splits(rows: Tensor, others: Tensor) -> int:
-    """Several blocks add to one row's gradient in any order, unless that must not be."""
-    return 1 if torch.are_deterministic_algorithms_enabled() else _C.in_batch_fused_splits(rows, others)
+def _in_batch_records(inputs: tuple[Any, ...], eps: float) -> tuple[Tensor, Tensor]:
+    """What a GPU's kernels ask of queries and items besides their rows (sm80/in_batch_records.h); else empty."""
+    query, items, item_ids, _, sequence_ids = inputs[:5]
+    if not query.is_cuda:
+        return item_ids.new_empty((0, 4), dtype=torch.int32), item_ids.new_empty((0, 4), dtype=torch.int32)
+    records = tuple(x.new_empty((x.shape[0], 4), dtype=torch.int32) for x in (query, items))
+    ids = items.shape[0] if sequence_ids is None else 2 * items.shape[0] + query.shape[0]
+    slots = item_ids.new_zeros(1 << (2 * ids).bit_length())
+    arguments: tuple[Any, ...] = (*inputs, *records, eps, slots, *execution(query))
+    _C.in_batch_softmax_records(*arguments)
+    return records[0], records[1]
 
 
-def _numbered(ids: Tensor) -> Tensor:
-    """int32 numbers from 0 on, equal where the ids are."""
-    values, order = ids.sort()
-    steps = torch.zeros_like(values, dtype=torch.int32)
-    steps[1:] = values[1:] != values[:-1]
-    return torch.empty_like(steps).scatter_(0, order, steps.cumsum(0, dtype=torch.int32))
-
-
-def _records(*columns: Tensor | int) -> Tensor:
-    """int32 [rows, 4] of four columns; float32 ones keep their bits."""
-    model = next(column for column in columns if isinstance(column, Tensor))
-    records = model.new_empty((model.shape[0], 4), dtype=torch.int32)
-    for i, column in enumerate(columns):
-        if isinstance(column, Tensor) and column.is_floating_point():
-            column = column.float().view(torch.int32)
-        records[:, i] = column
-    return records
-
-
-def _in_batch_records(
-    item_ids: Tensor,
-    positives: Tensor,
-    sequence_ids: Tensor | None,
-    item_sequence_ids: Tensor | None,
-    log_q: Tensor | None,
-    scale: Tensor,
-    item_inverse: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """QueryRecord and ItemRecord of sm80/in_batch_fused.h."""
-    ids = _numbered(item_ids)
-    sequences: tuple[Tensor | int, ...] = (-1, -2)
-    positives = positives.clamp(0, item_ids.shape[0] - 1)
-    if sequence_ids is not None and item_sequence_ids is not None:
-        numbered = _numbered(torch.cat([sequence_ids, item_sequence_ids]))
-        rows = sequence_ids.shape[0]
-        sequences = (numbered[:rows], numbered[rows:])
-    log_q = torch.zeros_like(item_inverse) if log_q is None else log_q
-    return _records(ids[positives], sequences[0], positives, scale), _records(ids, sequences[1], log_q, item_inverse)
-
-
-def _in_batch_fused_run(inputs: tuple[Any, ...], eps: float) -> tuple[Tensor, Tensor]:
-    *tensors, temperature = inputs
-    query, items = tensors[:2]
-    query_inverse, item_inverse = _inverse_norms(query, eps), _inverse_norms(items, eps)
-    described: tuple[Any, ...] = (*tensors[2:], query_inverse / temperature, item_inverse)
-    records = _in_batch_records(*described)
-    splits = _C.in_batch_fused_splits(query, items)
-    maximum, total = query_inverse.new_empty((2, splits, query.shape[0]))
-    positive_logit = torch.empty_like(query_inverse)
-    arguments: tuple[Any, ...] = (query, items, *records, temperature, maximum, total, positive_logit)
-    arguments += execution(query)
+def _in_batch_fused_run(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """inputs with the records."""
+    query, items = inputs[:2]
+    maximum, total = query.new_empty((2, _C.in_batch_fused_splits(query, items), query.shape[0]), dtype=torch.float32)
+    positive_logit, loss, lse = query.new_empty((3, query.shape[0]), dtype=torch.float32)
+    arguments: tuple[Any, ...] = (*inputs, maximum, total, positive_logit, loss, lse, *execution(query))
     _C.in_batch_fused_forward(*arguments)
-    top = maximum.amax(0)
-    lse = top + (total * (maximum - top).exp()).sum(0).log()
-    return lse - positive_logit, lse
+    return loss, lse
 
 
 def _in_batch_fused_backward(dloss: Tensor, lse: Tensor, inputs: tuple[Any, ...], eps: float) -> tuple[Tensor, Tensor]:
-    *tensors, temperature = inputs
-    query, items = tensors[:2]
-    unit_query, unit_items = _unit(query, eps), _unit(items, eps)
-    # The gradients of the similarities pass through half precision: a mean over many rows would underflow.
-    scale = 1024 / dloss.abs().amax().clamp(min=1e-30)
-    described: tuple[Any, ...] = (*tensors[2:], dloss * scale, torch.ones_like(lse[:1]).expand(items.shape[0]))
-    records = _in_batch_records(*described)
+    """The gradients of the unit rows; inputs with the records."""
+    units = [_unit(x, eps) for x in inputs[:2]]
     gradients = []
-    for of_items, (unit, other) in enumerate(((unit_query, unit_items), (unit_items, unit_query))):
+    for of_items, (unit, other) in enumerate((units, units[::-1])):
         gradient = torch.zeros_like(unit, dtype=torch.float32)
-        splits = _fused_splits(unit, other)
-        arguments: tuple[Any, ...] = (unit_query, unit_items, *records, temperature, lse, gradient, of_items, splits)
-        arguments += execution(query)
+        # Several blocks add to one row's gradient in any order, unless that must not be.
+        is_ordered = torch.are_deterministic_algorithms_enabled()
+        splits = 1 if is_ordered else _C.in_batch_fused_splits(unit, other)
+        arguments: tuple[Any, ...] = (*units, *inputs[2:], dloss, lse, gradient, of_items, splits)
+        arguments += execution(unit)
         _C.in_batch_fused_backward(*arguments)
-        gradients.append(gradient.mul_(1 / (scale * temperature)).to(query.dtype))
-    del unit_query, unit_items, unit, other
-    return _unit_backward(gradients[0], query, eps), _unit_backward(gradients[1], items, eps)
+        gradients.append(gradient)
+    return gradients[0], gradients[1]
 
 
 def _in_batch_run(
@@ -916,27 +887,31 @@ def _in_batch_run(
     temperature: float,
     threshold: float | None,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Loss [T] and log-sum-exp [T] of every row."""
+) -> tuple[Tensor, ...]:
+    """Loss [T], and for the backward the log-sum-exp [T] and on a GPU the records."""
     inputs = (query, items, item_ids, positives, sequence_ids, item_sequence_ids, log_q, temperature)
     _C.in_batch_softmax_check(*inputs, None, None, eps)
-    if _in_batch_is_fused(query, items, threshold):
-        return _in_batch_fused_run(inputs, eps)
-    left, right, inverse = _in_batch_factors(query, items, eps)
+    inputs = (_rows(query), _rows(items), *inputs[2:])
+    records = _in_batch_records(inputs, eps)
+    if _in_batch_is_fused(*inputs[:2], threshold):
+        return *_in_batch_fused_run((*inputs, *records)), *records
+    left, right = inputs[:2] if query.is_cuda else (_unit(query, eps), _unit(items, eps))
     positive_logit, maximum, total = query.new_empty((3, query.shape[0]), dtype=_compute_dtype(query))
     maximum.fill_(-math.inf)
     total.zero_()
+    of_tiles = (*inputs, *(records if query.is_cuda else (None, None)))
     for rows, cols, tile, duplicate in _in_batch_tiles(left, right, positives, threshold):
         where = (tile, duplicate, rows.start, cols.start, threshold or 0.0)
-        arguments: tuple[Any, ...] = (*inputs, *inverse, *where, maximum, total, positive_logit, *execution(query))
+        arguments: tuple[Any, ...] = (*of_tiles, *where, maximum, total, positive_logit, *execution(query))
         _C.in_batch_softmax_forward(*arguments)
     lse = maximum + total.log()
-    return lse - positive_logit, lse
+    return lse - positive_logit, lse, *records
 
 
-def _in_batch_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _in_batch_fake(query: Tensor, items: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     loss = query.new_empty(query.shape[:1], dtype=_compute_dtype(query))
-    return loss, _empty_like(loss)
+    counts = (query.shape[0], items.shape[0]) if query.is_cuda else (0, 0)
+    return loss, _empty_like(loss), *(query.new_empty((count, 4), dtype=torch.int32) for count in counts)
 
 
 _IN_BATCH_INPUTS = (
@@ -945,41 +920,41 @@ _IN_BATCH_INPUTS = (
 )
 
 
-@torch.library.custom_op(
-    "hstu_ext::in_batch_softmax_backward",
-    mutates_args=(),
-    schema=f"(Tensor dloss, Tensor lse, {_IN_BATCH_INPUTS}) -> (Tensor, Tensor)",
-)
-def _in_batch_backward(dloss: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *inputs, threshold, eps = args
-    query, items, _, positives = inputs[:4]
-    if _in_batch_is_fused(query, items, threshold):
-        return _in_batch_fused_backward(dloss, lse, tuple(inputs), eps)
-    left, right, inverse = _in_batch_factors(query, items, eps)
-    unit_query, unit_items = (_unit(query, eps), _unit(items, eps)) if query.is_cuda else (left, right)
-    dtype = _compute_dtype(query)
-    dunit_query, dunit_items = torch.zeros_like(unit_query, dtype=dtype), torch.zeros_like(unit_items, dtype=dtype)
+def _in_batch_backward_run(
+    dloss: Tensor, lse: Tensor, query_records: Tensor, item_records: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
+    query, items, *others, threshold, eps = args
+    query, items, positives = _rows(query), _rows(items), others[1]
+    inputs = (query, items, *others, *((query_records, item_records) if query.is_cuda else (None, None)))
     # Gradients of a mean over many rows would underflow in float16.
-    is_narrow = unit_query.dtype == torch.float16 and dloss.numel() > 0
+    is_narrow = query.is_cuda and query.dtype == torch.float16 and dloss.numel() > 0
     scale = 1024 / dloss.abs().amax().clamp(min=1e-30) if is_narrow else None
     dloss = dloss.contiguous() if scale is None else dloss * scale
-    for rows, cols, tile, duplicate in _in_batch_tiles(left, right, positives, threshold):
-        where = (tile, duplicate, rows.start, cols.start, threshold or 0.0)
-        arguments: tuple[Any, ...] = (*inputs, *inverse, *where, dloss, lse, *execution(query))
-        _C.in_batch_softmax_backward(*arguments)
-        if tile.dtype != unit_query.dtype:  # narrower gradients, each row in the front of its own memory
-            tile = tile.view(unit_query.dtype)[:, : cols.stop - cols.start]
-        _add_product(dunit_query[rows], tile, unit_items[cols])
-        _add_product(dunit_items[cols], tile.t(), unit_query[rows])
+    if _in_batch_is_fused(query, items, threshold):
+        dunit_query, dunit_items = _in_batch_fused_backward(dloss, lse, inputs, eps)
+    else:
+        unit_query, unit_items = _unit(query, eps), _unit(items, eps)
+        left, right = (query, items) if query.is_cuda else (unit_query, unit_items)
+        dunit_query, dunit_items = (torch.zeros_like(x, dtype=lse.dtype) for x in (unit_query, unit_items))
+        for rows, cols, tile, duplicate in _in_batch_tiles(left, right, positives, threshold):
+            where = (tile, duplicate, rows.start, cols.start, threshold or 0.0)
+            arguments: tuple[Any, ...] = (*inputs, *where, dloss, lse, *execution(query))
+            _C.in_batch_softmax_backward(*arguments)
+            if tile.dtype != unit_query.dtype:  # narrower gradients, each row in the front of its own memory
+                tile = tile.view(unit_query.dtype)[:, : cols.stop - cols.start]
+            _add_product(dunit_query[rows], tile, unit_items[cols])
+            _add_product(dunit_items[cols], tile.t(), unit_query[rows])
     if scale is not None:
-        dunit_query, dunit_items = dunit_query / scale, dunit_items / scale
-    del unit_query, unit_items, left, right
+        dunit_query, dunit_items = dunit_query.div_(scale), dunit_items.div_(scale)
     return _unit_backward(dunit_query, query, eps), _unit_backward(dunit_items, items, eps)
 
 
-@_in_batch_backward.register_fake
-def _(dloss: Tensor, lse: Tensor, query: Tensor, items: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty_like(query), _empty_like(items)
+_in_batch_backward = _by_library(
+    "in_batch_softmax_backward",
+    f"(Tensor dloss, Tensor lse, Tensor query_records, Tensor item_records, {_IN_BATCH_INPUTS}) -> (Tensor, Tensor)",
+    _in_batch_backward_run,
+    lambda dloss, lse, of_queries, of_items, query, items, *rest: (_empty_like(query), _empty_like(items)),
+)
 
 
 def _in_batch_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -996,7 +971,7 @@ def _in_batch_gradient(ctx: Any, dloss: Tensor | None, *rest: Tensor | None) -> 
 
 _in_batch = _differentiable(
     "in_batch_softmax",
-    f"({_IN_BATCH_INPUTS}) -> (Tensor, Tensor)",
+    f"({_IN_BATCH_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _in_batch_run,
     _in_batch_fake,
     _in_batch_save,

@@ -46,6 +46,7 @@ class CapturedStep:
         self._rows_apart = max(1, -(-batches.batch_size * batches.max_len // SIZES))
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
+        self._stream: Any = None
 
     def __call__(self, chosen: Chosen) -> None:
         """The step on these users' batch."""
@@ -55,7 +56,8 @@ class CapturedStep:
             self._users[count:] = -1
         rows = -(-chosen.total // self._rows_apart) * self._rows_apart
         if rows not in self._graphs:
-            self._graphs[rows] = self._capture(rows)
+            with torch.cuda.device(self._device):
+                self._graphs[rows] = self._capture(rows)
         self._graphs[rows].replay()
 
     def clear(self) -> None:
@@ -75,7 +77,9 @@ class CapturedStep:
         torch.cuda.set_rng_state(state, self._device)
 
         graph = torch.cuda.CUDAGraph()
-        with _without_garbage_collection(), torch.cuda.graph(graph, pool=self._pool):
+        # The stream is given, for torch's own for captures is on the device of the first capture of the process.
+        self._stream = self._stream or torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with _without_garbage_collection(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             self._update(self._batches.padded(self._users, rows))
         self._pool = graph.pool()
         return graph

@@ -1,0 +1,245 @@
+// The relative bias on a warp's share of a score tile, and the reduction of its gradient.
+//
+//   bias_ij = position[clip(p_i - j)] + time[bucket(|t_i - t_j|)]
+//
+// Nothing is kept in shared memory: tables and times are small, and are read through the L1 cache.
+// Positions: 8 x 8 blocks of a fragment with the same (row block - column block) share a value in each thread, so a thread
+// reads two values a diagonal of blocks, not one an element.
+// Times: pieces of 16 columns. From the ranges of the times of the warp's rows and of a piece's keys come the first and
+// the last bucket that can occur in it. One bucket: a constant. A few: compared with the edges between them. Else each
+// element looks up its quarter of an octave (time_bucket.h) and compares with the edge in it. Differences below 2^31 are
+// taken modulo 2^32.
+#pragma once
+
+#include "attention/bias.h"
+#include "attention/gpu.h"
+#include "attention/time_bucket.h"
+
+namespace hstu::attention::sm80 {
+
+struct TimeEdges {
+    uint32_t at[kTimeBuckets];  // those that differences in 32 bits can reach
+
+    constexpr TimeEdges() : at{} {
+        for (int b = 0; b < kTimeBuckets; ++b)
+            at[b] = kTimeEdges[b] < 0xffffffffu ? static_cast<uint32_t>(kTimeEdges[b]) : 0xffffffffu;
+    }
+};
+
+static __device__ const TimeQuarters kQuartersOfTime{};
+static __device__ const TimeEdges kEdgesOfTime{};
+
+// The quarter of an octave that x >= 1 lies in: exponent and two bits of a float that is not rounded up.
+__device__ __forceinline__ int quarter_of(float x) { return (__float_as_int(fmaxf(x, 1.0f)) >> 21) - (127 << 2); }
+
+// x < 2^31
+__device__ __forceinline__ int bucket_of(uint32_t x) {
+    const uint2 quarter = __ldg(reinterpret_cast<const uint2*>(&kQuartersOfTime.at[quarter_of(__uint2float_rz(x))]));
+    return static_cast<int>(quarter.y) + (x >= quarter.x ? 1 : 0);
+}
+__device__ __forceinline__ int bucket_of(uint64_t x) {
+    const uint4 quarter = __ldg(reinterpret_cast<const uint4*>(&kQuartersOfTime.at[quarter_of(__ull2float_rz(x))]));
+    return static_cast<int>(quarter.y) + (x >= (uint64_t{quarter.z} << 32 | quarter.x) ? 1 : 0);
+}
+
+// Bounds of times, counted from a base. A time is off by at most 1 + 2^-24 of itself.
+struct TimeRange {
+    float low, high;
+
+    __device__ __forceinline__ void join(float x) { low = fminf(low, x), high = fmaxf(high, x); }
+    // Over lanes that differ in the bits below `lanes`.
+    __device__ __forceinline__ void join_lanes(int lanes) {
+        for (int step = 1; step < lanes; step *= 2) {
+            low = fminf(low, __shfl_xor_sync(~0u, low, step));
+            high = fmaxf(high, __shfl_xor_sync(~0u, high, step));
+        }
+    }
+};
+
+// The first and the last bucket of a piece, and whether its differences may need more than 31 bits.
+struct PieceBuckets {
+    int first, last;
+    bool wide;
+};
+
+// The bias on tiles of a block whose query rows (kRowsStay) or keys stay the same.
+template <class Grid, bool kRowsStay>
+struct RelativeTiles : RelativeBias<float> {
+    static constexpr int kRows = Grid::kM * 16, kPieces = Grid::kN / 2, kPieceSize = Grid::kM * 8;
+    static constexpr int kMaxEdges = 4;  // with more edges in a piece the look-up is cheaper
+    static_assert(kRows <= 32 && kPieces <= 4 && 4 % kPieces == 0);
+
+    int64_t half_base;
+    TimeRange staying;
+
+    __device__ RelativeTiles(const Params& p, const Sequence& s, int b, int h, int first) : RelativeBias(p, s, b, h) {
+        if (time == nullptr) return;
+        half_base = kRowsStay ? query_times[min_of(first, len_q - 1)] >> 1 : key_times[min_of(first, len_k - 1)] >> 1;
+        staying = kRowsStay ? rows_range(first + Grid::row()) : keys_range(first + Grid::col());
+    }
+
+    // Element i of a piece, as s.x[m(i)][2 * piece + n(i)][half(i) * 2 + c(i)].
+    static __device__ __forceinline__ int m(int i) { return i / 8; }
+    static __device__ __forceinline__ int half(int i) { return i / 4 % 2; }
+    static __device__ __forceinline__ int n(int i) { return i / 2 % 2; }
+    static __device__ __forceinline__ int c(int i) { return i % 2; }
+
+    // What the pieces of this warp's share of a tile hold: lane 8 * piece has that piece's, see unpack().
+    __device__ __forceinline__ int buckets(int row0, int col0) const {
+        if (time == nullptr) return 0;
+        const TimeRange rows = kRowsStay ? staying : rows_range(row0 + Grid::row());
+        const TimeRange keys = kRowsStay ? keys_range(col0 + Grid::col()) : staying;
+        const float largest = fmaxf(fmaxf(fabsf(rows.low), fabsf(rows.high)), fmaxf(fabsf(keys.low), fabsf(keys.high)));
+        const float slack = fmaf(largest, 0x1p-21f, 2.0f);
+        const float low = fmaxf(rows.low - keys.high, keys.low - rows.high) - slack;
+        const float high = fmaxf(rows.high - keys.low, keys.high - rows.low) + slack;
+        const int first = min_of(bucket_of(static_cast<uint64_t>(__float2ull_rz(fmaxf(low, 0.0f)))), num_buckets);
+        const int last = min_of(bucket_of(static_cast<uint64_t>(__float2ull_rz(high))), num_buckets);
+        return first | last << 8 | (high >= 0x1p31f ? 1 << 16 : 0);
+    }
+    static __device__ __forceinline__ PieceBuckets unpack(int packed, int piece) {
+        const int of_piece = __shfl_sync(~0u, packed, 8 * piece);
+        return {of_piece & 255, of_piece >> 8 & 255, of_piece >> 16 != 0};
+    }
+
+    // Calls emit(i, half the time bias of element i) for a piece's elements; with kKeep their buckets are left in `bucket`,
+    // unless there is only one.
+    template <bool kKeep, class Emit>
+    __device__ __forceinline__ void half_times(const PieceBuckets& in, int piece, int row0, int col0,
+                                               int (&bucket)[kPieceSize], const Emit& emit) const {
+        const int row = row0 + Grid::row() + lane() / 4, col = col0 + Grid::col() + piece * 16 + lane() % 4 * 2;
+        const auto query_of = [&](int i) { return query_times + min_of(row + i / 4 * 8, len_q - 1); };
+        const auto key_of = [&](int i) { return key_times + min_of(col + n(i) * 8 + c(i), len_k - 1); };
+        const auto difference = [&](int i) {
+            const uint32_t signed_x = low_word(query_of(i)) - low_word(key_of(i));
+            return static_cast<uint32_t>(abs(static_cast<int>(signed_x)));
+        };
+        const auto half_time = [&](int b) { return 0.5f * __ldg(time + b); };
+        if (in.first == in.last) {
+            const float constant = time == nullptr ? 0.0f : half_time(in.first);
+#pragma unroll
+            for (int i = 0; i < kPieceSize; ++i) emit(i, constant);
+        } else if (!kKeep && !in.wide && in.last - in.first <= kMaxEdges) {
+            uint32_t x[kPieceSize];
+            float value[kPieceSize];
+            const float constant = half_time(in.first);
+#pragma unroll
+            for (int i = 0; i < kPieceSize; ++i) x[i] = difference(i), value[i] = constant;
+#pragma unroll 1
+            for (int b = in.first + 1; b <= in.last; ++b) {
+                const uint32_t edge = __ldg(kEdgesOfTime.at + b);
+                const float above = half_time(b);
+#pragma unroll
+                for (int i = 0; i < kPieceSize; ++i) value[i] = x[i] >= edge ? above : value[i];
+            }
+#pragma unroll
+            for (int i = 0; i < kPieceSize; ++i) emit(i, value[i]);
+        } else if (!in.wide) {
+#pragma unroll
+            for (int i = 0; i < kPieceSize; ++i) {
+                const int found = min_of(bucket_of(difference(i)), num_buckets);
+                if constexpr (kKeep) bucket[i] = found;
+                emit(i, half_time(found));
+            }
+        } else {
+            // Seldom: row by row in a loop, which keeps the code small.
+            float value[kPieceSize] = {};
+#pragma unroll 1
+            for (int r = 0; r < kPieceSize; r += 4) {
+                const int64_t query_time = __ldg(query_of(r));
+                int found[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    found[i] = min_of(bucket_of(time_difference(query_time, __ldg(key_of(i)))), num_buckets);
+#pragma unroll
+                for (int i = 0; i < kPieceSize; ++i) {
+                    if (i / 4 * 4 != r) continue;
+                    value[i] = half_time(found[i % 4]);
+                    if constexpr (kKeep) bucket[i] = found[i % 4];
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < kPieceSize; ++i) emit(i, value[i]);
+        }
+    }
+
+    // The position table along the diagonals of 8 x 8 blocks that a piece touches. at[k][c] is for row block m, half and
+    // column block n with 2 m + half - n + 1 = k.
+    struct Band {
+        float at[2 * Grid::kM + 1][2];
+    };
+    // Of the piece after the one that the band is at (first: of piece 0). A step of 8 rows is one of k.
+    __device__ __forceinline__ void next_band(Band& band, bool first, int piece, int row0, int col0) const {
+        if (position == nullptr) return;
+        const int tile = row0 + Grid::row() + offset - col0 - Grid::col();  // of the warp's first row and column
+        const int distance = tile + lane() / 4 - lane() % 4 * 2 - (2 * piece + 1) * 8;
+        const bool inside = tile - (Grid::kN * 8 - 1) >= -reach && tile + kRows - 1 <= reach;
+#pragma unroll
+        for (int k = 2 * Grid::kM; k >= 0; --k) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                if (!first && k >= 2)
+                    band.at[k][c] = band.at[k - 2][c];
+                else if (inside)
+                    band.at[k][c] = __ldg(position + distance + 8 * k - c);
+                else
+                    band.at[k][c] = __ldg(position + clamp_to(distance + 8 * k - c, -reach, reach));
+            }
+        }
+    }
+
+    // S -> (alpha S + bias) / 2 on this warp's share of a tile.
+    __device__ __forceinline__ void add(typename Grid::Acc& s, int row0, int col0, float half_alpha) const {
+        const int packed = buckets(row0, col0);
+        Band band = {};
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) {
+            int unused[kPieceSize];
+            add_piece<false>(s, unpack(packed, piece), piece, band, row0, col0, half_alpha, unused);
+        }
+    }
+
+    // The same on one piece, the pieces in order; see half_times() for kKeep.
+    template <bool kKeep>
+    __device__ __forceinline__ void add_piece(typename Grid::Acc& s, const PieceBuckets& in, int piece, Band& band,
+                                              int row0, int col0, float half_alpha, int (&bucket)[kPieceSize]) const {
+        next_band(band, piece == 0, piece, row0, col0);
+        half_times<kKeep>(in, piece, row0, col0, bucket, [&](int i, float half_time) {
+            float& x = s.x[m(i)][2 * piece + n(i)][half(i) * 2 + c(i)];
+            x = fmaf(half_alpha, x, fmaf(0.5f, band.at[2 * m(i) + half(i) - n(i) + 1][c(i)], half_time));
+        });
+    }
+
+  private:
+    static __device__ __forceinline__ uint32_t low_word(const int64_t* t) {
+        return __ldg(reinterpret_cast<const uint32_t*>(t));
+    }
+    __device__ __forceinline__ float from_base(int64_t t) const { return 2.0f * __ll2float_rn((t >> 1) - half_base); }
+    __device__ __forceinline__ TimeRange rows_range(int row) const {
+        const float t = from_base(__ldg(query_times + min_of(row + lane() % kRows, len_q - 1)));
+        TimeRange range{t, t};
+        range.join_lanes(kRows);
+        return range;
+    }
+    // Lanes 8 * piece to 8 * piece + 7 have the range of a piece.
+    __device__ __forceinline__ TimeRange keys_range(int col) const {
+        const int first = col + lane() / 8 % kPieces * 16 + lane() % 8 * 2;
+        const float t = from_base(__ldg(key_times + min_of(first, len_k - 1)));
+        TimeRange range{t, t};
+        range.join(from_base(__ldg(key_times + min_of(first + 1, len_k - 1))));
+        range.join_lanes(8);
+        return range;
+    }
+};
+
+// A block's kernel-side form of a bias: RelativeTiles for the relative one, else the bias itself.
+template <class Bias, class Grid, bool kRowsStay>
+struct BlockBias : Bias {
+    __device__ BlockBias(const Params& p, const Sequence& s, int b, int h, int) : Bias(p, s, b, h) {}
+};
+template <class Grid, bool kRowsStay>
+struct BlockBias<RelativeBias<float>, Grid, kRowsStay> : RelativeTiles<Grid, kRowsStay> {
+    using RelativeTiles<Grid, kRowsStay>::RelativeTiles;
+};
+
+}  // namespace hstu::attention::sm80

@@ -1,0 +1,133 @@
+// Stands in for csrc/attention/gpu.h and CUDA's own names: a warp on the host, for warp-level code that holds no machine
+// instructions. The 32 lanes are coroutines that take turns; a shuffle hands the turn on until every lane has come to it.
+// That all lanes come to the same shuffles, as kernels promise, is checked.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __forceinline__ inline
+
+struct uint2 {
+    uint32_t x, y;
+};
+struct uint4 {
+    uint32_t x, y, z, w;
+};
+
+namespace warp_on_host {
+
+constexpr int kLanes = 32;
+
+struct Warp {
+    ucontext_t scheduler;
+    ucontext_t lanes[kLanes];
+    int lane = 0;
+    bool finished[kLanes];
+    uint64_t slots[kLanes];
+    std::function<void()> body;
+};
+inline Warp warp;
+
+inline void next() { swapcontext(&warp.lanes[warp.lane], &warp.scheduler); }
+
+inline void lane_main() {
+    warp.body();
+    warp.finished[warp.lane] = true;
+}
+
+// Runs body() in every lane of one warp.
+inline void run(std::function<void()> body) {
+    static std::vector<char> stacks(kLanes << 18);
+    warp.body = std::move(body);
+    for (int l = 0; l < kLanes; ++l) {
+        warp.finished[l] = false;
+        getcontext(&warp.lanes[l]);
+        warp.lanes[l].uc_stack.ss_sp = stacks.data() + (l << 18);
+        warp.lanes[l].uc_stack.ss_size = 1 << 18;
+        warp.lanes[l].uc_link = &warp.scheduler;
+        makecontext(&warp.lanes[l], lane_main, 0);
+    }
+    for (int done = 0; done < kLanes;) {
+        done = 0;
+        for (int l = 0; l < kLanes; ++l) {
+            warp.lane = l;
+            swapcontext(&warp.scheduler, &warp.lanes[l]);
+            done += warp.finished[l];
+        }
+        if (done != 0 && done != kLanes) {
+            std::printf("%d lanes are done and the others wait for them\n", done);
+            std::exit(1);
+        }
+    }
+}
+
+template <class T>
+T exchange(T value, const std::function<T(const T*)>& choose) {
+    static T all[kLanes];
+    all[warp.lane] = value;
+    next();
+    const T chosen = choose(all);
+    next();
+    return chosen;
+}
+
+}  // namespace warp_on_host
+
+template <class T>
+T __shfl_sync(unsigned, T value, int source) {
+    return warp_on_host::exchange<T>(value, [=](const T* all) { return all[source & 31]; });
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+    return warp_on_host::exchange<T>(value, [=](const T* all) { return all[warp_on_host::warp.lane ^ mask]; });
+}
+inline unsigned __reduce_or_sync(unsigned, unsigned value) {
+    return warp_on_host::exchange<unsigned>(value, [](const unsigned* all) {
+        unsigned any = 0;
+        for (int l = 0; l < warp_on_host::kLanes; ++l) any |= all[l];
+        return any;
+    });
+}
+
+template <class T>
+T __ldg(const T* from) {
+    return *from;
+}
+template <class T, class U>
+void atomicAdd(T* to, U value) {
+    *to += static_cast<T>(value);
+}
+template <class To, class From>
+To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+inline int __float_as_int(float x) { return bits_as<int>(x); }
+inline uint32_t __float_as_uint(float x) { return bits_as<uint32_t>(x); }
+inline float __int_as_float(int x) { return bits_as<float>(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline float __ll2float_rn(int64_t x) { return static_cast<float>(x); }
+inline float __ull2float_rz(uint64_t x) {
+    const float rounded = static_cast<float>(x);
+    return static_cast<long double>(rounded) > static_cast<long double>(x) ? std::nextafterf(rounded, 0.0f) : rounded;
+}
+inline float __uint2float_rz(uint32_t x) { return __ull2float_rz(x); }
+inline unsigned long long __float2ull_rz(float x) {
+    return x <= 0 ? 0 : x >= 0x1p64f ? ~0ull : static_cast<unsigned long long>(x);
+}
+
+namespace hstu::attention {
+inline int lane() { return warp_on_host::warp.lane; }
+}  // namespace hstu::attention
