@@ -45,6 +45,7 @@ def small_log(users: int = 40) -> InteractionLog:
         log,
         actions=torch.randint(2, log.items.shape, generator=generator),
         action_names=("view", "buy"),
+        timestamps=torch.randint(1000, log.items.shape, generator=generator).cumsum(0),
         item_features={"kind": torch.randint(4, (80,), generator=generator)},
         user_features={"age": torch.randint(1, 5, (users,), generator=generator)},
         user_feature_sizes={"age": 5},
@@ -94,8 +95,9 @@ def test_a_tiny_log_is_learned_by_heart(encoder: str, kind: str) -> None:
         {"training": {"accumulation": 2, "warmup_steps": 3, "schedule": "cosine", "clip_norm": 0.5}},
         {"loss": {"kind": "in_batch", "log_q": True, "mask_same_sequence": True}},
         {"training": {"recompute": True, "precision": "bf16"}},
+        {"model": {"bias": "time+position", "actions": "interleave"}, "training": {"recompute": True}},
     ],
-    ids=["hstu", "sasrec", "features", "schedule", "in-batch", "bf16"],
+    ids=["hstu", "sasrec", "features", "schedule", "in-batch", "bf16", "times"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(sections: dict[str, Any], tmp_path: Path) -> None:
     config = config_of(**sections)
@@ -214,6 +216,23 @@ def test_training_does_better_than_popularity() -> None:
     assert trainer.baselines["popularity"]["HR@10"] > trainer.baselines["random"]["HR@10"]
     assert results[-1]["loss"] < 0.8 * results[0]["loss"]
     assert "HR@10" not in results[0]
+
+
+def test_the_query_of_an_evaluation_has_the_time_of_its_target() -> None:
+    log = small_log()
+    trainer = trainer_of(config_of(model={"bias": "time", "max_len": 40}), log=log)
+    asked: list[torch.Tensor] = []
+    encode_query = trainer.model.encode_query
+
+    def watch(**inputs: Any) -> torch.Tensor:
+        assert torch.equal(inputs["times"], trainer.evaluator.log.timestamps)
+        asked.append(inputs["request_times"])
+        return encode_query(**inputs)
+
+    trainer.model.encode_query = watch  # type: ignore[method-assign]
+    trainer.evaluate()
+    assert log.timestamps is not None
+    assert torch.equal(torch.cat(asked), log.timestamps[log.offsets[1:] - 1])
 
 
 def test_learning_rate_by_hand() -> None:
@@ -401,7 +420,8 @@ def test_a_step_on_padded_rows_is_a_step(kind: str) -> None:
 GRAPHS = {
     "hstu": {},
     "odd heads": {"model": {"num_heads": 1, "head_dim": 50}},
-    "bias": {"model": {"position_bias": True}},
+    "bias": {"model": {"bias": "position"}},
+    "times": {"model": {"bias": "time+position", "contexts": ["age"]}},
     "sasrec": {"model": {"encoder": "sasrec"}},
     "features": {"model": {"contexts": ["age"], "actions": "interleave", "item_features": ["kind"]}},
     "full": {"loss": {"kind": "full", "log_q": True}, "training": {"precision": "bf16"}},
