@@ -3,13 +3,15 @@
 //   dV_j = sum_i P_ij dO_i      G_ij = keep(i, j) silu'(S_ij) / N (dO_i.v_j)
 //   dK_j = alpha sum_i G_ij q_i     dQ_i = alpha sum_j G_ij k_j
 //
-// A block of threads stays and takes up one work after another: one head's `cols` = 128 keys of one sequence, whose K
-// and V lie in shared memory while the query rows that keep any of them pass by, `rows` at a time. Five roles:
+// A block of threads stays and takes up one work after another: one head's `cols` keys of one sequence, whose K and V lie
+// in shared memory while the query rows that keep any of them pass by, `rows` at a time. Six roles:
 //   loader (warp 0)       writes the work down, fetches K and V, then Q and dO tile by tile
 //   cleaner (warp 1)      writes 0 to the rows that no product reaches
+//   two threads           await this block's turn at a tile of dQ, and pass it on (warps 2 and 3, backward_q.h)
+//   a query warpgroup     dQ = G K of each tile, added up over the blocks in turn (backward_q.h)
 //   two key warpgroups    own 64 keys each: S^T = K Q^T and dP^T = V dO^T become P^T and G^T in registers, which are the
 //                         left operands of dV += P^T dO and dK += G^T Q; G^T is also written to shared memory
-//   a query warpgroup     dQ = G K of each tile, added up over the blocks in turn (backward_q.h)
+//                         (backward_kv.h; at head dimension 256 they share 64 keys: backward_kv_split.h)
 // Nothing is cleared or converted by a pass of its own but the counters of the turns. The factors alpha / N and 1 / N
 // are applied at the end.
 #pragma once
