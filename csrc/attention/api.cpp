@@ -1,6 +1,8 @@
 // Every check of an attention call, once, for forward and backward, CPU and GPU; then the choice of the kernel.
 #include "attention/api.h"
 
+#include <algorithm>
+
 #include "attention/cpu/attention.h"
 #include "attention/mask.h"
 #include "attention/params.h"
@@ -402,8 +404,11 @@ int64_t backward_scratch(const Tensor& q, const Tensor& v, const Tensor& cu_seql
     p.max_seqlen_k = static_cast<int>(max_seqlen_k);
     p.deterministic = deterministic;
     const int head_dim = head_dim_bucket(max_of(q.shape[2], v.shape[2]));
-    const int64_t sm90 = compute_capability(q.device) == 90 ? scratch_of(Arch::kSm90, head_dim, p) : 0;
-    return max_of(sm90, scratch_of(Arch::kSm80, head_dim, p));
+    // Which family serves the call is not known here, so there is enough for either.
+    static const bool has_sm90 = std::any_of(
+        cells().begin(), cells().end(), [](const Cell& cell) { return cell.arch == Arch::kSm90 && cell.backward; });
+    const bool may_be_sm90 = has_sm90 && compute_capability(q.device) == 90;
+    return max_of(may_be_sm90 ? scratch_of(Arch::kSm90, head_dim, p) : 0, scratch_of(Arch::kSm80, head_dim, p));
 #else
     return 0;
 #endif
