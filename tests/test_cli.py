@@ -210,6 +210,22 @@ def test_actions_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "--actions must be 2 of buy, view, one for each item, got view" in text.replace("view, buy", "buy, view")
     assert main(["recommend", run, "--items", "1", "2", "--actions", "view", "buy"]) == 0
     assert main(["recommend", run, "--user", "3"]) == 0
+    text = failure(capsys, "recommend", run, "--titles", "1", "--actions", "view")
+    assert text.endswith("hstu_ext.recommend: --items must be given for data without titles, got --titles")
+
+
+def test_evaluate_has_the_precision_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "run")
+    config = str(ROOT / "configs" / "synthetic" / "hstu.toml")
+    assert main(["train", config, "--output", run, *quiet(**{"training.precision": "bf16"})]) == 0
+    capsys.readouterr()
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    found = []
+    for precision in ("bf16", "fp32"):
+        assert main(["evaluate", run, "--json", "--set", f"training.precision={precision}"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["hstu"])
+    assert found[0] == {name: last[name] for name in found[0]}
+    assert found[0] != found[1]
 
 
 def test_the_command_is_installed() -> None:

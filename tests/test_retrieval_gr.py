@@ -255,6 +255,41 @@ def test_compiled_loss_is_the_same(variant: str) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("last_only", [False, True], ids=["all", "last"])
+def test_the_loss_is_told_the_sequence_of_every_positive(last_only: bool) -> None:
+    model = model_of({"supervision": "last" if last_only else "all"})
+    told: list[Tensor] = []
+    model.criterion.forward = lambda query, table, positives, weights, sequences: told.extend(
+        (positives[weights > 0], sequences[weights > 0])
+    )
+    inputs = inputs_of([3, 1, 0, 4], model)
+    model.loss(**inputs)
+    positives, sequences = told
+    rows = [2, 7] if last_only else [1, 2, 5, 6, 7]
+    assert positives.tolist() == inputs["items"][rows].tolist()
+    assert sequences.tolist() == ([0, 3] if last_only else [0, 0, 3, 3, 3])
+
+
+@pytest.mark.parametrize("variant", ["hstu-all", "sasrec-all"])
+@pytest.mark.parametrize("kind", ["sampled", "in_batch", "full"])
+def test_autocast_to_bf16_is_close(variant: str, kind: str) -> None:
+    model = model_of({"kind": kind, "temperature": 1.0}, **VARIANTS[variant]).float()
+    inputs = inputs_of(LENGTHS["ragged"], model)
+    parameters = list(model.parameters())
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model.loss(**inputs)
+        gradients = [each for each in torch.autograd.grad(loss, parameters, allow_unused=True) if each is not None]
+        found.append((loss, torch.cat([each.flatten() for each in gradients])))
+    (loss, gradient), (rounded_loss, rounded_gradient) = found
+    assert rounded_loss.dtype == rounded_gradient.dtype == torch.float32
+    assert not torch.equal(rounded_loss, loss)
+    torch.testing.assert_close(rounded_loss, loss, rtol=0.01, atol=0.01)
+    assert (rounded_gradient - gradient).norm() <= 0.15 * gradient.norm()
+
+
 @pytest.mark.parametrize("encoder", ["hstu", "sasrec"])
 def test_states_see_neither_the_future_nor_the_neighbours(encoder: str) -> None:
     model = model_of(encoder=encoder)
@@ -327,6 +362,10 @@ def test_what_a_model_refuses() -> None:
         model.recommend([[1], []])
     with pytest.raises(ValueError, match=r"histories\[0\] must be items from 0 to 39, got -1 to 40"):
         model.recommend([[-1, 40]])
+    with pytest.raises(ValueError, match=r"actions must be of 1 users, got 2"):
+        model.recommend([[1, 2]], actions=[[1, 2], [1]])
+    with pytest.raises(ValueError, match=r"actions\[0\] must be 2, got 3"):
+        model.recommend([[1, 2]], actions=[[1, 2, 1]])
     with pytest.raises(ValueError, match=r"model.contexts must be among the data's \(age, gender\), got 'job'"):
         model_of(contexts=["job"])
     with pytest.raises(ValueError, match=r"model.item_features must be among the data's \(year, genres\), got 'x'"):

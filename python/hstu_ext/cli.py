@@ -17,7 +17,7 @@ from hstu_ext.data import InteractionLog, Split, command, leave_one_out, load
 from hstu_ext.models import Catalogue, RetrievalGR
 from hstu_ext.training.checkpoint import find_checkpoint, load_model
 from hstu_ext.training.config import Config, load_config, reference
-from hstu_ext.training.evaluation import Evaluator, choose_device
+from hstu_ext.training.evaluation import Evaluator, autocast_of, choose_device
 from hstu_ext.training.export import export
 from hstu_ext.training.metrics_log import table
 from hstu_ext.training.trainer import Trainer
@@ -119,12 +119,11 @@ def _train(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     model, config, catalogue = _load_model(options)
-    model = model.to(choose_device("training.device", config.training.device))
+    device = choose_device("training.device", config.training.device)
     split = _split(config, catalogue)
-    evaluator = Evaluator(
-        split, config.evaluation, config.model.max_len, choose_device("training.device", config.training.device)
-    )
-    results = {config.model.encoder: evaluator(model), **evaluator.baselines()}
+    evaluator = Evaluator(split, config.evaluation, config.model.max_len, device)
+    autocast = autocast_of(config.training.precision, device)
+    results = {config.model.encoder: evaluator(model.to(device), autocast), **evaluator.baselines()}
     if options.json:
         print(json.dumps(results, indent=2))
         return

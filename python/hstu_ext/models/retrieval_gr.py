@@ -40,7 +40,7 @@ class RetrievalGR(nn.Module):
     Args:
         items: the item tower.
         encoder: HSTUBlock, SASRecBlock, or any SequenceBlock.
-        loss: (query, table, positives, weights) -> scalar, as in hstu_ext.training.losses.
+        loss: (query, table, positives, weights, sequences) -> scalar, as in hstu_ext.training.losses.
         actions: embedding of the actions, where the encoder interleaves them.
         contexts: the tower of user features, where the encoder has contexts.
         last_only: the loss is that of each sequence's last event, predicted from the one before.
@@ -148,15 +148,16 @@ class RetrievalGR(nn.Module):
         """
         table = self.items.table()
         states = self._states(table, items, cu_seqlens, max_seqlen, actions, contexts)
+        sequence = sequence_ids(cu_seqlens, items.shape[0])
         if self.last_only:
             rows = (cu_seqlens[1:].long() - 2).clamp(min=0)
             following = (rows + 1).clamp(max=items.shape[0] - 1)
             states, positives, weights = states[rows], items[following], cu_seqlens.diff() >= 2
+            sequences = sequence[following]
         else:
-            sequence = sequence_ids(cu_seqlens, items.shape[0])
-            positives = items.roll(-1)
+            positives, sequences = items.roll(-1), sequence.roll(-1)
             weights = F.pad((sequence[:-1] == sequence[1:]) & (sequence[1:] < cu_seqlens.shape[0] - 1), (0, 1))
-        loss: Tensor = self.criterion(states, table.to(states.dtype), positives, weights.to(states.dtype))
+        loss: Tensor = self.criterion(states, table.to(states.dtype), positives, weights.to(states.dtype), sequences)
         return loss
 
     def num_predictions(self, cu_seqlens: Tensor) -> Tensor:
@@ -213,6 +214,12 @@ class RetrievalGR(nn.Module):
                 got = "an empty list" if not history else f"{min(history)} to {max(history)}"
                 last = self.items.num_items - 1
                 raise ValueError(f"hstu_ext.models: histories[{user}] must be items from 0 to {last}, got {got}")
+        for name, given in (("actions", actions), ("contexts", contexts)):
+            if given is not None and len(given) != len(histories):
+                raise ValueError(f"hstu_ext.models: {name} must be of {len(histories)} users, got {len(given)}")
+        for user, (history, row) in enumerate(zip(histories, actions or [])):
+            if len(row) != len(history):
+                raise ValueError(f"hstu_ext.models: actions[{user}] must be {len(history)}, got {len(row)}")
         read = [list(history)[-self.encoder.max_len :] for history in histories]
         rows = [list(row)[-self.encoder.max_len :] for row in actions] if actions is not None else None
         cu_seqlens = _offsets(read, torch.int32).to(device)

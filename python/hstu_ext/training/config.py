@@ -79,6 +79,9 @@ class LossConfig:
     similarity_threshold: float = option(
         0.0, "for in_batch: an item closer to the positive than this is no negative; 0 for no limit", at_least=0.0
     )
+    mask_same_sequence: bool = option(
+        False, "for in_batch: the other items of a position's own sequence are no negatives as such"
+    )
     supervision: str = option("all", "position i predicts item i + 1: all, or the last", choices=("all", "last"))
 
 
@@ -288,7 +291,15 @@ def _limits(metadata: Mapping[str, Any]) -> str:
 
 def _check_together(config: Config) -> None:
     """What depends on two options."""
-    training = config.training
+    training, loss = config.training, config.loss
+    for key, off, given in (
+        ("similarity_threshold", "0", loss.similarity_threshold),
+        ("mask_same_sequence", "false", loss.mask_same_sequence),
+    ):
+        if given and loss.kind != "in_batch":
+            raise ConfigError(
+                f"hstu_ext.config: loss.{key} must be {off} for loss.kind = {loss.kind}, got {json.dumps(given)}"
+            )
     if training.cuda_graphs == "on":
         for key, wanted, got in (
             ("loss.kind", "sampled or full", "in_batch" if config.loss.kind == "in_batch" else None),

@@ -50,6 +50,11 @@ def model_inputs(model: RetrievalGR, batch: Batch, log: InteractionLog) -> dict[
     return inputs
 
 
+def autocast_of(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """What forward passes of training.precision run under."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
+
+
 def choose_device(key: str, name: str) -> torch.device:
     """The device that an option names; for auto the GPU where there is one."""
     if name == "auto":
