@@ -198,6 +198,10 @@ def watch(tool: str, cells: list[str], sanitizer: str, deadline: float) -> Run:
     while remaining := [cell for cell in cells if cell not in run.findings]:
         if time.monotonic() > deadline:
             break
+        # A Hopper GPU runs the cells of sm80 only where it is told to: a process for each family.
+        of_sm80 = "_sm80_" in remaining[0]
+        remaining = [cell for cell in remaining if ("_sm80_" in cell) == of_sm80]
+        environment["HSTU_EXT_GPU"] = "sm80" if of_sm80 else ""
         command = [
             sanitizer, "--tool", tool, "--error-exitcode", str(EXIT_CODE), *OPTIONS[tool],
             sys.executable, __file__, "--cells", ",".join(remaining),
@@ -280,6 +284,8 @@ def main() -> int:
         print(f"{sanitizer} not found: install the CUDA toolkit or give --sanitizer")
         return 2
     cells = [cell for cell in (*hstu_ext.cells(), *JAGGED, *SIMILARITY, *NORM) if re.search(options.match, cell)]
+    if torch.cuda.get_device_capability() != (9, 0):
+        cells = [cell for cell in cells if "_sm90_" not in cell]
     tools = options.tools.split(",")
     if not cells or not set(tools) <= set(TOOLS):
         print(f"no cell matches {options.match!r}" if not cells else f"tools are {', '.join(TOOLS)}")

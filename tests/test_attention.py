@@ -479,12 +479,43 @@ def test_lengths_above_max_seqlen_on_gpu() -> None:
 
 
 @pytest.mark.gpu
+def test_backwards_side_by_side_on_gpu() -> None:
+    """Blocks of a backward may wait for one another: two on two streams must not keep each other from starting."""
+    case = Case("", (3000,) * 8, heads=4, dim=64)
+    require_cells(case, "cuda", torch.bfloat16, "fwd", "bwd")
+    problem = case.problem("cuda", torch.bfloat16)
+    expected = problem.run(attention, deterministic=True)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    results: list[dict[str, Tensor]] = []
+    for stream in streams * 10:
+        with torch.cuda.stream(stream):
+            results.append(problem.run(attention, deterministic=True))
+    torch.cuda.synchronize()
+    for result in results:
+        for key, value in result.items():
+            assert torch.equal(value, expected[key]), key
+
+
+def run_accuracy_tests(which: str, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", f"test_accuracy and {which}", __file__]
+    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+
+
+@pytest.mark.gpu
 def test_tiles_of_small_gpus() -> None:
     """GPUs with 99 KB of shared memory a block take other tiles, which a large GPU can run as well."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "test_accuracy and (d128 or d256)", __file__]
-    environment = {**os.environ, "HSTU_EXT_MAX_SHARED_KB": "99"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    run_accuracy_tests("(d128 or d256)", HSTU_EXT_GPU="sm80", HSTU_EXT_MAX_SHARED_KB="99")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not any("_sm90_" in cell for cell in hstu_ext.cells()), reason="this build has no sm90 kernels")
+def test_sm80_family_on_hopper() -> None:
+    """Where the sm90 family serves a call, the sm80 family is right too."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("not a Hopper GPU: every other test runs the sm80 family")
+    run_accuracy_tests("not rab and not interval", HSTU_EXT_GPU="sm80")
 
 
 @pytest.mark.gpu

@@ -102,13 +102,13 @@ def test_dtypes_that_are_not_supported() -> None:
 
 def test_scratch_is_for_gpus() -> None:
     q, offsets = torch.zeros(4096, 2, 64), torch.tensor([0, 4096])
-    assert _C.attention_backward_scratch(q, q, offsets, 4096) == 0
+    assert _C.attention_backward_scratch(q, q, offsets, 4096, False) == 0
 
 
 @pytest.mark.skipif(not build_info()["cuda"], reason="this build has no GPU kernels")
 def test_scratch_of_long_sequences() -> None:
     rows = GpuTensor((16384, 2, 64), (128, 64, 1))
-    assert _C.attention_backward_scratch(rows, rows, OFFSETS, 16384) >= 16384 * 2 * 64
+    assert _C.attention_backward_scratch(rows, rows, OFFSETS, 16384, False) >= 16384 * 2 * 64
 
 
 def test_no_streams_in_the_compiled_module() -> None:

@@ -1,6 +1,8 @@
 // Every check of an attention call, once, for forward and backward, CPU and GPU; then the choice of the kernel.
 #include "attention/api.h"
 
+#include <algorithm>
+
 #include "attention/cpu/attention.h"
 #include "attention/mask.h"
 #include "attention/params.h"
@@ -9,6 +11,7 @@
 #if HSTU_EXT_CUDA
 #include "attention/cell_table.h"
 #include "attention/sm80/plan.h"
+#include "attention/sm90/plan.h"
 #include "common/cuda.h"
 #endif
 
@@ -273,6 +276,10 @@ void zero(const Jagged& x, int64_t rows, int64_t row_elements, void* stream) {
                    "cudaMemset2DAsync");
 }
 
+int64_t scratch_of(Arch arch, int head_dim, const BackwardParams& p) {
+    return arch == Arch::kSm90 ? sm90::dq_scratch_elements(p, head_dim) : sm80::dq_accum_elements(p, head_dim);
+}
+
 const Cell& cell_of(Direction direction, const Params& p, DType dtype, MaskKind mask) {
     const BiasKind bias = p.relative ? BiasKind::kRelative : p.rab.data ? BiasKind::kRab : BiasKind::kNone;
     return find_cell(direction, compute_capability(p.device), dtype, max_of(p.dim_qk, p.dim_v), mask, bias);
@@ -358,9 +365,9 @@ void backward(const Inputs& inputs, const Gradients& gradients, bool determinist
         zero(p.dv, p.total_k, p.heads * p.dim_v, execution.stream);
         return;
     }
-    if (gradients.dq_accum && !deterministic) {
-        const int64_t wanted = sm80::dq_accum_elements(p, cell.head_dim);
+    if (const int64_t wanted = scratch_of(cell.arch, cell.head_dim, p); wanted > 0) {
         const Tensor& scratch = gradients.dq_accum;
+        check_given("dq_accum", scratch);
         CHECK(scratch.dtype == DType::kFloat32 && scratch.device == p.device && scratch.rank == 1 &&
                   scratch.shape[0] >= wanted,
               "dq_accum must be torch.float32 [", wanted, "] on ", Device{p.device}, ", got ", scratch.dtype, " ",
@@ -382,20 +389,29 @@ void backward(const Inputs& inputs, const Gradients& gradients, bool determinist
 #endif
 }
 
-int64_t backward_scratch(const Tensor& q, const Tensor& v, const Tensor& cu_seqlens_q, int64_t max_seqlen_k) {
+int64_t backward_scratch(const Tensor& q, const Tensor& v, const Tensor& cu_seqlens_q, int64_t max_seqlen_k,
+                         bool deterministic) {
 #if HSTU_EXT_CUDA
     check_packed("q", q, q);
     check_packed("v", v, q);
     check_offsets("cu_seqlens_q", cu_seqlens_q);
     check_length("max_seqlen_k", max_seqlen_k);
+    if (!q.is_cuda()) return 0;
     BackwardParams p;
     p.batch = static_cast<int>(cu_seqlens_q.shape[0] - 1);
     p.heads = static_cast<int>(q.shape[1]);
     p.total_q = q.shape[0];
     p.max_seqlen_k = static_cast<int>(max_seqlen_k);
-    if (q.is_cuda()) return sm80::dq_accum_elements(p, head_dim_bucket(max_of(q.shape[2], v.shape[2])));
-#endif
+    p.deterministic = deterministic;
+    const int head_dim = head_dim_bucket(max_of(q.shape[2], v.shape[2]));
+    // Which family serves the call is not known here, so there is enough for either.
+    static const bool has_sm90 = std::any_of(
+        cells().begin(), cells().end(), [](const Cell& cell) { return cell.arch == Arch::kSm90 && cell.backward; });
+    const bool may_be_sm90 = has_sm90 && compute_capability(q.device) == 90;
+    return max_of(may_be_sm90 ? scratch_of(Arch::kSm90, head_dim, p) : 0, scratch_of(Arch::kSm80, head_dim, p));
+#else
     return 0;
+#endif
 }
 
 int64_t table_scratch(const Tensor& dposition, const Tensor& dtime) {

@@ -44,8 +44,9 @@ struct MisalignedError : std::invalid_argument {
 void forward(const Inputs& inputs, const Tensor& out, Execution execution);
 void backward(const Inputs& inputs, const Gradients& gradients, bool deterministic, Execution execution);
 
-// fp32 elements that backward wants in dq_accum unless it is deterministic; 0 for none.
-int64_t backward_scratch(const Tensor& q, const Tensor& v, const Tensor& cu_seqlens_q, int64_t max_seqlen_k);
+// fp32 elements that backward wants in dq_accum, whichever family serves it; 0 for none.
+int64_t backward_scratch(const Tensor& q, const Tensor& v, const Tensor& cu_seqlens_q, int64_t max_seqlen_k,
+                         bool deterministic);
 
 // Zeroed int64 elements that a deterministic backward on a GPU wants in table_accum; 0 for none.
 int64_t table_scratch(const Tensor& dposition, const Tensor& dtime);

@@ -76,7 +76,8 @@ void attention_backward(py::args values) {
 int64_t attention_backward_scratch(py::args values) {
     Arguments args("attention", std::move(values));
     const Tensor q = args.tensor("q"), v = args.tensor("v"), cu_seqlens_q = args.tensor("cu_seqlens_q");
-    return backward_scratch(q, v, cu_seqlens_q, args.integer("max_seqlen_k"));
+    const int64_t max_seqlen_k = args.integer("max_seqlen_k");
+    return backward_scratch(q, v, cu_seqlens_q, max_seqlen_k, args.boolean("deterministic"));
 }
 
 int64_t attention_table_scratch(py::args values) {

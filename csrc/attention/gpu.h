@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "attention/mask.h"
+#include "attention/tile_walk.h"
 
 namespace hstu::attention {
 
@@ -82,28 +83,5 @@ __device__ __forceinline__ void zero_unused_rows(const Jagged& out, int head, in
     if (b == batch - 1 && row0 == 0 && begin + alloc < total)
         zero_rows<T>(out, head, begin + alloc, total, num_cols, team);
 }
-
-// The spans with their starts moved down to multiples of `step`; empty ones stay empty.
-__device__ __forceinline__ Spans aligned(Spans spans, int step) {
-    if (spans.first.size() > 0) spans.first.begin -= spans.first.begin % step;
-    if (spans.second.size() > 0) spans.second.begin -= spans.second.begin % step;
-    return spans;
-}
-
-// The tiles of at most two spans, in order. A tile starts where a span starts and never covers an index twice.
-struct TileWalk {
-    int first, first_tiles, second, tiles, step;
-
-    __device__ __forceinline__ TileWalk(Spans spans, int step) : step(step) {
-        first = spans.first.begin;
-        first_tiles = ceil_div(spans.first.size(), step);
-        second = spans.second.begin;
-        if (first_tiles > 0) second = max_of(second, first + first_tiles * step);
-        tiles = first_tiles + ceil_div(Span{second, spans.second.end}.size(), step);
-    }
-    __device__ __forceinline__ int operator[](int t) const {
-        return t < first_tiles ? first + t * step : second + (t - first_tiles) * step;
-    }
-};
 
 }  // namespace hstu::attention

@@ -115,7 +115,7 @@ struct TargetMask {
 
     HSTU_HOST_DEVICE Spans kv_range(int row0, int rows) const {
         const int first = row0 + offset, last = min_of(row0 + rows, len_q) - 1 + offset;
-        if (last < history_end) return {{0, last >= 0 && first < contexts ? history_end : last + 1}, {}};
+        if (last < history_end) return {{0, last >= 0 && max_of(first, 0) < contexts ? history_end : last + 1}, {}};
         return {{0, history_end}, {group_start(max_of(first, history_end)), last + 1}};
     }
     HSTU_HOST_DEVICE Spans q_range(int col0, int cols) const {

@@ -117,26 +117,71 @@ struct ForwardTile;
 template <>
 struct ForwardTile<32> {
     static constexpr int consumers = 3, cols = 128, stages = 4, q_stages = 2;
-    static constexpr bool q_in_registers = false, takes_turns = false;
     static constexpr int loader_registers = 32, consumer_registers = 160;
 };
 template <>
-struct ForwardTile<64> {
-    static constexpr int consumers = 3, cols = 128, stages = 4, q_stages = 2;
-    static constexpr bool q_in_registers = false, takes_turns = false;
-    static constexpr int loader_registers = 32, consumer_registers = 160;
-};
+struct ForwardTile<64> : ForwardTile<32> {};
 template <>
 struct ForwardTile<128> {
-    static constexpr int consumers = 2, cols = 128, stages = 2, q_stages = 2;
-    static constexpr bool q_in_registers = false, takes_turns = false;
-    static constexpr int loader_registers = 56, consumer_registers = 224;
+    static constexpr int consumers = 3, cols = 64, stages = 3, q_stages = 2;
+    static constexpr int loader_registers = 32, consumer_registers = 160;
 };
 template <>
 struct ForwardTile<256> {
     static constexpr int consumers = 2, cols = 64, stages = 2, q_stages = 1;
-    static constexpr bool q_in_registers = false, takes_turns = false;
     static constexpr int loader_registers = 56, consumer_registers = 224;
+};
+
+// The same for batches whose mean length is at most up_to, where fewer query rows a block waste less.
+template <int kHeadDim>
+struct ShortForwardTile : ForwardTile<kHeadDim> {
+    static constexpr int up_to = 0;
+};
+template <>
+struct ShortForwardTile<32> {
+    static constexpr int consumers = 2, cols = 128, stages = 4, q_stages = 2;
+    static constexpr int loader_registers = 56, consumer_registers = 224;
+    static constexpr int up_to = 4096;
+};
+template <>
+struct ShortForwardTile<64> : ShortForwardTile<32> {};
+template <>
+struct ShortForwardTile<128> {
+    static constexpr int consumers = 2, cols = 64, stages = 4, q_stages = 2;
+    static constexpr int loader_registers = 56, consumer_registers = 224;
+    static constexpr int up_to = 512;
+};
+
+// A block owns `cols` keys and walks over the queries in steps of `rows`. Its two key warpgroups have 64 keys each or,
+// with `split`, dV and dK of the same 64. stages: Q and dO tiles in flight; works: K and V in shared memory;
+// unit_cols: columns of dQ that the query warpgroup has in registers at a time; keys_in_registers: K and V as left
+// operands are read once a work. *_registers: a thread, of 512 for two key warpgroups, the query warpgroup and the
+// loader's.
+template <int kHeadDim>
+struct BackwardTile;
+template <>
+struct BackwardTile<32> {
+    static constexpr int rows = 128, cols = 128, stages = 4, works = 2, unit_cols = 32;
+    static constexpr int key_registers = 192, query_registers = 88, loader_registers = 40;
+    static constexpr bool keys_in_registers = true, split = false;
+};
+template <>
+struct BackwardTile<64> {
+    static constexpr int rows = 64, cols = 128, stages = 4, works = 2, unit_cols = 64;
+    static constexpr int key_registers = 192, query_registers = 88, loader_registers = 40;
+    static constexpr bool keys_in_registers = true, split = false;
+};
+template <>
+struct BackwardTile<128> {
+    static constexpr int rows = 64, cols = 128, stages = 3, works = 1, unit_cols = 64;
+    static constexpr int key_registers = 208, query_registers = 72, loader_registers = 24;
+    static constexpr bool keys_in_registers = false, split = false;
+};
+template <>
+struct BackwardTile<256> {
+    static constexpr int rows = 64, cols = 64, stages = 2, works = 1, unit_cols = 64;
+    static constexpr int key_registers = 192, query_registers = 88, loader_registers = 40;
+    static constexpr bool keys_in_registers = false, split = true;
 };
 
 }  // namespace hstu::attention::sm90

@@ -23,20 +23,25 @@ inline int max_shared_bytes(int device) {
     return limit ? std::min(bytes, std::atoi(limit) * 1024) : bytes;
 }
 
-// Runs kernel<<<grid, threads, shared_bytes, stream>>>(args...). The limit on dynamic shared memory is raised once a
-// kernel, device and size, so that launches are cheap and can be captured in a CUDA graph.
+// Raises a kernel's limit on dynamic shared memory, once a kernel, device and size, so that launches are cheap and can be
+// captured in a CUDA graph.
+template <auto kKernel>
+void reserve_shared(int shared_bytes, int device) {
+    if (shared_bytes <= 48 * 1024) return;
+    static std::array<std::atomic<int>, 64> reserved{};
+    std::atomic<int>& most = reserved[device % reserved.size()];
+    if (most.load(std::memory_order_relaxed) < shared_bytes) {
+        check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+                   "reserving shared memory for a kernel");
+        most.store(shared_bytes, std::memory_order_relaxed);
+    }
+}
+
+// Runs kernel<<<grid, threads, shared_bytes, stream>>>(args...).
 template <auto kKernel, class... Args>
 void launch_grid(dim3 grid, int threads, int shared_bytes, int device, cudaStream_t stream, const Args&... args) {
-    if (shared_bytes > 48 * 1024) {
-        static std::array<std::atomic<int>, 64> reserved{};
-        std::atomic<int>& most = reserved[device % reserved.size()];
-        if (most.load(std::memory_order_relaxed) < shared_bytes) {
-            check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
-                                            cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-                       "reserving shared memory for a kernel");
-            most.store(shared_bytes, std::memory_order_relaxed);
-        }
-    }
+    reserve_shared<kKernel>(shared_bytes, device);
     kKernel<<<grid, threads, shared_bytes, stream>>>(args...);
     check_cuda(cudaGetLastError(), "a kernel launch");
 }
@@ -47,6 +52,24 @@ void launch(int64_t blocks, int threads, int shared_bytes, int device, cudaStrea
     if (blocks == 0) return;
     if (blocks > 0x7fffffff) throw std::runtime_error("hstu_ext: too many thread blocks: " + std::to_string(blocks));
     launch_grid<kKernel>(dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, device, stream, args...);
+}
+
+// The same for blocks that wait for one another: they start together or, while other kernels hold the GPU, not at all.
+// There must be no more than fit the GPU at a time.
+template <auto kKernel, class... Args>
+void launch_together(int blocks, int threads, int shared_bytes, int device, cudaStream_t stream, const Args&... args) {
+    reserve_shared<kKernel>(shared_bytes, device);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check_cuda(cudaLaunchKernelEx(&config, kKernel, args...), "a kernel launch");
 }
 
 }  // namespace hstu

@@ -90,7 +90,9 @@ def attention_backward(
     num_threads: int,
     /,
 ) -> None: ...
-def attention_backward_scratch(q: Tensor, v: Tensor, cu_seqlens_q: Tensor, max_seqlen_k: int, /) -> int:
+def attention_backward_scratch(
+    q: Tensor, v: Tensor, cu_seqlens_q: Tensor, max_seqlen_k: int, deterministic: bool, /
+) -> int:
     """Elements of dq_accum that attention_backward wants unless it is deterministic; 0 for none."""
 
 def attention_table_scratch(dposition: Tensor | None, dtime: Tensor | None, /) -> int:

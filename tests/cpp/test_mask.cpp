@@ -14,6 +14,7 @@
 
 #include "attention/mask.h"
 #include "attention/params.h"
+#include "attention/tile_walk.h"
 
 namespace {
 
@@ -63,6 +64,25 @@ const char* span_error(const Spans& spans, int length, const std::vector<char>& 
     return nullptr;
 }
 
+// The tiles of queries and keys that meet are the same seen from the keys and from the queries, and the ranks of a tile
+// of queries' key tiles count from 0.
+template <class Mask>
+void check_tiles(const Mask& mask, int len_q, int len_k, int rows, int cols, const std::string& what) {
+    std::vector<int> next((len_q + rows - 1) / rows, 0);
+    for (int col0 = 0; col0 < len_k; col0 += cols) {
+        const TileWalk walk(aligned(mask.q_range(col0, cols), rows), rows);
+        for (int t = 0; t < walk.tiles; ++t) {
+            const int row0 = walk[t];
+            if (row0 % rows != 0 || row0 >= len_q) return fail(what + ": a tile of queries at " + str({row0, rows}));
+            if (KeyTileRank(mask, row0, rows, col0, cols).rank != next[row0 / rows]++)
+                return fail(what + ": rank of the keys at " + str({row0, rows, col0, cols}));
+        }
+    }
+    for (int row0 = 0; row0 < len_q; row0 += rows)
+        if (KeyTileRank(mask, row0, rows, 0, cols).count != next[row0 / rows])
+            return fail(what + ": tiles of keys that meet the queries at " + str({row0, rows, cols}));
+}
+
 template <class Mask>
 void check(const Mask& mask, int len_q, int len_k, const Rule& rule, const std::vector<int>& tiles, Tightness& tight,
            const std::string& what) {
@@ -95,6 +115,9 @@ void check(const Mask& mask, int len_q, int len_k, const Rule& rule, const std::
             if (error) fail(what + " q_range" + str({col0, cols}) + ": " + error);
         }
     }
+    if (Mask::kCheapRanges)
+        for (const int rows : tiles)
+            for (const int cols : tiles) check_tiles(mask, len_q, len_k, rows, cols, what);
     for (const int rows : tiles)
         for (const int cols : tiles)
             for (int row0 = 0; row0 < len_q; ++row0)

@@ -6,6 +6,7 @@
 // warpgroup owns 64 of the rows and the mask's key spans are walked in tiles of `cols` keys. Four roles:
 //   loader (warp 0)    writes the Work down, fetches its Q, then K and V tile by tile;  waits for q_empty, k_empty, v_empty
 //   storer (warp 1)    sends the finished rows, which lie where Q lay;                  waits for q_full, o_full
+//                      (with a single place for Q the consumers store them, and Q is free after its last product)
 //   cleaner (warp 2)   writes 0 to the rows of `out` that nobody else writes
 //   consumers          S(t + 1) = Q K(t + 1)^T and O += P(t) V(t) run on the tensor cores while S(t + 1), once it is
 //                      there, becomes P(t + 1) in registers;                            wait for q_full, k_full, v_full
@@ -15,16 +16,14 @@
 
 #include "attention/activation.h"
 #include "attention/bias.h"
-#include "attention/sm80/block_order.h"
 #include "attention/sm90/pipeline.h"
 #include "attention/sm90/product.h"
+#include "attention/sm90/schedule.h"
 #include "attention/sm90/tensor_map.h"
 #include "attention/tile_config.h"
 #include "common/cuda_launch.h"
 
 namespace hstu::attention::sm90 {
-
-using sm80::BlockOrder;
 
 struct ForwardMaps {
     SequenceMap q, k, v, out;
@@ -47,11 +46,13 @@ struct ForwardShared {
     static constexpr int kTiles = kQ * QTile::kBytes + 2 * kKv * KTile::kBytes;
     static constexpr int kBarriers = 3 * kQ + 4 * kKv;
     static constexpr int kWork = kTiles + 8 * kBarriers;
-    static constexpr int kBytes = kWork + kQ * sizeof(Work<Mask>) + 1024;  // the start is moved to a multiple of 1024
+    static constexpr int kBatch = kWork + kQ * sizeof(Work<Mask>);
+    static constexpr int kBytes = kBatch + sizeof(SortedBatch) + 1024;  // the start is moved to a multiple of 1024
 
     unsigned char* start;
 
     __device__ explicit ForwardShared(unsigned char* memory) : start(memory + (-shared_address(memory) & 1023)) {}
+
     __device__ uint32_t base() const { return shared_address(start); }
     __device__ QTile q(int stage) const { return {base() + stage * QTile::kBytes}; }  // O at the end
     __device__ KTile k(int stage) const { return {base() + kQ * QTile::kBytes + stage * KTile::kBytes}; }
@@ -65,9 +66,13 @@ struct ForwardShared {
     __device__ Barrier v_full(int stage) const { return barrier(3 * kQ + 2 * kKv + stage); }
     __device__ Barrier v_empty(int stage) const { return barrier(3 * kQ + 3 * kKv + stage); }
     __device__ Work<Mask>& work(int stage) const { return reinterpret_cast<Work<Mask>*>(start + kWork)[stage]; }
+    __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
 
     __device__ void init_barriers() const {
-        for (int i = 0; i < kQ; ++i) q_full(i).init(1), q_empty(i).init(1), o_full(i).init(Config::consumers * 4);
+        for (int i = 0; i < kQ; ++i) {
+            q_full(i).init(1), o_full(i).init(Config::consumers * 4);
+            q_empty(i).init(kQ == 1 ? Config::consumers : 1);
+        }
         for (int i = 0; i < kKv; ++i) {
             k_full(i).init(1), v_full(i).init(1);
             k_empty(i).init(Config::consumers), v_empty(i).init(Config::consumers);
@@ -76,36 +81,30 @@ struct ForwardShared {
     }
 };
 
-// Which rows the grid's places stand for: place i is taken up by block i % gridDim.x.
-struct ForwardPlaces {
-    BlockOrder order;
-    int row_blocks, count;
-
-    struct Rows {
-        int b, head, row_block;
-    };
-    __device__ __forceinline__ Rows operator[](int place) const {
-        const auto [b, head, rank] = order[place];
-        return {b, head, row_blocks - 1 - rank};
-    }
-};
-
 template <class T, int kHeadDim, class Mask, class Config>
-__device__ __forceinline__ void load_works(const Params& p, const ForwardMaps& maps, const ForwardPlaces& places,
+__device__ __forceinline__ void load_works(const Params& p, const ForwardMaps& maps, const Schedule& schedule,
                                            const ForwardShared<kHeadDim, Mask, Config>& shared) {
     using Shared = ForwardShared<kHeadDim, Mask, Config>;
     constexpr int kRows = Shared::kRows;
     RingPosition<Config::q_stages> q;
     RingPosition<Config::stages> kv;
-    // 32 places at a time, one a lane, so that their offsets are read together.
-    for (int first = blockIdx.x; first < places.count; first += 32 * gridDim.x) {
-        const int place = first + lane() * gridDim.x;
-        const auto [b, head, row_block] = places[min_of(place, places.count - 1)];
-        const int row0 = row_block * kRows;
+    if (schedule.sorted) {
+        // The tiles are still unused.
+        shared.batch().sort(p, kRows, schedule.levels, schedule.of_keys,
+                            *reinterpret_cast<SortedBatch::Scratch*>(shared.start));
+        fence_async();
+        __syncwarp();
+    }
+    PlaceFinder find(schedule, shared.batch());
+    // 32 rounds at a time, one a lane, so that their offsets are read together.
+    for (int round = lane(); __any_sync(0xffffffff, Schedule::place(round, blockIdx.x, gridDim.x) < find.last());
+         round += 32) {
+        const auto [b, head, level] = find(Schedule::place(round, blockIdx.x, gridDim.x));
+        const int row0 = level * kRows;
         const Sequence seq(p, b);
         const Mask mask(p, seq, b, head);
         const TileWalk walk(mask.kv_range(row0, kRows), Config::cols);
-        const bool wanted = place < places.count && row0 < seq.len_q && walk.tiles > 0;
+        const bool wanted = level >= 0 && row0 < seq.len_q && walk.tiles > 0;
         for (unsigned left = __ballot_sync(0xffffffff, wanted); left != 0; left &= left - 1) {
             const int turn = __ffs(left) - 1;
             if (lane() == turn) {
@@ -157,20 +156,20 @@ __device__ __forceinline__ void store_works(const ForwardMaps& maps,
 
 // Writes 0 to the rows of `out` that no consumer writes: those outside the sequences' used rows and those without a key.
 template <class T, int kHeadDim, class Mask, class Config>
-__device__ __forceinline__ void clean(const Params& p, const ForwardPlaces& places) {
+__device__ __forceinline__ void clean(const Params& p, int row_blocks) {
     constexpr int kRows = 64 * Config::consumers;
-    for (int first = blockIdx.x; first < places.count; first += 32 * gridDim.x) {
-        const int place = first + lane() * gridDim.x;
-        const auto [b, head, row_block] = places[min_of(place, places.count - 1)];
-        const int row0 = row_block * kRows;
+    const int count = row_blocks * p.heads * p.batch;
+    for (int first = blockIdx.x * 32; first < count; first += 32 * gridDim.x) {
+        const int number = min_of(first + lane(), count - 1), pair = number / row_blocks;
+        const int b = pair / p.heads, head = pair % p.heads, row_block = number % row_blocks, row0 = row_block * kRows;
         Sequence seq(p, b);
-        const bool last_block = row_block == places.row_blocks - 1;
+        const bool last_block = row_block == row_blocks - 1;
         const TileWalk walk(Mask(p, seq, b, head).kv_range(row0, kRows), Config::cols);
         if (walk.tiles == 0) seq.len_q = min_of(seq.len_q, row0);
         const int owned_end = last_block ? seq.alloc_q : min_of(row0 + kRows, seq.alloc_q);
         const bool outside = row_block == 0 && ((b == 0 && seq.q_begin > 0) ||
                                                 (b == p.batch - 1 && seq.q_begin + seq.alloc_q < p.total_q));
-        const bool wanted = place < places.count && (owned_end > max_of(row0, seq.len_q) || outside);
+        const bool wanted = first + lane() < count && (owned_end > max_of(row0, seq.len_q) || outside);
         for (unsigned left = __ballot_sync(0xffffffff, wanted); left != 0; left &= left - 1) {
             const int turn = __ffs(left) - 1;
             const auto of_turn = [&](auto value) { return __shfl_sync(0xffffffff, value, turn); };
@@ -207,18 +206,52 @@ __device__ __forceinline__ void write_rows(const Accumulator<kHeadDim>& out, QTi
         uint32_t r[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) r[i] = pack<T>(factor * x[2 * i], factor * x[2 * i + 1]);
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r[0]), "r"(r[1]),
-                     "r"(r[2]), "r"(r[3])
-                     : "memory");
+        write_blocks(to, r);
     }
 }
 
-// One warpgroup's stream of products. Its tiles follow one another across works: while the values of a work's last tile are
-// added, the scores of the next work's first tile are computed.
+// Scales, converts and writes a warpgroup's first num_rows rows and num_cols columns to global memory. The four lanes that
+// share a row exchange words, so that each writes 16 bytes and they write 64 together.
+template <class T, int kHeadDim>
+__device__ __forceinline__ void store_directly(const Accumulator<kHeadDim>& out, T* global, int64_t stride,
+                                               int num_rows, int num_cols, float factor) {
+    const int quarter = lane() % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = Accumulator<kHeadDim>::row() + 8 * half;
+        T* const to = global + row * stride + quarter * 8;
+#pragma unroll
+        for (int n = 0; n < kHeadDim; n += 32) {
+            uint32_t words[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float* x = out.x + n / 2 + 4 * i + 2 * half;
+                words[i] = pack<T>(factor * x[0], factor * x[1]);
+            }
+#pragma unroll
+            for (int step = 1; step < 4; step *= 2) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    if (i & step) continue;
+                    const bool upper = quarter & step;
+                    const uint32_t got = __shfl_xor_sync(0xffffffff, upper ? words[i] : words[i ^ step], step);
+                    words[i] = upper ? got : words[i];
+                    words[i ^ step] = upper ? words[i ^ step] : got;
+                }
+            }
+            if (row < num_rows && n + quarter * 8 < num_cols)
+                *reinterpret_cast<uint4*>(to + n) = uint4{words[0], words[1], words[2], words[3]};
+        }
+    }
+}
+
+// One warpgroup's stream of products. Its tiles follow one another across works: the scores of the next work's first tile
+// are computed while the values of this work's last tile are added or, with a single place for Q, while its rows are stored.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void consume_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared,
                                               int group) {
     constexpr int kCols = Config::cols;
+    constexpr bool kOneQ = Config::q_stages == 1;
     const float half_alpha = 0.5f * p.alpha;
     const bool signals = threadIdx.x % kWarpgroup == 0;
     RingPosition<Config::stages> kv;
@@ -226,21 +259,17 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     Accumulator<kCols> s;
     Accumulator<kHeadDim> out;
     Fragments<kCols / 16> weights;
-    Fragments<kHeadDim / 16> queries;
     shared.q_full(0).wait(0);
     Mask mask = shared.work(0).mask;
     TileWalk walk = shared.work(0).walk;
     int row0;
-    if (Config::takes_turns && group == Config::consumers - 1) named_arrive(1, 2 * kWarpgroup);
+    [[maybe_unused]] T* to = nullptr;  // of row0, where rows are stored directly
 
     const auto begin_scores = [&] {
         shared.k_full(kv.stage).wait(kv.phase);
         hold(s);
         begin_products();
-        if constexpr (Config::q_in_registers)
-            multiply<T, kHeadDim / 16, true>(s, queries, rows(shared.k(kv.stage)));
-        else
-            multiply<T, kHeadDim / 16, true>(s, rows(shared.q(q.stage), 64 * group), rows(shared.k(kv.stage)));
+        multiply<T, kHeadDim / 16, true>(s, rows(shared.q(q.stage), 64 * group), rows(shared.k(kv.stage)));
         commit_products();
     };
     const auto begin_values = [&](RingPosition<Config::stages> at) {
@@ -252,6 +281,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     const auto activate_scores = [&](int t) {
         hold(s);
         if (signals) shared.k_empty(kv.stage).arrive();
+        if (kOneQ && signals && t + 1 == walk.tiles) shared.q_empty(0).arrive();
         const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
         if (mask.is_full(row0, 64, walk[t], kCols))
             activate<false>(s, mask, row, col, half_alpha);
@@ -262,7 +292,8 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
 #pragma unroll
         for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
     };
-    const auto finish = [&](int q_stage) {
+    // Rows go through Q's place to the storer.
+    const auto hand_over = [&](int q_stage) {
         write_rows<T>(out, shared.q(q_stage), group, p.inv_scaling);
         fence_async();
         __syncwarp();
@@ -275,58 +306,61 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         const Work<Mask>& work = shared.work(q.stage);
         if (work.last) return false;
         mask = work.mask, walk = work.walk, row0 = work.row0 + 64 * group;
-        if constexpr (Config::q_in_registers) read_rows(queries, shared.q(q.stage), 64 * group);
+        if constexpr (kOneQ) to = p.out.at<T>(work.q_begin + row0, work.head);
         return true;
-    };
-    // The first tile's weights, with nothing beside.
-    const auto start = [&] {
-        begin_scores();
-        wait_products<0>();
-        activate_scores(0);
-        convert();
-        out.clear();
-    };
-    const auto end = [&](int q_stage) {
-        begin_values(kv);
-        wait_products<0>();
-        hold(out);
-        if (signals) shared.v_empty(kv.stage).arrive();
-        finish(q_stage);
     };
 
     if (!take()) return;
-    start();
+    begin_scores();
+    wait_products<0>();
+    activate_scores(0);
+    convert();
+    out.clear();
     for (int t = 0;;) {
         const RingPosition<Config::stages> before = kv;
         const int before_q = q.stage;
         const bool ends = t + 1 == walk.tiles;
-        if (ends) {
-            if constexpr (Config::q_stages == 1) end(before_q);
+        if constexpr (kOneQ) {
+            if (ends) {
+                const auto store = [&, from = to, rows_left = mask.len_q - row0] {
+                    store_directly(out, from, p.out.row_stride, rows_left, p.dim_v, p.inv_scaling);
+                };
+                begin_values(kv);
+                q.next();
+                const bool more = take();
+                wait_products<0>();
+                hold(out);
+                if (signals) shared.v_empty(before.stage).arrive();
+                if (!more) return store();
+                kv.next();
+                begin_scores();
+                store();
+                wait_products<0>();
+                activate_scores(t = 0);
+                convert();
+                out.clear();
+                continue;
+            }
+        } else if (ends) {
             q.next();
             if (!take()) {
-                if constexpr (Config::q_stages > 1) end(before_q);
-                return;
+                begin_values(kv);
+                wait_products<0>();
+                hold(out);
+                return hand_over(before_q);
             }
         }
         t = ends ? 0 : t + 1;
         kv.next();
-        if constexpr (Config::q_stages == 1) {
-            if (ends) {
-                start();
-                continue;
-            }
-        }
-        if constexpr (Config::takes_turns) named_sync(1 + group, 2 * kWarpgroup);
         begin_scores();
         begin_values(before);
-        if constexpr (Config::takes_turns) named_arrive(1 + (group + 1) % Config::consumers, 2 * kWarpgroup);
         wait_products<1>();
         activate_scores(t);
         wait_products<0>();
         hold(out), hold(weights);
         if (signals) shared.v_empty(before.stage).arrive();
         if (ends) {
-            finish(before_q);
+            hand_over(before_q);
             out.clear();
         }
         convert();
@@ -336,7 +370,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
 template <class T, int kHeadDim, class Mask, class Config>
 __global__ void __launch_bounds__((Config::consumers + 1) * kWarpgroup, 1)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ ForwardMaps maps,
-                   const __grid_constant__ ForwardPlaces places) {
+                   const __grid_constant__ Schedule schedule) {
     using Shared = ForwardShared<kHeadDim, Mask, Config>;
     extern __shared__ unsigned char shared_memory[];
     const Shared shared(shared_memory);
@@ -346,9 +380,9 @@ __global__ void __launch_bounds__((Config::consumers + 1) * kWarpgroup, 1)
 
     if (warp < 4) {
         lower_registers<Config::loader_registers>();
-        if (warp == 0) load_works<T>(p, maps, places, shared);
-        if (warp == 1) store_works(maps, shared);
-        if (warp == 2) clean<T, kHeadDim, Mask, Config>(p, places);
+        if (warp == 0) load_works<T>(p, maps, schedule, shared);
+        if (warp == 1 && Config::q_stages > 1) store_works(maps, shared);
+        if (warp == 2) clean<T, kHeadDim, Mask, Config>(p, schedule.levels);
     } else {
         raise_registers<Config::consumer_registers>();
         consume_works<T>(p, shared, warp / 4 - 1);
@@ -360,24 +394,27 @@ void launch_forward(const Params& p, void* stream) {
     using Shared = ForwardShared<kHeadDim, Mask, Config>;
     constexpr int kRows = Shared::kRows, kPanel = Shared::QTile::kPanelCols;
     if (max_of(p.total_q, p.total_k) > 0x7fffffff) throw std::runtime_error("hstu_ext: more than 2^31 - 1 packed rows");
-    const int row_blocks = block_count(p.max_seqlen_q, kRows), resident = multiprocessors(p.device);
-    const int64_t count = int64_t{row_blocks} * p.heads * p.batch;
-    if (count > 0x3fffffff) throw std::runtime_error("hstu_ext: too many blocks of rows: " + std::to_string(count));
+    const int blocks = multiprocessors(p.device);
+    const Schedule schedule(p, kRows, blocks);
+    if (schedule.places() > 0x3fffffff)
+        throw std::runtime_error("hstu_ext: too many row blocks: " + std::to_string(schedule.places()));
     const ForwardMaps maps{
         SequenceMap::make<T>(p.q, p.total_q, p.heads, p.dim_qk, p.max_seqlen_q, kRows, kPanel),
         SequenceMap::make<T>(p.k, p.total_k, p.heads, p.dim_qk, p.max_seqlen_k, Config::cols, kPanel),
         SequenceMap::make<T>(p.v, p.total_k, p.heads, p.dim_v, p.max_seqlen_k, Config::cols, kPanel),
         SequenceMap::make<T>(p.out, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, kRows, kPanel)};
-    const ForwardPlaces places{BlockOrder(p, row_blocks, resident, l2_cache_bytes(p.device)), row_blocks,
-                               static_cast<int>(count)};
-    launch<forward_kernel<T, kHeadDim, Mask, Config>>(min_of<int64_t>(count, resident),
+    launch<forward_kernel<T, kHeadDim, Mask, Config>>(min_of<int64_t>(schedule.places(), blocks),
                                                       (Config::consumers + 1) * kWarpgroup, Shared::kBytes, p.device,
-                                                      static_cast<cudaStream_t>(stream), p, maps, places);
+                                                      static_cast<cudaStream_t>(stream), p, maps, schedule);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>
 void run_forward(const Params& p, void* stream) {
     static_assert(Bias::kKind == BiasKind::kNone);
+    using Short = ShortForwardTile<kHeadDim>;
+    if constexpr (Short::up_to > 0) {
+        if (p.total_q <= int64_t{Short::up_to} * p.batch) return launch_forward<T, kHeadDim, Mask, Short>(p, stream);
+    }
     launch_forward<T, kHeadDim, Mask, ForwardTile<kHeadDim>>(p, stream);
 }
 

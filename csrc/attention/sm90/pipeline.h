@@ -52,7 +52,7 @@ struct RingPosition {
     uint32_t phase = 0;
 
     __device__ __forceinline__ void next() {
-        if (++stage == kStages) stage = 0, phase ^= 1;
+        if (kStages == 1 || ++stage == kStages) stage = 0, phase ^= 1;
     }
 };
 
@@ -97,5 +97,40 @@ __device__ __forceinline__ bool elected() {
 
 // The warp's number within the block, known to be the same in all its lanes.
 __device__ __forceinline__ int uniform_warp() { return __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x / 32), 0); }
+
+// 16 bytes of shared memory.
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_shared(uint32_t address, uint4 x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
+
+// ---- Between blocks ----
+
+// Returns once a counter in global memory has reached `least`; what its writers wrote before is then visible.
+__device__ __forceinline__ void await_counter(const int* counter, int least) {
+    int value;
+    do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    } while (value < least);
+}
+// Counts one more, after all writes to global memory that this thread knows of.
+__device__ __forceinline__ void raise_counter(int* counter) {
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+// Adds to 16 bytes of global memory.
+__device__ __forceinline__ void add_to_global(float4* to, float4 x) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z),
+                 "f"(x.w)
+                 : "memory");
+}
 
 }  // namespace hstu::attention::sm90

@@ -10,6 +10,7 @@
 // another (its warning C7514).
 #pragma once
 
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // widths such as 80
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <utility>
 
@@ -49,19 +50,20 @@ __device__ __forceinline__ void convert_step(Fragments<kCols / 16>& out, const A
     for (int i = 0; i < 4; ++i) out.x[step][i] = pack<T>(acc.x[step * 8 + 2 * i], acc.x[step * 8 + 2 * i + 1]);
 }
 
-// Reads this warpgroup's 64 rows of a tile, from row `first` on, as a left operand.
-template <int kSteps, class Tile>
-__device__ __forceinline__ void read_rows(Fragments<kSteps>& left, Tile tile, int first) {
-    const int row = first + threadIdx.x / 32 % 4 * 16 + lane() % 16;
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-        const int col = step * 16 + lane() / 16 * 8;
-        const uint32_t from =
-            tile.address + col / Tile::kPanelCols * Tile::kPanelBytes + Tile::chunk_offset(row, col % Tile::kPanelCols);
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(left.x[step][0]), "=r"(left.x[step][1]), "=r"(left.x[step][2]), "=r"(left.x[step][3])
-                     : "r"(from));
-    }
+// Writes four 8 x 8 blocks, in the layout of Fragments, to shared memory: lane i gives the address of row i % 8 of block
+// i / 8.
+__device__ __forceinline__ void write_blocks(uint32_t to, const uint32_t (&blocks)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(blocks[0]),
+                 "r"(blocks[1]), "r"(blocks[2]), "r"(blocks[3])
+                 : "memory");
+}
+
+// The same the other way round.
+__device__ __forceinline__ void read_blocks(uint32_t (&blocks)[4], uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(blocks[0]), "=r"(blocks[1]), "=r"(blocks[2]), "=r"(blocks[3])
+                 : "r"(from)
+                 : "memory");
 }
 
 template <class Tile, bool kColumns>
@@ -111,8 +113,11 @@ struct Atom;
 HSTU_ATOMS(16)
 HSTU_ATOMS(32)
 HSTU_ATOMS(64)
+HSTU_ATOMS(80)
 HSTU_ATOMS(96)
+HSTU_ATOMS(112)
 HSTU_ATOMS(128)
+HSTU_ATOMS(160)
 HSTU_ATOMS(192)
 HSTU_ATOMS(256)
 #undef HSTU_ATOMS

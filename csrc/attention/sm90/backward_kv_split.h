@@ -1,0 +1,153 @@
+// The key warpgroups of the SM90 backward at head dimension 256, where dK and dV of 64 keys fill a warpgroup's registers
+// each. Both own the same 64 keys: one computes S, P and dV and hands the slopes silu'(S) through shared memory to the
+// other, which computes dP, G and dK.
+#pragma once
+
+#include "attention/sm90/backward_kv.h"
+
+namespace hstu::attention::sm90 {
+
+// dK or dV of 64 keys in two halves: one instruction cannot have all of a thread's registers.
+template <int kHeadDim>
+struct HalvedSum {
+    Accumulator<kHeadDim / 2> low, high;
+
+    __device__ __forceinline__ void clear() {
+        low.clear();
+        high.clear();
+    }
+    template <class T, int kSteps, class Tile>
+    __device__ __forceinline__ void start(const Fragments<kSteps>& left, Tile right) {
+        begin_products();
+        multiply<T, kSteps>(low, left, columns(right));
+        multiply<T, kSteps>(high, left, columns(right, kHeadDim / 2));
+        commit_products();
+    }
+    __device__ __forceinline__ void finish() {
+        wait_products<0>();
+        hold(low);
+        hold(high);
+    }
+    template <class T>
+    __device__ __forceinline__ void store(float factor, T* to, int64_t stride, int num_rows, int num_cols) const {
+        store_product(low, factor, to, stride, num_rows, num_cols);
+        store_product(high, factor, to + kHeadDim / 2, stride, num_rows, num_cols - kHeadDim / 2);
+    }
+};
+
+// 16 bytes a thread and store, contiguous over the warpgroup.
+template <int kRows>
+__device__ __forceinline__ void put_slopes(const Slopes<kRows>& slopes, uint32_t to) {
+    const auto* words = reinterpret_cast<const uint32_t*>(slopes.x);
+    to += threadIdx.x % kWarpgroup * 16;
+#pragma unroll
+    for (int i = 0; i < kRows / 4; i += 4)
+        store_shared(to + i / 4 * 16 * kWarpgroup, uint4{words[i], words[i + 1], words[i + 2], words[i + 3]});
+}
+template <int kRows>
+__device__ __forceinline__ void take_slopes(Slopes<kRows>& slopes, uint32_t from) {
+    auto* words = reinterpret_cast<uint32_t*>(slopes.x);
+    from += threadIdx.x % kWarpgroup * 16;
+#pragma unroll
+    for (int i = 0; i < kRows / 4; i += 4) {
+        const uint4 four = load_shared(from + i / 4 * 16 * kWarpgroup);
+        words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
+    }
+}
+
+// S, P and dV. Waits for k_full, q_full and slopes_empty.
+template <class T, int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void own_values(const BackwardParams& p,
+                                           const BackwardShared<kHeadDim, Mask, Config>& shared) {
+    constexpr int kRows = Config::rows;
+    RingPosition<Config::stages> q;
+    RingPosition<1> slope;
+    for (RingPosition<Config::works> k;; k.next()) {
+        shared.k_full(k.stage).wait(k.phase);
+        if (shared.work(k.stage).last) break;
+        const int tiles = __shfl_sync(0xffffffff, shared.work(k.stage).walk.tiles, 0);
+        const auto keys = rows(shared.k(k.stage));
+        HalvedSum<kHeadDim> dv;
+        Accumulator<kRows> s;
+        Fragments<kRows / 16> weights;
+        Slopes<kRows> slopes;
+        dv.clear();
+        for (int t = 0; t < tiles; ++t, q.next()) {
+            shared.q_full(q.stage).wait(q.phase);
+            begin_products();
+            multiply<T, kHeadDim / 16, true>(s, keys, rows(shared.q(q.stage)));
+            commit_products();
+            wait_products<0>();
+            hold(s);
+            const int row0 = shared.work(k.stage).walk[t], col0 = shared.work(k.stage).col0;
+            const Mask mask = shared.work(k.stage).mask;
+            if (mask.is_full(row0, kRows, col0, Config::cols))
+                activate<T, false>(s, weights, slopes, mask, row0, col0, 0.5f * p.alpha);
+            else
+                activate<T, true>(s, weights, slopes, mask, row0, col0, 0.5f * p.alpha);
+            hold(weights);
+            dv.template start<T>(weights, shared.dout(q.stage));
+            shared.slopes_empty().wait(slope.phase ^ 1);
+            put_slopes(slopes, shared.slopes());
+            arrive_as_warp(shared.slopes_full());
+            slope.next();
+            dv.finish();
+            hold(weights);
+            arrive_as_warp(shared.q_empty(q.stage));
+        }
+        const int head = shared.work(k.stage).head, col0 = shared.work(k.stage).col0;
+        const int num_rows = shared.work(k.stage).mask.len_k - col0;
+        const int64_t packed_key = int64_t{shared.work(k.stage).k_begin} + col0;
+        arrive_as_warp(shared.k_empty(k.stage));
+        dv.store(p.inv_scaling, p.dv.at<T>(packed_key, head), p.dv.row_stride, num_rows, p.dim_v);
+    }
+}
+
+// dP, G and dK. Waits for k_full, q_full, slopes_full and g_empty.
+template <class T, int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void own_gradients(const BackwardParams& p,
+                                              const BackwardShared<kHeadDim, Mask, Config>& shared) {
+    constexpr int kRows = Config::rows;
+    RingPosition<Config::stages> q;
+    RingPosition<2> g;
+    RingPosition<1> slope;
+    for (RingPosition<Config::works> k;; k.next()) {
+        shared.k_full(k.stage).wait(k.phase);
+        if (shared.work(k.stage).last) break;
+        const int tiles = __shfl_sync(0xffffffff, shared.work(k.stage).walk.tiles, 0);
+        const auto values = rows(shared.v(k.stage));
+        HalvedSum<kHeadDim> dk;
+        Accumulator<kRows> dp;
+        Fragments<kRows / 16> gradients;
+        Slopes<kRows> slopes;
+        dk.clear();
+        for (int t = 0; t < tiles; ++t, q.next(), g.next(), slope.next()) {
+            shared.q_full(q.stage).wait(q.phase);
+            begin_products();
+            multiply<T, kHeadDim / 16, true>(dp, values, rows(shared.dout(q.stage)));
+            commit_products();
+            shared.slopes_full().wait(slope.phase);
+            take_slopes(slopes, shared.slopes());
+            arrive_as_warp(shared.slopes_empty());
+            wait_products<0>();
+            hold(dp);
+            apply_slopes<T>(dp, slopes, gradients);
+            shared.g_empty(g.stage).wait(g.phase ^ 1);
+            store_fragments(gradients, shared.g(g.stage), threadIdx.x / 32 % 4 * 16);
+            fence_async();
+            arrive_as_warp(shared.g_full(g.stage));
+            hold(gradients);
+            dk.template start<T>(gradients, shared.q(q.stage));
+            dk.finish();
+            hold(gradients);
+            arrive_as_warp(shared.q_empty(q.stage));
+        }
+        const int head = shared.work(k.stage).head, col0 = shared.work(k.stage).col0;
+        const int num_rows = shared.work(k.stage).mask.len_k - col0;
+        const int64_t packed_key = int64_t{shared.work(k.stage).k_begin} + col0;
+        arrive_as_warp(shared.k_empty(k.stage));
+        dk.store(0.5f * p.alpha * p.inv_scaling, p.dk.at<T>(packed_key, head), p.dk.row_stride, num_rows, p.dim_qk);
+    }
+}
+
+}  // namespace hstu::attention::sm90

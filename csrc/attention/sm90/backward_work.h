@@ -1,0 +1,185 @@
+// What a block of the SM90 backward is told and given: places, works, shared memory, and the two warps that hand them
+// out: the loader and the cleaner.
+#pragma once
+
+#include "attention/sm90/pipeline.h"
+#include "attention/sm90/product.h"
+#include "attention/sm90/schedule.h"
+#include "attention/sm90/tensor_map.h"
+
+namespace hstu::attention::sm90 {
+
+// An arrival for all that the warp's lanes have done so far.
+__device__ __forceinline__ void arrive_as_warp(Barrier barrier) {
+    __syncwarp();
+    if (lane() == 0) barrier.arrive();
+}
+
+struct BackwardMaps {
+    SequenceMap q, dout, k, v;
+};
+
+// One head's keys [col0, col0 + cols) of one sequence, as the loader hands it to the others.
+template <class Mask>
+struct KeyWork {
+    Mask mask;
+    TileWalk walk;  // over the query rows that keep any of the keys
+    int head, col0;
+    int q_begin, k_begin;  // packed rows
+    int dq_tile;           // the sequence's first tile in the dQ scratch
+    bool last;             // nothing to do and nothing behind it
+};
+
+template <int kHeadDim, class Mask, class Config>
+struct BackwardShared {
+    static constexpr int kRows = Config::rows, kCols = Config::cols, kStages = Config::stages, kWorks = Config::works;
+    using QTile = Tile<kRows, kHeadDim>;
+    using KTile = Tile<kCols, kHeadDim>;
+    using GTile = Tile<kCols, kRows>;  // G^T: a row a key
+    static constexpr int kRing = 2 * kWorks * KTile::kBytes, kScores = kRing + 2 * kStages * QTile::kBytes;
+    static constexpr int kSlopes = kScores + 2 * GTile::kBytes;
+    static constexpr int kTiles = kSlopes + (Config::split ? GTile::kBytes : 0);
+    static constexpr int kBarriers = 2 * kWorks + 2 * kStages + 14;
+    static constexpr int kWork = kTiles + 8 * kBarriers;
+    static constexpr int kBatch = kWork + kWorks * sizeof(KeyWork<Mask>);
+    static constexpr int kBytes = kBatch + sizeof(SortedBatch) + 1024;  // the start is moved to a multiple of 1024
+
+    unsigned char* start;
+
+    __device__ explicit BackwardShared(unsigned char* memory) : start(memory + (-shared_address(memory) & 1023)) {}
+    __device__ uint32_t base() const { return shared_address(start); }
+    __device__ KTile k(int work) const { return {base() + work * KTile::kBytes}; }
+    __device__ KTile v(int work) const { return k(kWorks + work); }
+    __device__ QTile q(int stage) const { return {base() + kRing + stage * QTile::kBytes}; }
+    __device__ QTile dout(int stage) const { return q(kStages + stage); }
+    __device__ GTile g(int stage) const { return {base() + kScores + stage * GTile::kBytes}; }
+    __device__ Barrier barrier(int number) const { return {base() + kTiles + 8 * number}; }
+    __device__ Barrier q_full(int stage) const { return barrier(stage); }  // Q and dO
+    __device__ Barrier q_empty(int stage) const { return barrier(kStages + stage); }
+    __device__ Barrier k_full(int work) const { return barrier(2 * kStages + work); }  // K, V and the work
+    __device__ Barrier k_empty(int work) const { return barrier(2 * kStages + kWorks + work); }
+    __device__ Barrier pair_barrier(int number) const { return barrier(2 * kStages + 2 * kWorks + number); }
+    __device__ Barrier g_full(int stage) const { return pair_barrier(stage); }
+    __device__ Barrier g_empty(int stage) const { return pair_barrier(2 + stage); }
+    __device__ Barrier turn_came(int stage) const { return pair_barrier(4 + stage); }
+    __device__ Barrier turn_taken(int stage) const { return pair_barrier(6 + stage); }
+    __device__ Barrier turn_over(int stage) const { return pair_barrier(8 + stage); }
+    __device__ Barrier turn_passed(int stage) const { return pair_barrier(10 + stage); }
+    __device__ Barrier slopes_full() const { return pair_barrier(12); }
+    __device__ Barrier slopes_empty() const { return pair_barrier(13); }
+    __device__ uint32_t slopes() const { return base() + kSlopes; }
+    __device__ KeyWork<Mask>& work(int number) const { return reinterpret_cast<KeyWork<Mask>*>(start + kWork)[number]; }
+    __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
+
+    __device__ void init_barriers() const {
+        for (int i = 0; i < kWorks; ++i) k_full(i).init(1), k_empty(i).init(14);
+        for (int i = 0; i < kStages; ++i) q_full(i).init(1), q_empty(i).init(8);
+        for (int i = 0; i < 2; ++i) {
+            g_full(i).init(kCols / 16), g_empty(i).init(4);
+            turn_came(i).init(1), turn_taken(i).init(4), turn_over(i).init(4), turn_passed(i).init(1);
+        }
+        slopes_full().init(4), slopes_empty().init(4);
+        fence_barrier_init();
+    }
+};
+
+// First scratch tile of a sequence: sequences own whole tiles, at most total_q / rows + batch in all.
+template <class Config>
+__device__ __forceinline__ int first_accum_tile(const Sequence& seq, int b) {
+    return static_cast<int>(seq.q_begin / Config::rows) + b;
+}
+
+// One warp. Waits for k_empty and q_empty.
+template <int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void load_works(const BackwardParams& p, const BackwardMaps& maps, const Schedule& schedule,
+                                           const BackwardShared<kHeadDim, Mask, Config>& shared) {
+    using Shared = BackwardShared<kHeadDim, Mask, Config>;
+    RingPosition<Config::stages> q;
+    RingPosition<Config::works> k;
+    if (schedule.sorted) {
+        // The tiles are still unused.
+        shared.batch().sort(p, Config::cols, schedule.levels, true,
+                            *reinterpret_cast<SortedBatch::Scratch*>(shared.start));
+        fence_async();
+        __syncwarp();
+    }
+    PlaceFinder find(schedule, shared.batch());
+    // 32 rounds at a time, one a lane, so that their offsets are read together.
+    for (int round = lane(); __any_sync(0xffffffff, schedule.place(round, blockIdx.x, gridDim.x) < find.last());
+         round += 32) {
+        const auto [b, head, level] = find(schedule.place(round, blockIdx.x, gridDim.x));
+        const Sequence seq(p, b);
+        const Mask mask(p, seq, b, head);
+        // The first keys come first: they have most work under a causal mask, and dQ is added up in that order.
+        const int levels =
+            schedule.sorted ? min_of(schedule.levels, ceil_div(seq.len_k, Config::cols)) : schedule.levels;
+        const int col0 = (levels - 1 - level) * Config::cols;
+        const bool wanted = level >= 0 && col0 < seq.len_k;
+        for (unsigned left = __ballot_sync(0xffffffff, wanted); left != 0; left &= left - 1) {
+            const int turn = __ffs(left) - 1;
+            if (lane() == turn) {
+                const TileWalk walk(aligned(mask.q_range(col0, Config::cols), Config::rows), Config::rows);
+                const SequenceRows q_rows{head, static_cast<int>(seq.q_begin), seq.len_q};
+                const SequenceRows k_rows{head, static_cast<int>(seq.k_begin), seq.len_k};
+                shared.k_empty(k.stage).wait(k.phase ^ 1);
+                shared.work(k.stage) = {
+                    mask, walk, head, col0, q_rows.begin, k_rows.begin, first_accum_tile<Config>(seq, b), false};
+                shared.k_full(k.stage).arrive_expecting(2 * Shared::KTile::kBytes);
+                load_rows(shared.k(k.stage), shared.k_full(k.stage).address, maps.k, k_rows, col0);
+                load_rows(shared.v(k.stage), shared.k_full(k.stage).address, maps.v, k_rows, col0);
+                for (int t = 0; t < walk.tiles; ++t, q.next()) {
+                    const uint32_t full = shared.q_full(q.stage).address;
+                    shared.q_empty(q.stage).wait(q.phase ^ 1);
+                    shared.q_full(q.stage).arrive_expecting(2 * Shared::QTile::kBytes);
+                    load_rows(shared.q(q.stage), full, maps.q, q_rows, walk[t]);
+                    load_rows(shared.dout(q.stage), full, maps.dout, q_rows, walk[t]);
+                }
+            }
+            __syncwarp();
+            q.stage = __shfl_sync(0xffffffff, q.stage, turn);
+            q.phase = __shfl_sync(0xffffffff, q.phase, turn);
+            k.next();
+        }
+    }
+    if (lane() == 0) {
+        shared.k_empty(k.stage).wait(k.phase ^ 1);
+        shared.work(k.stage).last = true;
+        shared.k_full(k.stage).arrive();
+    }
+}
+
+// One warp: writes 0 to the rows of dq, dk and dv that no product reaches. A row of queries keeps no key only where a
+// sequence has more queries than keys.
+template <class T, class Mask, class Config>
+__device__ __forceinline__ void clean_works(const BackwardParams& p, int col_blocks) {
+    const Team team(lane(), 32);
+    const int count = col_blocks * p.heads * p.batch;
+    for (int from = blockIdx.x * 32; from < count; from += 32 * gridDim.x) {
+        const int number = min_of(from + lane(), count - 1);
+        const Sequence of_lane(p, number / col_blocks / p.heads);
+        const bool at_edge = number / col_blocks / p.heads == 0 || number / col_blocks / p.heads == p.batch - 1;
+        const bool wanted = from + lane() < count && (at_edge || of_lane.len_k < of_lane.alloc_k ||
+                                                      of_lane.len_q < of_lane.alloc_q || of_lane.len_q > of_lane.len_k);
+        for (unsigned left = __ballot_sync(0xffffffff, wanted); left != 0; left &= left - 1) {
+            const int chosen = from + __ffs(left) - 1, pair = chosen / col_blocks, block = chosen % col_blocks;
+            const int b = pair / p.heads, head = pair % p.heads, col0 = block * Config::cols;
+            const bool last_block = block == col_blocks - 1;
+            const Sequence seq(p, b);
+            zero_unused_rows<T>(p.dk, head, p.dim_qk, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0,
+                                Config::cols, last_block, team);
+            zero_unused_rows<T>(p.dv, head, p.dim_v, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0,
+                                Config::cols, last_block, team);
+            if (block != 0) continue;
+            zero_unused_rows<T>(p.dq, head, p.dim_qk, b, p.batch, p.total_q, seq.q_begin, seq.alloc_q,
+                                seq.len_k > 0 ? seq.len_q : 0, 0, seq.alloc_q, true, team);
+            if (seq.len_k == 0 || seq.len_q <= seq.len_k) continue;
+            const Mask mask(p, seq, b, head);
+            for (int row0 = 0; row0 < seq.len_q; row0 += Config::rows)
+                if (KeyTileRank(mask, row0, Config::rows, 0, Config::cols).count == 0)
+                    zero_rows<T>(p.dq, head, seq.q_begin + row0, seq.q_begin + min_of(row0 + Config::rows, seq.len_q),
+                                 p.dim_qk, team);
+        }
+    }
+}
+
+}  // namespace hstu::attention::sm90

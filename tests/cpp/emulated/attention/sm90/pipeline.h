@@ -1,0 +1,92 @@
+// In the place of csrc/attention/sm90/pipeline.h.
+#pragma once
+
+#include "common/host_device.h"
+#include "emulator.h"
+
+namespace hstu::attention::sm90 {
+
+constexpr int kWarpgroup = 128;
+
+inline uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - emulated::shared_window);
+}
+
+struct Barrier {
+    uint32_t address;
+
+    emulated::BarrierState& state() const {
+        const auto found = emulated::block->barriers.find(address);
+        if (found == emulated::block->barriers.end() || address % 8 != 0) emulated::fail("a barrier without init");
+        return found->second;
+    }
+    void init(int arrivals) const { emulated::block->barriers[address] = {arrivals, arrivals}; }
+    void arrive() const {
+        emulated::BarrierState& b = state();
+        if (b.pending == 0) emulated::fail("too many arrivals at a barrier");
+        --b.pending;
+        b.settle();
+    }
+    void arrive_expecting(int bytes) const {
+        state().bytes += bytes;
+        arrive();
+    }
+    void complete(int bytes) const {
+        state().bytes -= bytes;
+        state().settle();
+    }
+    void wait(uint32_t parity) const {
+        emulated::BarrierState& b = state();
+        emulated::wait_until("an mbarrier", [&b, parity] { return b.phase != (parity & 1); });
+    }
+};
+
+template <int kStages>
+struct RingPosition {
+    int stage = 0;
+    uint32_t phase = 0;
+
+    void next() {
+        if (++stage == kStages) stage = 0, phase ^= 1;
+    }
+};
+
+inline void fence_barrier_init() {}
+inline void fence_async() {}
+
+inline void named_arrive(int number, int threads) {
+    emulated::NamedBarrier& b = emulated::block->named[number];
+    if (++b.arrived == threads) b.arrived = 0, ++b.round;
+}
+inline void named_sync(int number, int threads) {
+    emulated::NamedBarrier& b = emulated::block->named[number];
+    const int round = b.round;
+    named_arrive(number, threads);
+    emulated::wait_until("a named barrier", [&b, round] { return b.round != round; });
+}
+
+template <int kCount>
+void raise_registers() {}
+template <int kCount>
+void lower_registers() {}
+inline bool elected() { return threadIdx.x % 32 == 0; }
+inline int uniform_warp() { return threadIdx.x / 32; }
+
+inline uint4 load_shared(uint32_t address) {
+    if (address % 16 != 0) emulated::fail("an address that is not aligned");
+    uint4 x;
+    std::memcpy(&x, emulated::shared_window + address, 16);
+    return x;
+}
+inline void store_shared(uint32_t address, uint4 x) {
+    if (address % 16 != 0) emulated::fail("an address that is not aligned");
+    std::memcpy(emulated::shared_window + address, &x, 16);
+}
+
+inline void await_counter(const int* counter, int least) {
+    emulated::wait_until("a counter", [=] { return *counter >= least; });
+}
+inline void raise_counter(int* counter) { ++*counter; }
+inline void add_to_global(float4* to, float4 x) { to->x += x.x, to->y += x.y, to->z += x.z, to->w += x.w; }
+
+}  // namespace hstu::attention::sm90
