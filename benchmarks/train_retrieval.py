@@ -2,10 +2,12 @@
 
     python benchmarks/train_retrieval.py configs/ml-1m/hstu.toml --seeds 0 1 2
     python benchmarks/train_retrieval.py configs/ml-1m/best.toml --validation --trials trials.txt --workers 3
+    python benchmarks/train_retrieval.py configs/ml-100k/hstu.toml --trials benchmarks/trials/bias.txt --seeds 0 1 2 3 4
 
 A line of --trials is one more run: overrides of the configuration, as for `hstu-ext train --set`, with blanks between.
 Empty lines and what follows a # do not count. With --validation every run holds out the second-last event of each user
-and never sees the last one: so is the choice made that a row without it reports.
+and never sees the last one: so is the choice made that a row without it reports. At the end stands a table of the mean
+and the standard deviation of every trial over its seeds.
 
 A row has config, overrides, seed, holdout, the metrics of the last epoch, best_epoch with the highest NDCG@10 of those
 that were evaluated, seconds (from the data in memory to the last evaluation), and the machine.
@@ -15,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import queue
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +95,23 @@ def show(row: harness.Row) -> None:
     print(f"{found}, {best}; {row['step_ms']:.2f} ms a step, {row['seconds']:.1f} s: {what}", flush=True)
 
 
+def table(rows: Sequence[harness.Row]) -> str:
+    """Markdown: a line for each trial, mean ± sample standard deviation over its seeds."""
+    lines = ["| overrides | seeds | HR@10 | NDCG@10 |", "|---|---|---|---|"]
+    trials: dict[str, list[harness.Row]] = {}
+    for row in rows:
+        if "error" not in row:
+            trials.setdefault(" ".join(row["overrides"]) or "none", []).append(row)
+    for trial, of_trial in trials.items():
+        cells = []
+        for name in ("HR@10", "NDCG@10"):
+            values = [row[name] for row in of_trial]
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.4f}{spread}")
+        lines.append(f"| {trial} | {len(of_trial)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
@@ -111,6 +132,7 @@ def main() -> None:
     workers = [context.Process(target=work, args=(arguments, pending, rows)) for _ in range(arguments.workers)]
     for worker in workers:
         worker.start()
+    done: list[harness.Row] = []
     machine = harness.machine("cuda" if torch.cuda.is_available() else "cpu")
     for _ in tasks:
         while True:
@@ -121,9 +143,11 @@ def main() -> None:
                 if not any(worker.is_alive() for worker in workers):
                     raise SystemExit("train_retrieval: the workers ended before their runs were done") from None
         show(row)
+        done.append(row)
         harness.append_rows(arguments.output, [{**row, **machine}])
     for worker in workers:
         worker.join()
+    print("\n" + table(sorted(done, key=lambda row: tasks.index((row["overrides"], row["seed"])))))
 
 
 if __name__ == "__main__":

@@ -31,10 +31,8 @@ def run(source: str, folder: Path, *options: str, emulated: bool = False, **defi
             "-Wno-clobbered",
         ]
         flags += ["-fno-strict-aliasing", "-I", str(EMULATED)]
-    flags += [f"-D{name}={value}" for name, value in defines.items()]
-    subprocess.run(
-        [compiler, *flags, *options, "-I", ROOT / "csrc", ROOT / "tests/cpp" / source, "-o", program], check=True
-    )
+    flags += [*options, *(f"-D{name}={value}" for name, value in defines.items())]
+    subprocess.run([compiler, *flags, "-I", ROOT / "csrc", ROOT / "tests/cpp" / source, "-o", program], check=True)
     result = subprocess.run([program], capture_output=True, text=True)
     print(result.stdout, result.stderr)
     assert result.returncode == 0, result.stdout + result.stderr

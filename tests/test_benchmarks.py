@@ -21,6 +21,7 @@ import bench_similarity
 import harness
 import train_retrieval
 from hstu_ext.data import synthetic_log
+from hstu_ext.training import load_config
 
 ROW_KEYS = [
     "op",
@@ -281,6 +282,23 @@ def test_trials_are_overrides_a_line(tmp_path: Path) -> None:
     path = tmp_path / "trials.txt"
     path.write_text("# what was tried\nmodel.dim=16 loss.kind=full  # wide\n\nmodel.dim=8\n", encoding="utf-8")
     assert train_retrieval.read_trials(path) == [["model.dim=16", "loss.kind=full"], ["model.dim=8"]]
+
+
+def test_trials_are_summed_up_over_their_seeds() -> None:
+    rows = [
+        {"overrides": [], "HR@10": 0.5, "NDCG@10": 0.25},
+        {"overrides": ["model.bias=time"], "HR@10": 0.1, "NDCG@10": 0.05},
+        {"overrides": ["model.bias=time"], "HR@10": 0.3, "NDCG@10": 0.05},
+        {"overrides": [], "error": "the loss must be finite"},
+    ]
+    assert train_retrieval.table(rows).splitlines()[2:] == [
+        "| none | 1 | 0.5000 | 0.2500 |",
+        "| model.bias=time | 2 | 0.2000 ± 0.1414 | 0.0500 ± 0.0000 |",
+    ]
+    trials = train_retrieval.read_trials(harness.ROOT / "benchmarks" / "trials" / "bias.txt")
+    config = harness.ROOT / "configs" / "ml-100k" / "hstu.toml"
+    found = [load_config(config, overrides).model.bias for overrides in trials]
+    assert found == ["none", "position", "time", "time+position"]
 
 
 @pytest.mark.plain_allocations

@@ -210,6 +210,41 @@ def test_actions_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "--actions must be 2 of buy, view, one for each item, got view" in text.replace("view, buy", "buy, view")
     assert main(["recommend", run, "--items", "1", "2", "--actions", "view", "buy"]) == 0
     assert main(["recommend", run, "--user", "3"]) == 0
+    text = failure(capsys, "recommend", run, "--titles", "1", "--actions", "view")
+    assert text.endswith("hstu_ext.recommend: --items must be given for data without titles, got --titles")
+
+
+def test_times_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ["user_id,item_id,timestamp"]
+    rows += [f"{user},{(user * 3 + n) % 11},{1000 * n * n}" for user in range(12) for n in range(6)]
+    (tmp_path / "log.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    settings = {"data.source": str(tmp_path / "log.csv"), "model.bias": "time+position", "evaluation.ks": [1]}
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    config = tmp_path / "c.toml"
+    config.write_text("[model]\ndim = 8\nhead_dim = 8\nmax_len = 8\n[training]\nepochs = 1\ndevice = 'cpu'\n")
+    run = str(tmp_path / "run")
+    assert main(["train", str(config), "--output", run, *words, "--set", "output.report=false"]) == 0
+    text = failure(capsys, "recommend", run, "--items", "1", "2", "--times", "5")
+    assert text.endswith("hstu_ext.recommend: --times must be 2 integers, one for each item, got 5")
+    assert main(["recommend", run, "--items", "1", "2", "--times", "5", "900"]) == 0
+    first = capsys.readouterr().out
+    assert main(["recommend", run, "--items", "1", "2", "--times", "5", "90000000"]) == 0
+    assert capsys.readouterr().out != first
+    assert main(["recommend", run, "--user", "3"]) == 0
+
+
+def test_evaluate_has_the_precision_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "run")
+    config = str(ROOT / "configs" / "synthetic" / "hstu.toml")
+    assert main(["train", config, "--output", run, *quiet(**{"training.precision": "bf16"})]) == 0
+    capsys.readouterr()
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    found = []
+    for precision in ("bf16", "fp32"):
+        assert main(["evaluate", run, "--json", "--set", f"training.precision={precision}"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["hstu"])
+    assert found[0] == {name: last[name] for name in found[0]}
+    assert found[0] != found[1]
 
 
 def test_the_command_is_installed() -> None:

@@ -91,6 +91,18 @@ BAD = {
         {"training": {"batch_size": 10, "accumulation": 3}},
         "training.batch_size must be a multiple of training.accumulation (3), got 10",
     ),
+    "bias": (
+        {"model": {"bias": "time", "encoder": "sasrec"}},
+        "model.bias must be none for model.encoder = sasrec, got 'time'",
+    ),
+    "threshold": (
+        {"loss": {"similarity_threshold": 0.9}},
+        "loss.similarity_threshold must be 0 for loss.kind = sampled, got 0.9",
+    ),
+    "same sequence": (
+        {"loss": {"kind": "full", "mask_same_sequence": True}},
+        "loss.mask_same_sequence must be false for loss.kind = full, got true",
+    ),
     "depth": (
         {"evaluation": {"depth": 20}},
         "evaluation.depth must be at least the largest of evaluation.ks (50), got 20",

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hstu_ext.models import Catalogue
 from hstu_ext.training import (
+    Config,
     FullSoftmaxLoss,
     InBatchNegativesSampler,
     InBatchSoftmaxLoss,
@@ -15,6 +17,7 @@ from hstu_ext.training import (
     UniformNegativesSampler,
     log_q,
 )
+from hstu_ext.training.losses import RetrievalLoss, loss_from_config
 
 NUM_ITEMS, ROWS, DIM, TEMPERATURE = 30, 25, 8, 0.1
 
@@ -90,6 +93,28 @@ def test_in_batch_softmax(corrected: bool, threshold: float | None, weights: Ten
 
 
 @pytest.mark.parametrize("corrected", [False, True], ids=["plain", "log_q"])
+def test_in_batch_softmax_without_the_own_sequence(corrected: bool, weights: Tensor | None) -> None:
+    query, table, positives = problem()
+    sequences = torch.arange(ROWS) // 4
+    criterion = InBatchSoftmaxLoss(
+        InBatchNegativesSampler(), TEMPERATURE, log_q=correction(corrected), mask_same_sequence=True
+    )
+    loss = criterion(query, table, positives, weights, sequences)
+    losses = []
+    for row in range(ROWS):
+        pairs = sorted(set(zip(sequences.tolist(), positives.tolist())))
+        own = (int(sequences[row]), int(positives[row]))
+        kept = [item for sequence, item in pairs if (sequence, item) == own or (sequence != own[0] and item != own[1])]
+        logits = similarities(query, table)[row, kept] / TEMPERATURE
+        if corrected:
+            logits = logits - correction(True)[kept]
+        losses.append(logits.logsumexp(0) - logits[kept.index(own[1])])
+    check(loss, mean(torch.stack(losses), weights), query, table)
+    with pytest.raises(ValueError, match=r"sequences must be given for mask_same_sequence, got None"):
+        criterion(query, table, positives, weights)
+
+
+@pytest.mark.parametrize("corrected", [False, True], ids=["plain", "log_q"])
 def test_full_softmax(corrected: bool, weights: Tensor | None) -> None:
     query, table, positives = problem()
     loss = FullSoftmaxLoss(TEMPERATURE, log_q=correction(corrected))(query, table, positives, weights)
@@ -124,3 +149,26 @@ def test_log_q_is_a_log_of_probabilities(exponent: float) -> None:
     weights = torch.tensor([1.0, 1.0, 16.0, 81.0]) ** exponent
     torch.testing.assert_close(found, (weights / weights.sum()).log())
     assert found.dtype == torch.float32
+
+
+def test_a_configuration_gives_its_loss() -> None:
+    catalogue = Catalogue([str(item) for item in range(4)], torch.tensor([0, 1, 16, 81]))
+
+    def loss_of(**options: object) -> RetrievalLoss:
+        config = Config.from_dict({"model": {"eps": 1e-3}, "loss": {"temperature": 0.2, **options}})
+        found = loss_from_config(config, catalogue)
+        assert (found.temperature, found.eps) == (0.2, 1e-3)
+        return found
+
+    sampled = loss_of(num_negatives=7)
+    assert isinstance(sampled, SampledSoftmaxLoss)
+    assert sampled.sampler(torch.zeros(3, dtype=torch.int64)).shape == (3, 7)
+    assert sampled.log_q is None
+    in_batch = loss_of(kind="in_batch", log_q=True, similarity_threshold=0.9, mask_same_sequence=True)
+    assert isinstance(in_batch, InBatchSoftmaxLoss)
+    assert (in_batch.similarity_threshold, in_batch.mask_same_sequence) == (0.9, True)
+    assert torch.equal(in_batch.log_q, log_q(catalogue.counts, 0.75))
+    assert loss_of(kind="in_batch").similarity_threshold is None
+    full = loss_of(kind="full", log_q=True, log_q_exponent=0.5)
+    assert isinstance(full, FullSoftmaxLoss)
+    assert torch.equal(full.log_q, log_q(catalogue.counts, 0.5))

@@ -21,6 +21,7 @@ from hstu_ext.models import (
     L2NormEmbeddingPostprocessor,
     RetrievalGR,
     SASRecLayer,
+    hstu,
 )
 from hstu_ext.training import Config
 
@@ -39,6 +40,7 @@ def catalogue() -> Catalogue:
         },
         user_feature_sizes={"age": 4, "gender": 3},
         action_names=("low", "middle", "high"),
+        has_times=True,
     )
 
 
@@ -66,6 +68,9 @@ def inputs_of(lengths: list[int], model: RetrievalGR) -> dict[str, Any]:
         sizes = [embedding.num_embeddings for embedding in model.contexts.embeddings]
         columns = [torch.randint(size, (len(lengths),), generator=generator) for size in sizes]
         inputs["contexts"] = torch.stack(columns, dim=1)
+    if model.encoder.uses_times:  # with ties
+        steps = torch.randint(4, (total,), generator=generator) ** 9
+        inputs["times"] = 1_700_000_000 + steps.cumsum(0)
     return inputs
 
 
@@ -84,7 +89,23 @@ def norm(x: Tensor, eps: float) -> Tensor:
     return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
 
 
-def eager_hstu(layer: HSTULayer, x: Tensor, contexts: int) -> Tensor:
+def eager_bias(layer: HSTULayer, query_times: list[int], key_times: list[int]) -> Tensor:
+    rows = []
+    for i, query_time in enumerate(query_times):
+        row = []
+        for j, key_time in enumerate(key_times):
+            value = torch.zeros((), dtype=torch.float64)
+            if layer.bias.position_table is not None:
+                value = value + layer.bias.position_table[i - j + layer.max_tokens - 1]
+            if layer.bias.time_table is not None:
+                apart = max(abs(query_time - key_time), 1)
+                value = value + layer.bias.time_table[min(math.floor(math.log(apart) / 0.301), 128)]
+            row.append(value)
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+def eager_hstu(layer: HSTULayer, x: Tensor, contexts: int, query_times: list[int], key_times: list[int]) -> Tensor:
     width, tokens = layer.heads * layer.head_dim, x.shape[0]
     q, k, v, u = F.silu(norm(x, 1e-6) @ layer.qkvu.weight.T).split(width, dim=-1)
     keep = torch.ones(tokens, tokens, dtype=torch.bool).tril()
@@ -93,9 +114,8 @@ def eager_hstu(layer: HSTULayer, x: Tensor, contexts: int) -> Tensor:
     for h in range(layer.heads):
         columns = slice(h * layer.head_dim, (h + 1) * layer.head_dim)
         scores = q[:, columns] @ k[:, columns].T * layer.alpha
-        if layer.position_bias is not None:
-            distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
-            scores = scores + layer.position_bias[distance + layer.max_tokens - 1]
+        if layer.bias is not None:
+            scores = scores + eager_bias(layer, query_times, key_times)
         heads.append(F.silu(scores) * keep / layer.max_tokens @ v[:, columns])
     return x + (norm(torch.cat(heads, dim=-1), 1e-6) * u) @ layer.out.weight.T + layer.out.bias
 
@@ -126,9 +146,17 @@ def eager_states(model: RetrievalGR, inputs: dict[str, Any], sequence: int) -> T
             tokens.append(embedding.weight[value])
             is_item.append(False)
     contexts = len(tokens)
+    length = rows.stop - rows.start
+    times = inputs["times"][rows].tolist() if "times" in inputs else [0] * length
+    asked = int(inputs["request_times"][sequence]) if "request_times" in inputs else (times or [0])[-1]
+    following = [*times[1:], asked]
+    key_times, query_times = times[:1] * contexts, following[:1] * contexts
     for n, item in enumerate(inputs["items"][rows]):
         tokens.append(eager_table(model)[item] * math.sqrt(model.items.dim))
         is_item.append(True)
+        for _ in range(1 if model.actions is None else 2):
+            key_times.append(times[n])
+            query_times.append(following[n])
         if model.actions is not None:
             tokens.append(model.actions.weight[inputs["actions"][rows][n]])
             is_item.append(False)
@@ -136,7 +164,10 @@ def eager_states(model: RetrievalGR, inputs: dict[str, Any], sequence: int) -> T
         return torch.zeros(0, model.items.dim, dtype=torch.float64)
     x = torch.stack(tokens) + model.encoder.positions.weight[: len(tokens)]
     for layer in model.encoder.layers:
-        x = eager_hstu(layer, x, contexts) if isinstance(layer, HSTULayer) else eager_sasrec(layer, x)
+        if isinstance(layer, HSTULayer):
+            x = eager_hstu(layer, x, contexts, query_times, key_times)
+        else:
+            x = eager_sasrec(layer, x)
     return x[torch.tensor(is_item)]
 
 
@@ -161,7 +192,9 @@ VARIANTS = {
     "hstu": {},
     "hstu-one-odd-head": {"num_heads": 1, "head_dim": 50},
     "hstu-odd-heads": {"num_heads": 3, "head_dim": 5, "contexts": ["age"]},
-    "hstu-bias": {"position_bias": True, "head_dim": 5, "contexts": ["gender"], "actions": "interleave"},
+    "hstu-times": {"bias": "time"},
+    "hstu-times-positions": {"bias": "time+position", "contexts": ["age", "gender"], "actions": "interleave"},
+    "hstu-bias": {"bias": "position", "head_dim": 5, "contexts": ["gender"], "actions": "interleave"},
     "hstu-contexts": {"contexts": ["age", "gender"]},
     "hstu-actions": {"actions": "interleave"},
     "hstu-all": {"contexts": ["gender"], "actions": "interleave", "item_features": ["year", "genres"]},
@@ -208,7 +241,7 @@ def test_rows_of_no_sequence_change_nothing(variant: dict[str, Any], lengths: li
     model = model_of({"supervision": "last" if last_only else "all"}, **variant)
     inputs = inputs_of(lengths, model)
     padded = {**inputs, "max_seqlen": MAX_LEN}
-    for name in ("items", "actions"):
+    for name in ("items", "actions", "times"):
         if name in inputs:
             padded[name] = torch.cat([inputs[name], torch.arange(3 * MAX_LEN) % 3])
     parameters = list(model.parameters())
@@ -239,7 +272,7 @@ def test_recompute_changes_nothing(encoder: str) -> None:
 
 
 @pytest.mark.plain_allocations
-@pytest.mark.parametrize("variant", ["hstu", "hstu-all", "sasrec"])
+@pytest.mark.parametrize("variant", ["hstu", "hstu-all", "hstu-times-positions", "sasrec"])
 def test_compiled_loss_is_the_same(variant: str) -> None:
     torch._dynamo.reset()
     model = model_of(**VARIANTS[variant])
@@ -255,6 +288,41 @@ def test_compiled_loss_is_the_same(variant: str) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("last_only", [False, True], ids=["all", "last"])
+def test_the_loss_is_told_the_sequence_of_every_positive(last_only: bool) -> None:
+    model = model_of({"supervision": "last" if last_only else "all"})
+    told: list[Tensor] = []
+    model.criterion.forward = lambda query, table, positives, weights, sequences: told.extend(
+        (positives[weights > 0], sequences[weights > 0])
+    )
+    inputs = inputs_of([3, 1, 0, 4], model)
+    model.loss(**inputs)
+    positives, sequences = told
+    rows = [2, 7] if last_only else [1, 2, 5, 6, 7]
+    assert positives.tolist() == inputs["items"][rows].tolist()
+    assert sequences.tolist() == ([0, 3] if last_only else [0, 0, 3, 3, 3])
+
+
+@pytest.mark.parametrize("variant", ["hstu-all", "sasrec-all"])
+@pytest.mark.parametrize("kind", ["sampled", "in_batch", "full"])
+def test_autocast_to_bf16_is_close(variant: str, kind: str) -> None:
+    model = model_of({"kind": kind, "temperature": 1.0}, **VARIANTS[variant]).float()
+    inputs = inputs_of(LENGTHS["ragged"], model)
+    parameters = list(model.parameters())
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model.loss(**inputs)
+        gradients = [each for each in torch.autograd.grad(loss, parameters, allow_unused=True) if each is not None]
+        found.append((loss, torch.cat([each.flatten() for each in gradients])))
+    (loss, gradient), (rounded_loss, rounded_gradient) = found
+    assert rounded_loss.dtype == rounded_gradient.dtype == torch.float32
+    assert not torch.equal(rounded_loss, loss)
+    torch.testing.assert_close(rounded_loss, loss, rtol=0.01, atol=0.01)
+    assert (rounded_gradient - gradient).norm() <= 0.15 * gradient.norm()
+
+
 @pytest.mark.parametrize("encoder", ["hstu", "sasrec"])
 def test_states_see_neither_the_future_nor_the_neighbours(encoder: str) -> None:
     model = model_of(encoder=encoder)
@@ -265,6 +333,44 @@ def test_states_see_neither_the_future_nor_the_neighbours(encoder: str) -> None:
     torch.testing.assert_close(before[:8], after[:8])
     torch.testing.assert_close(before[9:], after[9:])
     assert not torch.allclose(before[8], after[8])
+
+
+def test_the_time_of_the_request_is_that_of_the_last_query() -> None:
+    model = model_of(**VARIANTS["hstu-times-positions"])
+    inputs = inputs_of([4, 1, 6], model)
+    last = inputs["times"][[3, 4, 10]]
+    by_default = model.encode_query(**inputs)
+    torch.testing.assert_close(model.encode_query(**inputs, request_times=last), by_default)
+    later = {**inputs, "request_times": last + torch.tensor([100, 100_000, 5])}
+    found = model.encode_query(**later)
+    expected = torch.stack([unit(eager_states(model, later, n))[-1] for n in range(3)])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(found, by_default)
+    assert torch.equal(model(**later)[:3], model(**inputs)[:3])
+
+
+@pytest.mark.parametrize("bias", ["position", "time", "time+position"])
+def test_the_dense_bias_is_the_bias_of_the_kernels(bias: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dense() takes the place of the tables where a GPU build has no kernels for them."""
+    model = model_of(bias=bias, contexts=["age"])
+    inputs = inputs_of(LENGTHS["ragged"], model)
+    parameters = list(model.parameters())
+    loss = model.loss(**inputs)
+    gradients = torch.autograd.grad(loss, parameters)
+
+    def with_rab(*arguments: Any, bias: Any, rab: Any, has_drab: bool, **options: Any) -> Tensor:
+        layer, layout = layers.pop(0)
+        return attention(*arguments, rab=layer.bias.dense(layout, layer.alpha, torch.float64), has_drab=True, **options)
+
+    attention = hstu.hstu_attn_qkvpacked_func
+    layers: list[Any] = []
+    for layer in model.encoder.layers:
+        layer.register_forward_pre_hook(lambda module, arguments: layers.append((module, arguments[1])))
+    monkeypatch.setattr(hstu, "hstu_attn_qkvpacked_func", with_rab)
+    dense = model.loss(**inputs)
+    torch.testing.assert_close(dense, loss, rtol=1e-10, atol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(dense, parameters), gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-11)
 
 
 def test_encode_query_is_the_last_state() -> None:
@@ -327,10 +433,21 @@ def test_what_a_model_refuses() -> None:
         model.recommend([[1], []])
     with pytest.raises(ValueError, match=r"histories\[0\] must be items from 0 to 39, got -1 to 40"):
         model.recommend([[-1, 40]])
+    with pytest.raises(ValueError, match=r"actions must be of 1 users, got 2"):
+        model.recommend([[1, 2]], actions=[[1, 2], [1]])
+    with pytest.raises(ValueError, match=r"actions\[0\] must be 2, got 3"):
+        model.recommend([[1, 2]], actions=[[1, 2, 1]])
     with pytest.raises(ValueError, match=r"model.contexts must be among the data's \(age, gender\), got 'job'"):
         model_of(contexts=["job"])
     with pytest.raises(ValueError, match=r"model.item_features must be among the data's \(year, genres\), got 'x'"):
         model_of(item_features=["x"])
+    with pytest.raises(ValueError, match=r"times must be given, as the model was built with them, got None"):
+        model_of(bias="time")(**inputs)
+    config = Config.from_dict({"model": {"bias": "time+position"}})
+    with pytest.raises(
+        ValueError, match=r"model.bias must be none or position for data without timestamps, got 'time\+position'"
+    ):
+        RetrievalGR.from_config(config, replace(catalogue(), has_times=False))
     config = Config.from_dict({"model": {"actions": "interleave"}})
     with pytest.raises(ValueError, match=r"model.actions must be none for data without actions, got 'interleave'"):
         RetrievalGR.from_config(config, replace(catalogue(), action_names=()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import math
 import re
@@ -16,6 +18,7 @@ import torch
 from hstu_ext.data import InteractionLog, synthetic_log
 from hstu_ext.models import RetrievalGR
 from hstu_ext.training import CheckpointError, Config, Trainer, load_model
+from hstu_ext.training.metrics_log import ProgressBar
 from hstu_ext.training.trainer import learning_rate
 
 pytest.importorskip("safetensors")
@@ -42,6 +45,7 @@ def small_log(users: int = 40) -> InteractionLog:
         log,
         actions=torch.randint(2, log.items.shape, generator=generator),
         action_names=("view", "buy"),
+        timestamps=torch.randint(1000, log.items.shape, generator=generator).cumsum(0),
         item_features={"kind": torch.randint(4, (80,), generator=generator)},
         user_features={"age": torch.randint(1, 5, (users,), generator=generator)},
         user_feature_sizes={"age": 5},
@@ -89,10 +93,11 @@ def test_a_tiny_log_is_learned_by_heart(encoder: str, kind: str) -> None:
         {"model": {"encoder": "sasrec"}},
         {"model": {"contexts": ["age"], "actions": "interleave", "item_features": ["kind"]}},
         {"training": {"accumulation": 2, "warmup_steps": 3, "schedule": "cosine", "clip_norm": 0.5}},
-        {"loss": {"kind": "in_batch", "log_q": True}},
+        {"loss": {"kind": "in_batch", "log_q": True, "mask_same_sequence": True}},
         {"training": {"recompute": True, "precision": "bf16"}},
+        {"model": {"bias": "time+position", "actions": "interleave"}, "training": {"recompute": True}},
     ],
-    ids=["hstu", "sasrec", "features", "schedule", "in-batch", "bf16"],
+    ids=["hstu", "sasrec", "features", "schedule", "in-batch", "bf16", "times"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(sections: dict[str, Any], tmp_path: Path) -> None:
     config = config_of(**sections)
@@ -213,6 +218,23 @@ def test_training_does_better_than_popularity() -> None:
     assert "HR@10" not in results[0]
 
 
+def test_the_query_of_an_evaluation_has_the_time_of_its_target() -> None:
+    log = small_log()
+    trainer = trainer_of(config_of(model={"bias": "time", "max_len": 40}), log=log)
+    asked: list[torch.Tensor] = []
+    encode_query = trainer.model.encode_query
+
+    def watch(**inputs: Any) -> torch.Tensor:
+        assert torch.equal(inputs["times"], trainer.evaluator.log.timestamps)
+        asked.append(inputs["request_times"])
+        return encode_query(**inputs)
+
+    trainer.model.encode_query = watch  # type: ignore[method-assign]
+    trainer.evaluate()
+    assert log.timestamps is not None
+    assert torch.equal(torch.cat(asked), log.timestamps[log.offsets[1:] - 1])
+
+
 def test_learning_rate_by_hand() -> None:
     training = config_of(training={"learning_rate": 1.0, "warmup_steps": 4}).training
     assert [learning_rate(training, step, 12) for step in (0, 1, 3, 4, 11)] == [0.25, 0.5, 1.0, 1.0, 1.0]
@@ -223,7 +245,7 @@ def test_learning_rate_by_hand() -> None:
 
 def test_what_a_run_writes(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    pytest.importorskip("tensorboard")
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = tmp_path / "run"
     config = config_of(output={"report": True, "tensorboard": "on"})
     trainer = trainer_of(config, run)
@@ -246,7 +268,11 @@ def test_what_a_run_writes(tmp_path: Path) -> None:
     assert f"| hstu, epoch 2 | {results[-1]['HR@1']:.4f} |" in report
     assert "![loss and HR@10 by epoch](curves.png)" in report
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert len(list((run / "tensorboard").iterdir())) == 1
+    accumulator = event_accumulator.EventAccumulator(str(run / "tensorboard"))
+    accumulator.Reload()
+    hits = [(each.step, each.value) for each in accumulator.Scalars("epoch/HR@10")]
+    assert hits == [(5, pytest.approx(results[0]["HR@10"])), (10, pytest.approx(results[1]["HR@10"]))]
+    assert len(accumulator.Scalars("train/loss")) == 3
 
     model, loaded, catalogue = load_model(run)
     assert loaded == config
@@ -272,6 +298,52 @@ def test_a_table_row_for_every_epoch() -> None:
     rows = [line.split() for line in text.splitlines() if line.startswith("epoch")]
     assert [row[:2] for row in rows] == [["epoch", "1"], ["epoch", "2"]]
     assert all(len(row) == 2 + 7 for row in rows)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_progress_bar_on_a_terminal_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hstu_ext.training.metrics_log.time.perf_counter", itertools.count().__next__)
+    terminal = Terminal()
+    bar = ProgressBar("epoch 1", 4, terminal, width=8)
+    for done in (1, 2, 4):
+        bar.update(done, "loss 2.5")
+    bar.close()
+    lines = [line.removesuffix("\033[K") for line in terminal.getvalue().split("\r")[1:]]
+    assert lines == [
+        "epoch 1  25% [##......] 1/4    1.0 it/s  loss 2.5",
+        "epoch 1  50% [####....] 2/4    1.0 it/s  loss 2.5",
+        "epoch 1 100% [########] 4/4    1.3 it/s  loss 2.5",
+        "",
+    ]
+    plain = io.StringIO()
+    bar = ProgressBar("epoch 1", 4, plain)
+    bar.update(4)
+    bar.close()
+    assert plain.getvalue() == ""
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_what_fp32_products_of_a_gpu_may_use(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Started(Exception):
+        pass
+
+    def start(resume: bool) -> None:
+        raise Started
+
+    trainer = trainer_of(config_of(training={"tf32": tf32}))
+    trainer.device = torch.device("cuda")
+    monkeypatch.setattr(trainer, "_start", start)
+    before = torch.get_float32_matmul_precision()
+    try:
+        with pytest.raises(Started):
+            trainer.fit()
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_what_a_trainer_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +420,8 @@ def test_a_step_on_padded_rows_is_a_step(kind: str) -> None:
 GRAPHS = {
     "hstu": {},
     "odd heads": {"model": {"num_heads": 1, "head_dim": 50}},
-    "bias": {"model": {"position_bias": True}},
+    "bias": {"model": {"bias": "position"}},
+    "times": {"model": {"bias": "time+position", "contexts": ["age"]}},
     "sasrec": {"model": {"encoder": "sasrec"}},
     "features": {"model": {"contexts": ["age"], "actions": "interleave", "item_features": ["kind"]}},
     "full": {"loss": {"kind": "full", "log_q": True}, "training": {"precision": "bf16"}},

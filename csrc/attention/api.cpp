@@ -1,6 +1,8 @@
 // Every check of an attention call, once, for forward and backward, CPU and GPU; then the choice of the kernel.
 #include "attention/api.h"
 
+#include <algorithm>
+
 #include "attention/cpu/attention.h"
 #include "attention/mask.h"
 #include "attention/params.h"
@@ -278,15 +280,6 @@ int64_t scratch_of(Arch arch, int head_dim, const BackwardParams& p) {
     return arch == Arch::kSm90 ? sm90::dq_scratch_elements(p, head_dim) : sm80::dq_accum_elements(p, head_dim);
 }
 
-bool has_sm90_backward() {
-    static const bool found = [] {
-        for (const Cell& cell : cells())
-            if (cell.arch == Arch::kSm90 && cell.backward) return true;
-        return false;
-    }();
-    return found;
-}
-
 const Cell& cell_of(Direction direction, const Params& p, DType dtype, MaskKind mask) {
     const BiasKind bias = p.relative ? BiasKind::kRelative : p.rab.data ? BiasKind::kRab : BiasKind::kNone;
     return find_cell(direction, compute_capability(p.device), dtype, max_of(p.dim_qk, p.dim_v), mask, bias);
@@ -411,9 +404,11 @@ int64_t backward_scratch(const Tensor& q, const Tensor& v, const Tensor& cu_seql
     p.max_seqlen_k = static_cast<int>(max_seqlen_k);
     p.deterministic = deterministic;
     const int head_dim = head_dim_bucket(max_of(q.shape[2], v.shape[2]));
-    const int64_t sm80 = scratch_of(Arch::kSm80, head_dim, p);
-    if (!has_sm90_backward() || compute_capability(q.device) != 90) return sm80;
-    return max_of(sm80, scratch_of(Arch::kSm90, head_dim, p));
+    // Which family serves the call is not known here, so there is enough for either.
+    static const bool has_sm90 = std::any_of(
+        cells().begin(), cells().end(), [](const Cell& cell) { return cell.arch == Arch::kSm90 && cell.backward; });
+    const bool may_be_sm90 = has_sm90 && compute_capability(q.device) == 90;
+    return max_of(may_be_sm90 ? scratch_of(Arch::kSm90, head_dim, p) : 0, scratch_of(Arch::kSm80, head_dim, p));
 #else
     return 0;
 #endif

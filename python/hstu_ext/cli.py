@@ -17,7 +17,7 @@ from hstu_ext.data import InteractionLog, Split, command, leave_one_out, load
 from hstu_ext.models import Catalogue, RetrievalGR
 from hstu_ext.training.checkpoint import find_checkpoint, load_model
 from hstu_ext.training.config import Config, load_config, reference
-from hstu_ext.training.evaluation import Evaluator, choose_device
+from hstu_ext.training.evaluation import Evaluator, autocast_of, choose_device
 from hstu_ext.training.export import export
 from hstu_ext.training.metrics_log import table
 from hstu_ext.training.trainer import Trainer
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     history.add_argument("--titles", nargs="+", metavar="TITLE", help="titles or unmistakable parts of them")
     history.add_argument("--user", metavar="ID", help="a user of the data that the model was trained on")
     recommend.add_argument("--actions", nargs="+", metavar="NAME", help="of each item, for a model with actions")
+    recommend.add_argument("--times", nargs="+", type=int, metavar="T", help="of each item, for a model with times")
     recommend.add_argument("-k", type=int, default=10, help="items to recommend (10)")
     recommend.add_argument("--include-seen", action="store_true", help="recommend seen items as well")
     _add_common(recommend)
@@ -119,12 +120,11 @@ def _train(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     model, config, catalogue = _load_model(options)
-    model = model.to(choose_device("training.device", config.training.device))
+    device = choose_device("training.device", config.training.device)
     split = _split(config, catalogue)
-    evaluator = Evaluator(
-        split, config.evaluation, config.model.max_len, choose_device("training.device", config.training.device)
-    )
-    results = {config.model.encoder: evaluator(model), **evaluator.baselines()}
+    evaluator = Evaluator(split, config.evaluation, config.model.max_len, device)
+    autocast = autocast_of(config.training.precision, device)
+    results = {config.model.encoder: evaluator(model.to(device), autocast), **evaluator.baselines()}
     if options.json:
         print(json.dumps(results, indent=2))
         return
@@ -136,12 +136,15 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _recommend(options: argparse.Namespace) -> None:
     model, config, catalogue = _load_model(options)
     actions: list[int] | None = None
+    times: list[int] | None = None
     contexts = [0] * (0 if model.contexts is None else len(model.contexts.names))  # 0 is an unknown value
     if options.user is not None:
         log = _matching(_load_data(config), catalogue).user(options.user)
         history = log.items.tolist()
         if model.actions is not None and log.actions is not None:
             actions = log.actions.tolist()
+        if model.encoder.uses_times and log.timestamps is not None:
+            times = log.timestamps.tolist()
         if model.contexts is not None:
             contexts = [int(log.user_features[name][0]) for name in model.contexts.names]
     elif options.items is not None:
@@ -150,11 +153,19 @@ def _recommend(options: argparse.Namespace) -> None:
         history = [_item_by_title(catalogue, each) for each in options.titles]
     if model.actions is not None and actions is None:
         actions = _actions_by_name(catalogue, options.actions, len(history))
+    if model.encoder.uses_times and times is None:
+        times = options.times
+        if times is None or len(times) != len(history):
+            raise UsageError(
+                f"hstu_ext.recommend: --times must be {len(history)} integers, one for each item, "
+                f"got {' '.join(map(str, times)) if times else 'none'}"
+            )
     scores, items = model.recommend(
         [history],
         min(options.k, catalogue.num_items),
         actions=None if actions is None else [actions],
         contexts=[contexts] if contexts else None,
+        times=None if times is None else [times],
         exclude_seen=not options.include_seen,
     )
     print("after " + ", ".join(catalogue.title(item) for item in history[-5:]))

@@ -1,5 +1,6 @@
 """Models composed of the extension's ops."""
 
+from hstu_ext.models.bias import RelativeTimePositionBias
 from hstu_ext.models.catalogue import Catalogue
 from hstu_ext.models.hstu import HSTUBlock, HSTULayer
 from hstu_ext.models.retrieval_gr import RetrievalGR
@@ -18,6 +19,7 @@ __all__ = [
     "ItemTower",
     "L2NormEmbeddingPostprocessor",
     "Layout",
+    "RelativeTimePositionBias",
     "RetrievalGR",
     "SASRecBlock",
     "SASRecLayer",

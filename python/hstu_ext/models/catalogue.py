@@ -20,6 +20,7 @@ class Catalogue:
     item_features: by name, int64 [num_items] or [num_items, width]
     user_feature_sizes: the number of values of each user feature, by name
     action_names: of every action; empty for a log without
+    has_times: whether events have a time
     """
 
     item_ids: Sequence[str]
@@ -28,6 +29,7 @@ class Catalogue:
     item_features: dict[str, Tensor] = field(default_factory=dict)
     user_feature_sizes: dict[str, int] = field(default_factory=dict)
     action_names: Sequence[str] = ()
+    has_times: bool = False
 
     @property
     def num_items(self) -> int:
@@ -43,6 +45,7 @@ class Catalogue:
             {name: values.cpu() for name, values in log.item_features.items()},
             dict(log.user_feature_sizes),
             log.action_names,
+            log.timestamps is not None,
         )
 
     def title(self, item: int) -> str:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hstu_ext.models.bias import RelativeTimePositionBias, gpu_kernels
 from hstu_ext.models.sequence import Layout, SequenceBlock
 from hstu_ext.ops.attention import hstu_attn_qkvpacked_func
 from hstu_ext.ops.norm import gated_norm
@@ -27,7 +28,7 @@ class HSTULayer(nn.Module):
     Heads may have any width. For one that is no multiple of 8, W1 gets rows of zeros at the end of each head of q, k
     and v on its way into the product: silu(0) = 0 there adds nothing to q . k, and the columns of v are cut off again.
 
-    With position_bias, the score of tokens i and j is alpha q_i . k_j + b[i - j], the learned b the same for all heads.
+    With a bias, the score of tokens i and j is alpha q_i . k_j + b_ij, as RelativeTimePositionBias has it.
 
     Args:
         dim: of the tokens.
@@ -36,10 +37,8 @@ class HSTULayer(nn.Module):
         max_tokens: the divisor above.
         dropout: before W2.
         alpha: the factor of q . k; None is head_dim ** -0.5.
-        position_bias: whether scores depend on the distance. Its gradient takes batch * heads * max_seqlen^2 elements.
+        bias: what scores depend on besides: none, position, time or time+position.
     """
-
-    position_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -49,7 +48,7 @@ class HSTULayer(nn.Module):
         max_tokens: int,
         dropout: float = 0.0,
         alpha: float | None = None,
-        position_bias: bool = False,
+        bias: str = "none",
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.max_tokens = heads, head_dim, max_tokens
@@ -59,8 +58,9 @@ class HSTULayer(nn.Module):
         self.out = nn.Linear(heads * head_dim, dim)
         nn.init.xavier_uniform_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        bias = nn.Parameter(torch.empty(2 * max_tokens - 1).normal_(std=0.02)) if position_bias else None
-        self.register_parameter("position_bias", bias)
+        self.bias = None
+        if bias != "none":
+            self.bias = RelativeTimePositionBias(max_tokens, "position" in bias, "time" in bias)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """x [tokens, dim] -> [tokens, dim]"""
@@ -69,6 +69,11 @@ class HSTULayer(nn.Module):
         qkv, gate = torch.split(projected, [3 * self.heads * width, self.heads * self.head_dim], dim=1)
         if qkv.is_cuda and qkv.dtype == torch.float32:
             qkv = qkv.to(torch.bfloat16)
+        bias, rab = None, None
+        if self.bias is not None and (not qkv.is_cuda or gpu_kernels()):
+            bias = self.bias(layout)
+        elif self.bias is not None:
+            rab = self.bias.dense(layout, self.alpha, qkv.dtype)
         attended = hstu_attn_qkvpacked_func(
             qkv.view(-1, 3, self.heads, width),
             layout.cu_seqlens,
@@ -76,19 +81,13 @@ class HSTULayer(nn.Module):
             layout.num_contexts,
             window_size=(-1, 0),
             alpha=self.alpha,
-            rab=None if self.position_bias is None else self._relative_bias(self.position_bias, layout, qkv.dtype),
-            has_drab=self.position_bias is not None,
+            rab=rab,
+            has_drab=rab is not None,
             scaling_seqlen=self.max_tokens,
+            bias=bias,
         )
         update: Tensor = self.out(self.dropout(gated_norm(attended, gate)))
         return x + update
-
-    def _relative_bias(self, bias: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-        """[batch, 1, longest, longest], the same matrix for every sequence, over alpha, as the attention's rab is."""
-        longest, middle = layout.max_seqlen, self.max_tokens - 1
-        distances = bias[middle - longest + 1 : middle + longest] / self.alpha  # from 1 - longest to longest - 1
-        by_distance = distances.to(dtype).unfold(0, longest, 1).flip(1)  # [i, j] is that of i - j
-        return by_distance.expand(layout.cu_seqlens.shape[0] - 1, 1, longest, longest)
 
     def _aligned_weight(self) -> tuple[Tensor, int]:
         """W1 with heads of q, k and v as wide as kernels want them, and that width."""
@@ -115,7 +114,7 @@ class HSTUBlock(SequenceBlock):
 
     Args:
         dim, max_len, num_contexts, interleave, recompute: as in SequenceBlock.
-        num_layers, heads, head_dim, alpha, position_bias: as in HSTULayer.
+        num_layers, heads, head_dim, alpha, bias: as in HSTULayer.
         dropout: of the embeddings and of every layer.
     """
 
@@ -133,16 +132,17 @@ class HSTUBlock(SequenceBlock):
         interleave: bool = False,
         dropout: float = 0.0,
         alpha: float | None = None,
-        position_bias: bool = False,
+        bias: str = "none",
         recompute: bool = False,
     ) -> None:
         tokens = self.max_tokens(max_len, num_contexts, interleave)
         super().__init__(
-            [HSTULayer(dim, heads, head_dim, tokens, dropout, alpha, position_bias) for _ in range(num_layers)],
+            [HSTULayer(dim, heads, head_dim, tokens, dropout, alpha, bias) for _ in range(num_layers)],
             dim=dim,
             max_len=max_len,
             num_contexts=num_contexts,
             interleave=interleave,
             dropout=dropout,
+            uses_times="time" in bias,
             recompute=recompute,
         )

@@ -34,13 +34,14 @@ class RetrievalGR(nn.Module):
 
     Every call takes the packed events of a batch, without padding: items int64 [total], cu_seqlens int32
     [batch + 1], max_seqlen the longest length or more (at most encoder.max_len), and where the model was built with
-    them actions int64 [total] and contexts int64 [batch, number of features]. Rows past cu_seqlens[-1] belong to no
-    sequence, take no part in the loss, and let batches of different sizes have one shape.
+    them actions int64 [total], contexts int64 [batch, number of features] and times int64 [total], with request_times
+    int64 [batch], when what follows the last events is asked for (None: at their own times). Rows past cu_seqlens[-1]
+    belong to no sequence, take no part in the loss, and let batches of different sizes have one shape.
 
     Args:
         items: the item tower.
         encoder: HSTUBlock, SASRecBlock, or any SequenceBlock.
-        loss: (query, table, positives, weights) -> scalar, as in hstu_ext.training.losses.
+        loss: (query, table, positives, weights, sequences) -> scalar, as in hstu_ext.training.losses.
         actions: embedding of the actions, where the encoder interleaves them.
         contexts: the tower of user features, where the encoder has contexts.
         last_only: the loss is that of each sequence's last event, predicted from the one before.
@@ -88,6 +89,10 @@ class RetrievalGR(nn.Module):
         if interleave and not catalogue.action_names:
             raise ValueError("hstu_ext.config: model.actions must be none for data without actions, got 'interleave'")
 
+        if "time" in model.bias and not catalogue.has_times:
+            raise ValueError(
+                f"hstu_ext.config: model.bias must be none or position for data without timestamps, got {model.bias!r}"
+            )
         contexts, actions = None, None
         if model.contexts:
             contexts = ContextTower({name: catalogue.user_feature_sizes[name] for name in model.contexts}, model.dim)
@@ -107,7 +112,7 @@ class RetrievalGR(nn.Module):
         }
         encoder: SequenceBlock
         if model.encoder == "hstu":
-            encoder = HSTUBlock(**common, alpha=model.attention_alpha or None, position_bias=model.position_bias)
+            encoder = HSTUBlock(**common, alpha=model.attention_alpha or None, bias=model.bias)
         else:
             encoder = SASRecBlock(**common, ffn_dim=model.ffn_dim)
         features = {name: catalogue.item_features[name] for name in model.item_features}
@@ -128,9 +133,13 @@ class RetrievalGR(nn.Module):
         max_seqlen: int,
         actions: Tensor | None = None,
         contexts: Tensor | None = None,
+        times: Tensor | None = None,
+        request_times: Tensor | None = None,
     ) -> Tensor:
         """Queries [total, dim] of unit length; row t has seen the events of its sequence up to and including t."""
-        states = self._states(self.items.table(), items, cu_seqlens, max_seqlen, actions, contexts)
+        states = self._states(
+            self.items.table(), items, cu_seqlens, max_seqlen, actions, contexts, times, request_times
+        )
         return self._normalise(states)
 
     def loss(
@@ -140,6 +149,7 @@ class RetrievalGR(nn.Module):
         max_seqlen: int,
         actions: Tensor | None = None,
         contexts: Tensor | None = None,
+        times: Tensor | None = None,
     ) -> Tensor:
         """Mean loss over every position that has a next item in its sequence (or the last one, with last_only).
 
@@ -147,16 +157,17 @@ class RetrievalGR(nn.Module):
         item are there with weight 0.
         """
         table = self.items.table()
-        states = self._states(table, items, cu_seqlens, max_seqlen, actions, contexts)
+        states = self._states(table, items, cu_seqlens, max_seqlen, actions, contexts, times)
+        sequence = sequence_ids(cu_seqlens, items.shape[0])
         if self.last_only:
             rows = (cu_seqlens[1:].long() - 2).clamp(min=0)
             following = (rows + 1).clamp(max=items.shape[0] - 1)
             states, positives, weights = states[rows], items[following], cu_seqlens.diff() >= 2
+            sequences = sequence[following]
         else:
-            sequence = sequence_ids(cu_seqlens, items.shape[0])
-            positives = items.roll(-1)
+            positives, sequences = items.roll(-1), sequence.roll(-1)
             weights = F.pad((sequence[:-1] == sequence[1:]) & (sequence[1:] < cu_seqlens.shape[0] - 1), (0, 1))
-        loss: Tensor = self.criterion(states, table.to(states.dtype), positives, weights.to(states.dtype))
+        loss: Tensor = self.criterion(states, table.to(states.dtype), positives, weights.to(states.dtype), sequences)
         return loss
 
     def num_predictions(self, cu_seqlens: Tensor) -> Tensor:
@@ -171,9 +182,13 @@ class RetrievalGR(nn.Module):
         max_seqlen: int,
         actions: Tensor | None = None,
         contexts: Tensor | None = None,
+        times: Tensor | None = None,
+        request_times: Tensor | None = None,
     ) -> Tensor:
         """Queries [batch, dim] of unit length for what follows each sequence's last event. None may be empty."""
-        states = self._states(self.items.table(), items, cu_seqlens, max_seqlen, actions, contexts)
+        states = self._states(
+            self.items.table(), items, cu_seqlens, max_seqlen, actions, contexts, times, request_times
+        )
         return self._normalise(states[cu_seqlens[1:].long() - 1])
 
     def item_embeddings(self) -> Tensor:
@@ -188,6 +203,8 @@ class RetrievalGR(nn.Module):
         *,
         actions: Sequence[Sequence[int]] | None = None,
         contexts: Sequence[Sequence[int]] | None = None,
+        times: Sequence[Sequence[int]] | None = None,
+        request_times: Sequence[int] | None = None,
         exclude_seen: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """The k items with the highest cosine similarity for users with these histories.
@@ -199,6 +216,8 @@ class RetrievalGR(nn.Module):
             k: 1 to num_items.
             actions: of each event, where the model was built with them.
             contexts: of each user, the values of the features that the model was built with.
+            times: of each event, where the model was built with them.
+            request_times: of each user, the time of the recommendation; None for that of the last event.
             exclude_seen: leave out the items of a user's own history.
 
         Returns:
@@ -213,8 +232,18 @@ class RetrievalGR(nn.Module):
                 got = "an empty list" if not history else f"{min(history)} to {max(history)}"
                 last = self.items.num_items - 1
                 raise ValueError(f"hstu_ext.models: histories[{user}] must be items from 0 to {last}, got {got}")
-        read = [list(history)[-self.encoder.max_len :] for history in histories]
-        rows = [list(row)[-self.encoder.max_len :] for row in actions] if actions is not None else None
+        for name, given in (("actions", actions), ("contexts", contexts), ("times", times)):
+            if given is not None and len(given) != len(histories):
+                raise ValueError(f"hstu_ext.models: {name} must be of {len(histories)} users, got {len(given)}")
+        for name, of_events in (("actions", actions), ("times", times)):
+            for user, (history, row) in enumerate(zip(histories, of_events or [])):
+                if len(row) != len(history):
+                    raise ValueError(f"hstu_ext.models: {name}[{user}] must be {len(history)}, got {len(row)}")
+
+        def latest(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+            return [list(row)[-self.encoder.max_len :] for row in rows]
+
+        read = latest(histories)
         cu_seqlens = _offsets(read, torch.int32).to(device)
         was_training = self.training
         self.eval()
@@ -222,8 +251,10 @@ class RetrievalGR(nn.Module):
             _flat(read).to(device),
             cu_seqlens,
             max(map(len, read), default=0),
-            None if rows is None else _flat(rows).to(device),
+            None if actions is None else _flat(latest(actions)).to(device),
             None if contexts is None else torch.tensor([list(row) for row in contexts], device=device),
+            None if times is None else _flat(latest(times)).to(device),
+            None if request_times is None else torch.tensor(list(request_times), device=device),
         )
         exclude = (_flat(histories).to(device), _offsets(histories, torch.int64).to(device)) if exclude_seen else None
         found = self.similarity.topk(query, self.item_embeddings(), k, exclude)
@@ -238,6 +269,8 @@ class RetrievalGR(nn.Module):
         max_seqlen: int,
         actions: Tensor | None,
         contexts: Tensor | None,
+        times: Tensor | None = None,
+        request_times: Tensor | None = None,
     ) -> Tensor:
         """[total, dim] before normalisation."""
         states: Tensor = self.encoder(
@@ -246,6 +279,8 @@ class RetrievalGR(nn.Module):
             max_seqlen,
             actions if actions is None or self.actions is None else self.actions(actions),
             contexts if contexts is None or self.contexts is None else self.contexts(contexts),
+            times,
+            request_times,
         )
         return states
 

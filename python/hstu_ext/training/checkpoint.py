@@ -55,6 +55,7 @@ def save_model(directory: Path, model: RetrievalGR, config: Config, catalogue: C
         "item_titles": None if catalogue.item_titles is None else list(catalogue.item_titles),
         "user_feature_sizes": catalogue.user_feature_sizes,
         "action_names": list(catalogue.action_names),
+        "has_times": catalogue.has_times,
     }
     (directory / "catalogue.json").write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
     features = {f"features.{name}": values for name, values in catalogue.item_features.items()}
@@ -84,6 +85,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Re
         {name[len(prefix) :]: values for name, values in tensors.items() if name.startswith(prefix)},
         described["user_feature_sizes"],
         described["action_names"],
+        described.get("has_times", False),
     )
     model = RetrievalGR.from_config(config, catalogue)
     load_parameters(model, directory)

@@ -55,7 +55,11 @@ class ModelConfig:
     max_len: int = option(200, "events of a user that are read, the latest", at_least=1)
     dropout: float = option(0.2, "of embeddings and layers", at_least=0.0, below=1.0)
     attention_alpha: float = option(0.0, "hstu's factor of q . k; 0 is head_dim^-0.5", at_least=0.0)
-    position_bias: bool = option(False, "hstu's scores get a learned term of the distance between two tokens")
+    bias: str = option(
+        "none",
+        "hstu's scores get learned terms of the distance of two tokens and of the time between them",
+        choices=("none", "position", "time", "time+position"),
+    )
     actions: str = option(
         "none", "interleave makes a token of every event's action, after its item", choices=("none", "interleave")
     )
@@ -78,6 +82,9 @@ class LossConfig:
     log_q_exponent: float = option(0.75, "the exponent", at_least=0.0)
     similarity_threshold: float = option(
         0.0, "for in_batch: an item closer to the positive than this is no negative; 0 for no limit", at_least=0.0
+    )
+    mask_same_sequence: bool = option(
+        False, "for in_batch: the other items of a position's own sequence are no negatives as such"
     )
     supervision: str = option("all", "position i predicts item i + 1: all, or the last", choices=("all", "last"))
 
@@ -288,7 +295,20 @@ def _limits(metadata: Mapping[str, Any]) -> str:
 
 def _check_together(config: Config) -> None:
     """What depends on two options."""
-    training = config.training
+    training, loss = config.training, config.loss
+    if config.model.bias != "none" and config.model.encoder != "hstu":
+        raise ConfigError(
+            f"hstu_ext.config: model.bias must be none for model.encoder = {config.model.encoder}, "
+            f"got {config.model.bias!r}"
+        )
+    for key, off, given in (
+        ("similarity_threshold", "0", loss.similarity_threshold),
+        ("mask_same_sequence", "false", loss.mask_same_sequence),
+    ):
+        if given and loss.kind != "in_batch":
+            raise ConfigError(
+                f"hstu_ext.config: loss.{key} must be {off} for loss.kind = {loss.kind}, got {json.dumps(given)}"
+            )
     if training.cuda_graphs == "on":
         for key, wanted, got in (
             ("loss.kind", "sampled or full", "in_batch" if config.loss.kind == "in_batch" else None),

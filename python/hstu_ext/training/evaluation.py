@@ -44,10 +44,17 @@ def model_inputs(model: RetrievalGR, batch: Batch, log: InteractionLog) -> dict[
     inputs: dict[str, Any] = {"items": batch.items, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen}
     if model.actions is not None:
         inputs["actions"] = batch.actions
+    if model.encoder.uses_times:
+        inputs["times"] = batch.timestamps
     if model.contexts is not None:
         features = [log.user_features[name][batch.users] for name in model.contexts.names]
         inputs["contexts"] = torch.stack(features, dim=1)
     return inputs
+
+
+def autocast_of(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """What forward passes of training.precision run under."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
 
 
 def choose_device(key: str, name: str) -> torch.device:
@@ -94,6 +101,7 @@ class Evaluator:
         self.batches = SequenceBatches(self.log, config.batch_size, max_len)
         self.seen = split.history.to(self.device)
         self.targets = split.targets.to(self.device)
+        self.request_times = None if split.target_timestamps is None else split.target_timestamps.to(device)
 
     @torch.no_grad()
     def ranks(self, model: RetrievalGR, autocast: AbstractContextManager[Any] | None = None) -> Tensor:
@@ -104,7 +112,10 @@ class Evaluator:
         with autocast or nullcontext():
             items = model.item_embeddings().float().to(self.device)
             for batch in self.batches:
-                query = model.encode_query(**model_inputs(model, batch, self.log)).float().to(self.device)
+                inputs = model_inputs(model, batch, self.log)
+                if model.encoder.uses_times and self.request_times is not None:
+                    inputs["request_times"] = self.request_times[batch.users]
+                query = model.encode_query(**inputs).float().to(self.device)
                 users = batch.users.to(self.device)
                 ranks[users] = self._rank(users, query, items)
         model.train(was_training)

@@ -6,6 +6,7 @@ All take the same arguments, so that one can be put in another's place:
     table: [num_items, dim], dtype of query, one row an item, of any length
     positives: int64 [rows], the item that follows each position
     weights: [rows] or None for ones; a row of weight 0 takes no part
+    sequences: int64 [rows], the sequence that each positive belongs to; read where the loss masks by it
 
 and return sum(weights * loss) / sum(weights), float32 (float64 for float64), differentiable in query and table.
 """
@@ -64,7 +65,14 @@ class SampledSoftmaxLoss(RetrievalLoss):
         super().__init__(temperature, eps, log_q)
         self.sampler = sampler
 
-    def forward(self, query: Tensor, table: Tensor, positives: Tensor, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        table: Tensor,
+        positives: Tensor,
+        weights: Tensor | None = None,
+        sequences: Tensor | None = None,
+    ) -> Tensor:
         negatives = self.sampler(positives)
         return sampled_softmax_loss(query, table, positives, negatives, self.temperature, self.eps, self.log_q, weights)
 
@@ -75,6 +83,8 @@ class InBatchSoftmaxLoss(RetrievalLoss):
     Args:
         sampler: positives [rows] -> the items of the batch and each row's place among them.
         similarity_threshold: an item whose cosine with the positive is above it is no negative; None for no limit.
+        mask_same_sequence: the items of a position's own sequence are no negatives as such. The batch then has an item
+            once for every sequence that it occurs in, and it stays a negative if it occurs in another one.
         temperature, eps, log_q: as in RetrievalLoss.
     """
 
@@ -85,20 +95,39 @@ class InBatchSoftmaxLoss(RetrievalLoss):
         eps: float = 1e-6,
         log_q: Tensor | None = None,
         similarity_threshold: float | None = None,
+        mask_same_sequence: bool = False,
     ) -> None:
         super().__init__(temperature, eps, log_q)
         self.sampler, self.similarity_threshold = sampler, similarity_threshold
+        self.mask_same_sequence = mask_same_sequence
 
-    def forward(self, query: Tensor, table: Tensor, positives: Tensor, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        table: Tensor,
+        positives: Tensor,
+        weights: Tensor | None = None,
+        sequences: Tensor | None = None,
+    ) -> Tensor:
         query, table = _product_dtype(query), _product_dtype(table)
-        ids, places = self.sampler(positives)
+        item_sequences = None
+        if not self.mask_same_sequence:
+            sequences = None
+            ids, places = self.sampler(positives)
+        elif sequences is None:
+            raise ValueError("hstu_ext.training: sequences must be given for mask_same_sequence, got None")
+        else:
+            pairs, places = self.sampler(sequences * table.shape[0] + positives)
+            item_sequences, ids = pairs // table.shape[0], pairs % table.shape[0]
         return in_batch_softmax_loss(
             query,
             torch.nn.functional.embedding(ids, table),
             ids,
+            sequences,
             log_q=None if self.log_q is None else self.log_q[ids],
             similarity_threshold=self.similarity_threshold,
             positives=places,
+            item_sequence_ids=item_sequences,
             temperature=self.temperature,
             eps=self.eps,
             weights=weights,
@@ -113,7 +142,14 @@ class FullSoftmaxLoss(RetrievalLoss):
 
     capturable = True
 
-    def forward(self, query: Tensor, table: Tensor, positives: Tensor, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        table: Tensor,
+        positives: Tensor,
+        weights: Tensor | None = None,
+        sequences: Tensor | None = None,
+    ) -> Tensor:
         query, table = _product_dtype(query), _product_dtype(table)
         return in_batch_softmax_loss(
             query,
@@ -143,5 +179,7 @@ def loss_from_config(config: Config, catalogue: Catalogue) -> RetrievalLoss:
     if options.kind == "sampled":
         return SampledSoftmaxLoss(UniformNegativesSampler(catalogue.num_items, options.num_negatives), *common)
     if options.kind == "in_batch":
-        return InBatchSoftmaxLoss(InBatchNegativesSampler(), *common, options.similarity_threshold or None)
+        return InBatchSoftmaxLoss(
+            InBatchNegativesSampler(), *common, options.similarity_threshold or None, options.mask_same_sequence
+        )
     return FullSoftmaxLoss(*common)

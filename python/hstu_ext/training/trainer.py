@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from hstu_ext.models import Catalogue, RetrievalGR
 from hstu_ext.training.captured_step import CapturedStep
 from hstu_ext.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from hstu_ext.training.config import Config, TrainingConfig
-from hstu_ext.training.evaluation import Evaluator, choose_device, model_inputs
+from hstu_ext.training.evaluation import Evaluator, autocast_of, choose_device, model_inputs
 from hstu_ext.training.metrics_log import MetricsLog, ProgressBar, table
 from hstu_ext.training.report import check_report, write_report
 
@@ -101,9 +101,7 @@ class Trainer:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What forward passes run under."""
-        if self.config.training.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return autocast_of(self.config.training.precision, self.device)
 
     def fit(self, resume: bool = False) -> list[dict[str, float]]:
         """Trains to the configured number of epochs.
