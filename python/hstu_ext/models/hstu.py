@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hstu_ext.models.bias import RelativeTimePositionBias, gpu_kernels
 from hstu_ext.models.sequence import Layout, SequenceBlock
+from hstu_ext.ops._shared import product_dtype
 from hstu_ext.ops.attention import hstu_attn_qkvpacked_func
 from hstu_ext.ops.norm import gated_norm
 
@@ -65,7 +66,7 @@ class HSTULayer(nn.Module):
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """x [tokens, dim] -> [tokens, dim]"""
         weight, width = self._aligned_weight()
-        projected = F.silu(F.linear(gated_norm(x, dtype=_product_dtype(x)), weight))
+        projected = F.silu(F.linear(gated_norm(x, dtype=product_dtype(x)), weight))
         qkv, gate = torch.split(projected, [3 * self.heads * width, self.heads * self.head_dim], dim=1)
         if qkv.is_cuda and qkv.dtype == torch.float32:
             qkv = qkv.to(torch.bfloat16)
@@ -99,14 +100,6 @@ class HSTULayer(nn.Module):
         qkv, gate = torch.split(weight, [heads * self.head_dim, self.heads * self.head_dim])
         padded = F.pad(qkv.view(heads, self.head_dim, -1), (0, 0, 0, padding))
         return torch.cat([padded.flatten(0, 1), gate]), self.head_dim + padding
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """That of the factors of a matrix product."""
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
-        return x.dtype
-    return torch.get_autocast_dtype(device_type)
 
 
 class HSTUBlock(SequenceBlock):

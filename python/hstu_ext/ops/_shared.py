@@ -25,6 +25,14 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return apply
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What the factors of a matrix product have where x is one: the dtype of autocast, except for float64."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(device_type)
+
+
 def execution(x: Tensor) -> tuple[int, int]:
     """The current CUDA stream and the number of CPU threads, as _C takes them."""
     device = x.get_device()  # -1 for the CPU

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hstu_ext.ops._shared import product_dtype
 from hstu_ext.ops.similarity import in_batch_softmax_loss, sampled_softmax_loss
 from hstu_ext.training.samplers import InBatchNegativesSampler, UniformNegativesSampler, log_q
 
@@ -109,7 +110,7 @@ class InBatchSoftmaxLoss(RetrievalLoss):
         weights: Tensor | None = None,
         sequences: Tensor | None = None,
     ) -> Tensor:
-        query, table = _product_dtype(query), _product_dtype(table)
+        query, table = query.to(product_dtype(query)), table.to(product_dtype(table))
         item_sequences = None
         if not self.mask_same_sequence:
             sequences = None
@@ -150,7 +151,7 @@ class FullSoftmaxLoss(RetrievalLoss):
         weights: Tensor | None = None,
         sequences: Tensor | None = None,
     ) -> Tensor:
-        query, table = _product_dtype(query), _product_dtype(table)
+        query, table = query.to(product_dtype(query)), table.to(product_dtype(table))
         return in_batch_softmax_loss(
             query,
             table,
@@ -161,14 +162,6 @@ class FullSoftmaxLoss(RetrievalLoss):
             eps=self.eps,
             weights=weights,
         )
-
-
-def _product_dtype(x: Tensor) -> Tensor:
-    """What autocast does to the factors of a matrix product, which these losses are."""
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(device_type))
 
 
 def loss_from_config(config: Config, catalogue: Catalogue) -> RetrievalLoss:
