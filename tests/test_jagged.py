@@ -414,6 +414,38 @@ def test_threads_and_blocks(threads: int, join_name: str) -> None:
         torch.set_num_threads(1)
 
 
+def asks_for_huge_pages(x: Tensor) -> bool:
+    """Whether the mapping of the middle of x has been advised so."""
+    inside, address = False, x.data_ptr() + x.nbytes // 2
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError(f"no mapping of {address:x}")
+
+
+@pytest.mark.plain_allocations
+def test_large_results(join_name: str) -> None:
+    """The largest blocks, in memory that has asked for huge pages where the system has them."""
+    join, separate = JOINS[join_name]
+    values = [torch.randint(0, 2**31, (rows, 32), dtype=torch.int64) for rows in (70_000, 90_000)]
+    offsets = [index(0, 1000, 70_000), index(0, 80_000, 90_000)]
+    out, _ = join(values, offsets)
+    assert out.nbytes > 2 * 8 * 2**21
+    assert_equal(out, join_oracle(values, offsets, len(out), join_name == "interleave"))
+    parts = separate(out, offsets)
+    assert_all_equal(parts, values)
+    dense = jagged_to_dense(values[1], offsets[1], 80_000, 3)
+    assert_equal(dense[0], values[1][:80_000])
+    assert_equal(dense[1, :10_000], values[1][80_000:])
+    assert dense[1, 10_000:].eq(3).all()
+    jagged = dense_to_jagged(dense, offsets[1])
+    assert_equal(jagged, values[1])
+    if Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        assert [asks_for_huge_pages(x) for x in (out, *parts, dense, jagged)] == [True] * 5
+
+
 def test_past_2_to_the_31_elements() -> None:
     """Offsets past what an int32 holds. Pages that nobody touches cost nothing."""
     rows = 2**31 + 100

@@ -110,15 +110,21 @@ py::object jagged_join(py::handle plain, bool interleave, py::handle values, py:
     return py::make_tuple(joined, joined_offsets);
 }
 
+[[noreturn]] void fail_totals(const char* op, Py_ssize_t parts, py::handle totals) {
+    const std::string expected = "a list of " + std::to_string(parts) + " sizes like offsets";
+    const List sizes(op, "totals", expected.c_str(), totals);
+    fail<std::invalid_argument>("hstu_ext.", op, ": totals must be ", expected, ", got ", sizes.size());
+}
+
 py::object jagged_separate(py::handle plain, bool interleave, py::handle values, py::handle offsets,
                            py::handle totals) {
     const char* const op = op_of(true, interleave);
     const List own_offsets(op, "offsets", "a list of tensors", offsets);
     if (!is_plain(plain, values) || !are_plain(plain, own_offsets)) return py::none();
-    const std::string expected = "a list of " + std::to_string(own_offsets.size()) + " sizes like offsets";
-    const List sizes(op, "totals", expected.c_str(), totals);
-    if (sizes.size() != own_offsets.size())
-        fail<std::invalid_argument>("hstu_ext.", op, ": totals must be ", expected, ", got ", sizes.size());
+    const bool is_list = PyList_Check(totals.ptr()) || PyTuple_Check(totals.ptr());
+    if (!is_list || PySequence_Fast_GET_SIZE(totals.ptr()) != own_offsets.size())
+        fail_totals(op, own_offsets.size(), totals);
+    const List sizes(op, "totals", "a list", totals);
     if (is_recorded(plain, values)) return py::bool_(true);
 
     JoinInputs inputs;
