@@ -14,7 +14,7 @@ done the last one. add_ms is the host's time of x.add_(1) with one element, for 
 GB/s counts every row once for its read and once for its write, and a dense tensor whole where it is written. Efficiency
 is the time of copying as many bytes, at this run's own copy rate, over the time.
 
-On a CPU the providers take turns, five each: its rates change from minute to minute.
+On a CPU the providers take turns, three each: its rates change from minute to minute.
 
 eager_views cuts tensors into views by lengths that are Python lists already, and puts them together with torch.cat,
 torch.stack or pad_sequence. eager_index computes row numbers from the offsets and gathers.
@@ -57,8 +57,8 @@ OPS = ("concat", "split", "interleave", "to_dense", "to_jagged")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LARGEST_DENSE = 1 << 30  # bytes
 LARGEST_GRADIENT = {"cuda": 1 << 36, "cpu": 1 << 33}  # bytes; that of pad_sequence copies a dense tensor a sequence
-TURNS = {"cuda": 1, "cpu": 5}
-LONGEST_CALL = {"cuda": 0.1, "cpu": 5.0}  # seconds; eager forms that take longer are left out
+TURNS = {"cuda": 1, "cpu": 3}
+LONGEST_CALL = {"cuda": 0.1, "cpu": 1.0}  # seconds; eager forms that take longer are left out
 Call = Callable[..., Sequence[Tensor]]
 
 
