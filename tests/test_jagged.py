@@ -289,6 +289,18 @@ def test_total_of_a_join(join: Callable[..., Any], total: int, on: On) -> None:
     )
 
 
+def test_older_torch(monkeypatch: pytest.MonkeyPatch, join_name: str, device: str) -> None:
+    """Without the function that small results are allocated with."""
+    monkeypatch.delattr(torch._C._dynamo.guards, f"_empty_strided_{device}")
+    batch, interleave = BATCHES["slack"], join_name == "interleave"
+    values, offsets = batch.values(), batch.offsets()
+    join, separate = JOINS[join_name]
+    out, _ = join(moved(values, device), moved(offsets, device))
+    assert_equal(out.cpu(), join_oracle(values, offsets, len(out), interleave))
+    parts = separate(out, moved(offsets, device), [len(x) for x in values])
+    assert_all_equal(moved(parts, "cpu"), split_oracle(out.cpu(), offsets, [len(x) for x in values], interleave))
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES[:6], torch.bool], ids=str)
 def test_padding_value(dtype: torch.dtype, on: On) -> None:
     """Exactly what torch.full gives, in every element: numbers whose bytes differ, and the limits of the dtype."""
