@@ -202,10 +202,6 @@ bool has_contiguous_rows(const Tensor& x) { return x.shape[1] == 1 || x.stride[1
 
 int64_t topk_capacity(int64_t k) { return k <= sm80::kTopkMaxK ? sm80::topk_capacity(k) : 0; }
 
-int64_t topk_round(int64_t items, int64_t done, int64_t k, int64_t rows) {
-    return sm80::topk_round(items, done, k, rows);
-}
-
 bool topk_can_scan(const Tensor& query, const Tensor& items) {
     const bool is_half = query.dtype == DType::kFloat16 || query.dtype == DType::kBFloat16;
     if (!is_half || !has_contiguous_rows(query) || !has_contiguous_rows(items)) return false;
@@ -224,7 +220,6 @@ void topk_merge_scores(const TopkInputs& in, const Tensor& scores, int64_t col0,
 }
 #else
 int64_t topk_capacity(int64_t) { return 0; }
-int64_t topk_round(int64_t items, int64_t, int64_t, int64_t) { return items; }
 bool topk_can_scan(const Tensor&, const Tensor&) { return false; }
 void topk_scan(const TopkInputs&, const TopkState&, Execution) {}
 void topk_merge_scores(const TopkInputs&, const Tensor&, int64_t, bool, const TopkState&, Execution) {}

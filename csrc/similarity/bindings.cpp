@@ -312,7 +312,6 @@ void register_similarity(py::module_& m) {
     m.def("l2norm_dot_check", &bind_l2norm_dot_check);
     m.def("topk_check", &bind_topk_check);
     m.def("topk_capacity", &topk_capacity);
-    m.def("topk_round", &topk_round);
     m.def("topk_can_scan", &bind_topk_can_scan);
     m.def("topk_scan", &bind_topk_scan);
     m.def("topk_merge_scores", &bind_topk_merge_scores);

@@ -191,9 +191,6 @@ def topk_check(
 def topk_capacity(k: int, /) -> int:
     """Candidates of a row on the GPU, 0 where k is too large for its kernels."""
 
-def topk_round(items: int, done: int, k: int, rows: int, /) -> int:
-    """Items of the round after `done` of them."""
-
 def topk_can_scan(query: Tensor, items: Tensor, /) -> bool: ...
 def topk_scan(
     query: Tensor,
@@ -234,7 +231,7 @@ def topk_merge_scores(
     num_threads: int,
     /,
 ) -> None:
-    """One round of it over fp32 scores [rows, cols]; the last one writes the result."""
+    """The same over fp32 scores [rows, cols] of items from col0 on; the last ones write the result."""
 
 def topk_merge(
     scores: Tensor,

@@ -45,16 +45,11 @@ struct TopkScores {
     int64_t col0, cols;
 };
 
-// Items of the round after `done` of them, whole tiles: as few rounds as can be, each growing by the same factor. Growing by
-// g brings k (g - 1) new candidates, with a deviation of a share 1 / sqrt(k); they must fit, and where many queries share
-// the time of a round, the cost of one more candidate for each is more than that of a further round.
-int64_t topk_round(int64_t items, int64_t done, int64_t k, int64_t rows);
-
 // Rows of the tile of queries that the fused scan would use, 0 where this D does not fit or is not aligned.
 int topk_scan_rows(const TopkScan& p);
 // All rounds and the result. keys, counts, kept and thresholds are scratch; the last three begin as 0.
 void topk_scan(const TopkScan& p, DType dtype, void* stream);
-// One round over a tile of scores; the last one writes the result.
+// The rounds of a tile of scores; the last tile's write the result.
 void topk_merge(const TopkScan& p, const TopkScores& tile, bool last, void* stream);
 
 }  // namespace hstu::similarity::sm80

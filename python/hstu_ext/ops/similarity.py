@@ -510,38 +510,24 @@ def _topk_on_gpu(
         if capacity == 0:
             values[rows], indices[rows] = _topk_by_sorting(*inputs)
             continue
-        state: tuple[Any, ...] = (
-            part.new_empty((part.shape[0], capacity), dtype=torch.int64),
-            *part.new_zeros((2, part.shape[0]), dtype=torch.int32).unbind(),
-            part.new_zeros(part.shape[0], dtype=torch.int64),
-            values[rows],
-            indices[rows],
-        )
+        zeros = part.new_zeros((2, part.shape[0]), dtype=torch.int64)
+        counts, kept = zeros[1].view(torch.int32).view(2, -1).unbind()
+        keys = part.new_empty((part.shape[0], capacity), dtype=torch.int64)
+        state = (keys, counts, kept, zeros[0], values[rows], indices[rows], *execution(part))
         if _C.topk_can_scan(part, items):
-            arguments: tuple[Any, ...] = (*inputs, *state, *execution(part))
+            arguments: tuple[Any, ...] = (*inputs, *state)
             _C.topk_scan(*arguments)
             continue
-        for cols, scores in _scores_in_rounds(part, items, k):
-            arguments = (*inputs, scores, cols.start, cols.stop == items.shape[0], *state, *execution(part))
+        wide = part.float()
+        step = max(1, _GPU_TILE_ELEMENTS // part.shape[0])
+        if items.dtype != wide.dtype:
+            step = max(1, min(step, _GPU_TILE_ITEM_ELEMENTS // items.shape[1]))
+        buffer = wide.new_empty((part.shape[0], min(step, items.shape[0])))
+        for cols in _spans(items.shape[0], step):
+            scores = torch.mm(wide, items[cols].float().t(), out=buffer[:, : cols.stop - cols.start])
+            arguments = (*inputs, scores, cols.start, cols.stop == items.shape[0], *state)
             _C.topk_merge_scores(*arguments)
     return values, indices
-
-
-def _scores_in_rounds(query: Tensor, items: Tensor, k: int) -> Iterator[tuple[slice, Tensor]]:
-    """float32 scores of all items, each round as long as its candidates are expected to fit (sm80/topk.h)."""
-    query, count = query.float(), items.shape[0]
-    step = _GPU_TILE_ELEMENTS // query.shape[0]
-    if items.dtype != query.dtype:
-        step = min(step, _GPU_TILE_ITEM_ELEMENTS // items.shape[1])
-    step = max(step, _C.topk_round(count, 0, k, query.shape[0]))
-    buffer = query.new_empty((query.shape[0], min(step, count)))
-    for tile in _spans(count, step):
-        scores = torch.mm(query, items[tile].float().t(), out=buffer[:, : tile.stop - tile.start])
-        done = tile.start
-        while done < tile.stop:
-            cols = slice(done, min(tile.stop, done + _C.topk_round(count, done, k, query.shape[0])))
-            yield cols, scores[:, cols.start - tile.start : cols.stop - tile.start]
-            done = cols.stop
 
 
 def _topk_by_sorting(
