@@ -191,7 +191,6 @@ def topk_check(
 def topk_capacity(k: int, /) -> int:
     """Candidates of a row on the GPU, 0 where k is too large for its kernels."""
 
-def topk_can_scan(query: Tensor, items: Tensor, /) -> bool: ...
 def topk_scan(
     query: Tensor,
     items: Tensor,
@@ -199,17 +198,14 @@ def topk_scan(
     exclude: Tensor | None,
     exclude_offsets: Tensor | None,
     valid: Tensor | None,
-    keys: Tensor,
-    counts: Tensor,
-    kept: Tensor,
-    thresholds: Tensor,
+    scratch: Tensor,
     values: Tensor,
     indices: Tensor,
     stream: int,
     num_threads: int,
     /,
-) -> None:
-    """The top k on a GPU. keys int64 [rows, capacity] is scratch; counts, kept (int32) and thresholds begin as 0."""
+) -> bool:
+    """The top k on a GPU, or False and nothing done for rows that it does not serve. scratch: capacity + 2 a row."""
 
 def topk_merge_scores(
     query: Tensor,
@@ -221,17 +217,14 @@ def topk_merge_scores(
     scores: Tensor,
     col0: int,
     last: bool,
-    keys: Tensor,
-    counts: Tensor,
-    kept: Tensor,
-    thresholds: Tensor,
+    scratch: Tensor,
     values: Tensor,
     indices: Tensor,
     stream: int,
     num_threads: int,
     /,
 ) -> None:
-    """The same over fp32 scores [rows, cols] of items from col0 on; the last ones write the result."""
+    """The same over fp32 scores [rows, cols] of items from col0 on, tile after tile; the last writes the result."""
 
 def topk_merge(
     scores: Tensor,

@@ -112,17 +112,16 @@ __device__ __forceinline__ bool qualifies(const TopkScan& p, int64_t row, int64_
 // count, and the additions of all rows are under way at once.
 template <int kRowCount, int kCount>
 __device__ __noinline__ void append_rows(const TopkScan& p, int64_t row, int64_t item0, int col0,
-                                         const float (&scores)[kRowCount * kCount], const float (&least)[kRowCount],
-                                         uint64_t found) {
+                                         const float (&scores)[kRowCount][kCount], const uint32_t (&found)[kRowCount],
+                                         const float (&least)[kRowCount]) {
     uint32_t beaten[kRowCount];
     int slot[kRowCount];
 #pragma unroll
     for (int r = 0; r < kRowCount; ++r) {
         beaten[r] = 0;
-        for (uint32_t rest = found >> r * kCount & ((1u << kCount) - 1); rest; rest &= rest - 1) {
+        for (uint32_t rest = found[r]; rest; rest &= rest - 1) {
             const int i = __ffs(rest) - 1;
-            if (qualifies(p, row + r * 8, item0 + column(col0, i), scores[r * kCount + i], least[r]))
-                beaten[r] |= 1u << i;
+            if (qualifies(p, row + r * 8, item0 + column(col0, i), scores[r][i], least[r])) beaten[r] |= 1u << i;
         }
         __syncwarp();
         const int count = __popc(beaten[r]), neighbour = __shfl_xor_sync(0xffffffffu, count, 1);
@@ -136,7 +135,7 @@ __device__ __noinline__ void append_rows(const TopkScan& p, int64_t row, int64_t
         int to = first + (lane() % 4 == 0 ? 0 : slot[r]);
         for (; beaten[r]; beaten[r] &= beaten[r] - 1) {
             const int i = __ffs(beaten[r]) - 1;
-            append(p, row + r * 8, to++, key_of(scores[r * kCount + i], item0 + column(col0, i)));
+            append(p, row + r * 8, to++, key_of(scores[r][i], item0 + column(col0, i)));
         }
     }
 }
@@ -144,45 +143,42 @@ __device__ __noinline__ void append_rows(const TopkScan& p, int64_t row, int64_t
 // The keys of all items of a tile, one beside the other from `slot0` on; 0 for those that can be no candidates.
 template <int kRowCount, int kCount>
 __device__ __noinline__ void place_rows(const TopkScan& p, int64_t row, int64_t item0, int slot0, int col0,
-                                        const float (&scores)[kRowCount * kCount], const float (&least)[kRowCount]) {
+                                        const float (&scores)[kRowCount][kCount], const float (&least)[kRowCount]) {
 #pragma unroll
     for (int r = 0; r < kRowCount; ++r) {
         if (least[r] > 0) continue;  // outside
 #pragma unroll
         for (int i = 0; i < kCount; i += 2) {
             const int64_t col = column(col0, i);
-            const ulonglong2 keys{candidate(p, item0 + col, scores[r * kCount + i], 0),
-                                  candidate(p, item0 + col + 1, scores[r * kCount + i + 1], 0)};
+            const ulonglong2 keys{candidate(p, item0 + col, scores[r][i], 0),
+                                  candidate(p, item0 + col + 1, scores[r][i + 1], 0)};
             *reinterpret_cast<ulonglong2*>(p.keys + (row + r * 8) * p.capacity + slot0 + col) = keys;
         }
     }
 }
 
-// Puts what the warp found in its rows, every eighth from `row` on, on its list; what does not fit is appended at once.
-// Bit r kCount + i of `found` is score i of row r. Returns how many are listed.
-template <int kRowCount, int kCount>
-__device__ __noinline__ int list_rows(const TopkScan& p, uint64_t* keys, uint8_t* rows, int64_t row0, int row,
-                                      int64_t item0, int col0, const float (&scores)[kRowCount * kCount],
-                                      const float (&least)[kRowCount], uint64_t found) {
-    int listed = 0;
+// Puts what the warp found in its rows on its list, from `listed` on; what does not fit is appended at once. Returns how
+// many there are then.
+__device__ __noinline__ int list_row(const TopkScan& p, uint64_t* keys, uint8_t* rows, int64_t row0, int row,
+                                     int64_t item0, int col0, const float* scores, uint32_t found, float least,
+                                     int listed) {
     while (__any_sync(0xffffffffu, found != 0)) {
-        const int at = max_of(__ffsll(static_cast<long long>(found)) - 1, 0), r = at / kCount;
-        const int64_t item = item0 + column(col0, at % kCount);
-        const float score = scores[at];
-        const bool is_candidate = found != 0 && qualifies(p, row0 + row + r * 8, item, score, least[r]);
+        const int i = max_of(__ffs(found) - 1, 0);
+        const int64_t item = item0 + column(col0, i);
+        const bool is_candidate = found != 0 && qualifies(p, row0 + row, item, scores[i], least);
         const uint32_t candidates = __ballot_sync(0xffffffffu, is_candidate);
         if (is_candidate) {
             const int slot = listed + __popc(candidates & ((1u << lane()) - 1));
-            const int64_t to = row0 + row + r * 8;
+            const uint64_t key = key_of(scores[i], item);
             if (slot < kListed)
-                keys[slot] = key_of(score, item), rows[slot] = static_cast<uint8_t>(row + r * 8);
+                keys[slot] = key, rows[slot] = static_cast<uint8_t>(row);
             else
-                append(p, to, atomicAdd(p.counts + to, 1), key_of(score, item));
+                append(p, row0 + row, atomicAdd(p.counts + row0 + row, 1), key);
         }
         listed += __popc(candidates);
         found &= found - 1;
     }
-    return min_of(listed, kListed);
+    return listed;
 }
 
 // One block: kRows queries, which stay in shared memory, and every gridDim.y-th tile of the round. Panels of 64 columns
@@ -259,27 +255,38 @@ __global__ void __launch_bounds__(kThreads, 2)
 
         constexpr int kRowCount = Grid::kM * 2, kCount = Grid::kN * 2;
         const int col0 = Grid::col() + lane() % 4 * 2, row = Grid::row() + lane() / 4;
-        uint64_t found = 0;
+        uint32_t found[kRowCount], any = 0;
 #pragma unroll
         for (int r = 0; r < kRowCount; ++r) {
-            uint32_t of_row = 0;
+            found[r] = 0;
 #pragma unroll
             for (int i = 0; i < kCount; ++i)
-                of_row |= scores.x[r / 2][i / 2][r % 2 * 2 + i % 2] >= least[r] ? 1u << i : 0;
-            found |= uint64_t{of_row} << r * kCount;
+                found[r] |= scores.x[r / 2][i / 2][r % 2 * 2 + i % 2] >= least[r] ? 1u << i : 0;
+            any |= found[r];
         }
-        if (!round.is_first && !__any_sync(0xffffffffu, found != 0)) continue;
-        float copy[kRowCount * kCount];
+        if (!round.is_first && !__any_sync(0xffffffffu, any != 0)) continue;
+        if (round.is_first || round.is_dense) {
+            float copy[kRowCount][kCount];
 #pragma unroll
-        for (int i = 0; i < kRowCount * kCount; ++i)
-            copy[i] = scores.x[i / kCount / 2][i % kCount / 2][i / kCount % 2 * 2 + i % 2];
-        if (round.is_first)
-            place_rows<kRowCount, kCount>(p, row0 + row, item0, static_cast<int>(position) * kTileItems, col0, copy,
-                                          least);
-        else if (round.is_dense)
-            append_rows<kRowCount, kCount>(p, row0 + row, item0, col0, copy, least, found);
-        else
-            listed = list_rows<kRowCount, kCount>(p, keys, key_rows, row0, row, item0, col0, copy, least, found);
+            for (int r = 0; r < kRowCount; ++r) {
+#pragma unroll
+                for (int i = 0; i < kCount; ++i) copy[r][i] = scores.x[r / 2][i / 2][r % 2 * 2 + i % 2];
+            }
+            if (round.is_first)
+                place_rows(p, row0 + row, item0, static_cast<int>(position) * kTileItems, col0, copy, least);
+            else
+                append_rows(p, row0 + row, item0, col0, copy, found, least);
+            continue;
+        }
+#pragma unroll
+        for (int r = 0; r < kRowCount; ++r) {
+            if (!__any_sync(0xffffffffu, found[r] != 0)) continue;
+            float copy[kCount];
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) copy[i] = scores.x[r / 2][i / 2][r % 2 * 2 + i % 2];
+            listed = list_row(p, keys, key_rows, row0, row + r * 8, item0, col0, copy, found[r], least[r], listed);
+        }
+        listed = min_of(listed, kListed);
         __syncwarp();
     }
     if (lane() < listed) {
@@ -489,6 +496,7 @@ __global__ void __launch_bounds__(kThreads) topk_write_kernel(const __grid_const
 template <class T>
 struct DotProducts {
     Round round;
+    int64_t most() const { return round.is_first ? (round.end - round.begin) * kTileItems : INT64_MAX; }
     __device__ __forceinline__ int64_t groups() const { return round.end - round.begin; }
     __device__ __forceinline__ int64_t first(int64_t group, const TopkScan&) const {
         return round[round.begin + group] * kTileItems;
@@ -507,6 +515,7 @@ struct DotProducts {
 
 struct TileScores {
     TopkScores tile;
+    int64_t most() const { return tile.col0 == 0 ? tile.cols : INT64_MAX; }
     __device__ __forceinline__ int64_t groups() const { return ceil_div<int64_t>(tile.cols, kTileItems); }
     __device__ __forceinline__ int64_t first(int64_t group, const TopkScan&) const {
         return tile.col0 + group * kTileItems;
@@ -569,29 +578,20 @@ __global__ void __launch_bounds__(kWideThreads)
     }
 }
 
-// Items of the round after `done` of them, whole tiles: as few rounds as can be, each growing by the same factor. Growing by
-// g brings k (g - 1) new candidates, with a deviation of a share 1 / sqrt(k). They must fit; and where many queries share
-// the time of a round, one more candidate for each of them soon costs more than a further round.
-int64_t topk_round(int64_t items, int64_t done, int64_t k, int64_t rows) {
-    constexpr int kNarrow = kKeys * kNarrowThreads, kFewRows = 64;
-    const int64_t first = clamp_to<int64_t>(9 * k / 2 / kTileItems * kTileItems, kNarrow, topk_capacity(k));
-    if (done == 0) return first;
-    const double count = static_cast<double>(k), deviation = 1 / std::sqrt(count);
-    const double fits = (static_cast<double>(topk_capacity(k)) - count) / (1 + 5 * deviation);
-    const bool is_narrow = rows <= kFewRows && k <= kNarrow / 4;
-    const double wanted = is_narrow ? (kNarrow - count) / (1 + 2 * deviation) : std::max(500.0, 5 * count / 2);
-    const double growth = 1 + std::min(fits, wanted) / count;
-    const double all = static_cast<double>(items) / static_cast<double>(first);
-    const double rounds = std::max(1.0, std::ceil(std::log(all) / std::log(growth)));
-    const auto length = static_cast<int64_t>(static_cast<double>(done) * (std::pow(all, 1 / rounds) - 1));
-    return max_of<int64_t>(1, ceil_div<int64_t>(length, kTileItems)) * kTileItems;
+void clear(const TopkScan& p, cudaStream_t stream) {
+    const auto *const begin = reinterpret_cast<const char*>(p.thresholds), *end = reinterpret_cast<const char*>(p.keys);
+    check_cuda(cudaMemsetAsync(p.thresholds, 0, static_cast<size_t>(end - begin), stream), "clearing memory");
 }
 
 template <class Scores>
 void launch_select(const TopkScan& p, const Scores& scores, bool last, cudaStream_t stream) {
+    constexpr int64_t kNarrow = kKeys * kNarrowThreads;
+    const int64_t most = scores.most();  // of the candidates of a row, where that is known; then one kernel is enough
+    if (most <= kNarrow || most == INT64_MAX)
+        launch<topk_narrow_kernel>(p.rows, kNarrowThreads, 0, p.device, stream, p);
     const int shared_bytes = p.capacity * static_cast<int>(sizeof(uint64_t));
-    launch<topk_narrow_kernel>(p.rows, kNarrowThreads, 0, p.device, stream, p);
-    launch<topk_select_kernel<Scores>>(p.rows, kWideThreads, shared_bytes, p.device, stream, p, scores);
+    if (most > kNarrow)
+        launch<topk_select_kernel<Scores>>(p.rows, kWideThreads, shared_bytes, p.device, stream, p, scores);
     if (last) launch<topk_write_kernel>(p.rows, kThreads, 0, p.device, stream, p);
 }
 
@@ -614,7 +614,7 @@ void scan(const TopkScan& p, cudaStream_t stream) {
     const bool wide = topk_scan_rows(p) == 128;
     for (int64_t done = 0; done < tiles;) {
         const int64_t length = topk_round(p.items, done * kTileItems, p.k, p.rows) / kTileItems;
-        const bool is_dense = p.k > done;  // a warp of 32 x 64 scores expects more than 16 then
+        const bool is_dense = 2 * int64_t{p.k} > done;  // a warp of 32 x 64 scores expects more than 8 then
         const Round round{done, min_of(tiles, done + length), tiles, stride, done == 0, is_dense};
         if (wide)
             scan_round<T, 128, 4>(p, round, stream);
@@ -627,6 +627,22 @@ void scan(const TopkScan& p, cudaStream_t stream) {
 
 }  // namespace
 
+int64_t topk_round(int64_t items, int64_t done, int64_t k, int64_t rows) {
+    constexpr int kNarrow = kKeys * kNarrowThreads, kFewRows = 64;
+    if (items <= topk_capacity(k)) return ceil_div<int64_t>(items, kTileItems) * kTileItems;
+    const int64_t first = clamp_to<int64_t>(9 * k / 2 / kTileItems * kTileItems, kNarrow, topk_capacity(k));
+    if (done == 0) return first;
+    const double count = static_cast<double>(k), deviation = 1 / std::sqrt(count);
+    const double fits = (static_cast<double>(topk_capacity(k)) - count) / (1 + 5 * deviation);
+    const bool is_narrow = rows <= kFewRows && k <= kNarrow / 4;
+    const double wanted = is_narrow ? (kNarrow - count) / (1 + 2 * deviation) : std::max(500.0, 5 * count / 2);
+    const double growth = 1 + std::min(fits, wanted) / count;
+    const double all = static_cast<double>(items) / static_cast<double>(first);
+    const double rounds = std::max(1.0, std::ceil(std::log(all) / std::log(growth)));
+    const auto length = static_cast<int64_t>(static_cast<double>(done) * (std::pow(all, 1 / rounds) - 1));
+    return max_of<int64_t>(1, ceil_div<int64_t>(length, kTileItems)) * kTileItems;
+}
+
 int topk_scan_rows(const TopkScan& p) {
     const auto aligned = [](const Matrix& x) {
         return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride % 8 == 0;
@@ -637,15 +653,18 @@ int topk_scan_rows(const TopkScan& p) {
     return ScanShared<bf16, 32>::bytes(panels) <= limit ? 32 : 0;
 }
 
-void topk_scan(const TopkScan& p, DType dtype, void* stream) {
+void topk_scan(const TopkScan& p, DType dtype, void* stream_handle) {
+    const auto stream = static_cast<cudaStream_t>(stream_handle);
+    clear(p, stream);
     if (dtype == DType::kBFloat16)
-        scan<bf16>(p, static_cast<cudaStream_t>(stream));
+        scan<bf16>(p, stream);
     else
-        scan<fp16>(p, static_cast<cudaStream_t>(stream));
+        scan<fp16>(p, stream);
 }
 
 void topk_merge(const TopkScan& p, const TopkScores& tile, bool last, void* stream_handle) {
     const auto stream = static_cast<cudaStream_t>(stream_handle);
+    if (tile.col0 == 0) clear(p, stream);
     const int64_t wanted = ceil_div<int64_t>(8 * multiprocessors(p.device), p.rows);
     for (int64_t done = 0; done < tile.cols;) {
         const int64_t cols = min_of(tile.cols - done, topk_round(p.items, tile.col0 + done, p.k, p.rows));

@@ -83,7 +83,8 @@ def topk_dot(
     _check_tensors("topk_dot", query=query, items=items)
     _check_optional("topk_dot", exclude=values, valid=valid)
     run = _topk if _is_plain(query, items, values, offsets, valid) else _topk_op
-    return run(query.detach(), items.detach(), k, values, offsets, valid)
+    query, items = (x.detach() if x.requires_grad else x for x in (query, items))
+    return run(query, items, k, values, offsets, valid)
 
 
 def l2norm_dot(q: Tensor, items: Tensor, eps: float = 1e-6) -> Tensor:
@@ -499,35 +500,51 @@ def _topk(
 def _topk_on_gpu(
     query: Tensor, items: Tensor, k: int, excluded: Tensor | None, offsets: Tensor | None, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """excluded is sorted within rows. In half precision the scores stay inside of one kernel (topk_scan)."""
-    batch, capacity = query.shape[0], _C.topk_capacity(k)
+    """excluded is sorted within rows."""
+    batch = query.shape[0]
     values = query.new_empty((batch, k), dtype=torch.float32)
     indices = query.new_empty((batch, k), dtype=torch.int64)
+    if 0 < batch <= _GPU_TOPK_ROWS:  # small calls are as fast as the host
+        _topk_of_part(query, items, k, excluded, offsets, valid, values, indices)
+        return values, indices
     for rows in _spans(batch, _GPU_TOPK_ROWS):
-        part = query[rows]
         starts = None if offsets is None else offsets[rows.start : rows.stop + 1]
-        inputs: tuple[Any, ...] = (part, items, k, excluded, starts, valid)
-        if capacity == 0:
-            values[rows], indices[rows] = _topk_by_sorting(*inputs)
-            continue
-        zeros = part.new_zeros((2, part.shape[0]), dtype=torch.int64)
-        counts, kept = zeros[1].view(torch.int32).view(2, -1).unbind()
-        keys = part.new_empty((part.shape[0], capacity), dtype=torch.int64)
-        state = (keys, counts, kept, zeros[0], values[rows], indices[rows], *execution(part))
-        if _C.topk_can_scan(part, items):
-            arguments: tuple[Any, ...] = (*inputs, *state)
-            _C.topk_scan(*arguments)
-            continue
-        wide = part.float()
-        step = max(1, _GPU_TILE_ELEMENTS // part.shape[0])
-        if items.dtype != wide.dtype:
-            step = max(1, min(step, _GPU_TILE_ITEM_ELEMENTS // items.shape[1]))
-        buffer = wide.new_empty((part.shape[0], min(step, items.shape[0])))
-        for cols in _spans(items.shape[0], step):
-            scores = torch.mm(wide, items[cols].float().t(), out=buffer[:, : cols.stop - cols.start])
-            arguments = (*inputs, scores, cols.start, cols.stop == items.shape[0], *state)
-            _C.topk_merge_scores(*arguments)
+        _topk_of_part(query[rows], items, k, excluded, starts, valid, values[rows], indices[rows])
     return values, indices
+
+
+def _topk_of_part(
+    query: Tensor,
+    items: Tensor,
+    k: int,
+    excluded: Tensor | None,
+    offsets: Tensor | None,
+    valid: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+) -> None:
+    """In half precision the scores stay inside of one kernel (topk_scan)."""
+    (batch, dim), count, capacity = query.shape, items.shape[0], _C.topk_capacity(k)
+    if capacity == 0:
+        best, places = _topk_by_sorting(query, items, k, excluded, offsets, valid)
+        values.copy_(best)
+        indices.copy_(places)
+        return
+    scratch = query.new_empty(batch * (capacity + 2), dtype=torch.int64)
+    state = (scratch, values, indices, *execution(query))
+    arguments: tuple[Any, ...] = (query, items, k, excluded, offsets, valid, *state)
+    if query.dtype != torch.float32 and _C.topk_scan(*arguments):
+        return
+    query, step = query.float(), max(1, _GPU_TILE_ELEMENTS // batch)
+    if items.dtype != query.dtype:
+        step = max(1, min(step, _GPU_TILE_ITEM_ELEMENTS // dim))
+    buffer = None if count <= step else query.new_empty((batch, step))
+    for cols in _spans(count, step):
+        part = items if buffer is None else items[cols]
+        out = None if buffer is None else buffer[:, : part.shape[0]]
+        scores = torch.mm(query, part.float().t(), out=out)
+        arguments = (query, items, k, excluded, offsets, valid, scores, cols.start, cols.stop == count, *state)
+        _C.topk_merge_scores(*arguments)
 
 
 def _topk_by_sorting(
