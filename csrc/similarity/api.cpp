@@ -10,6 +10,7 @@
 
 #if HSTU_EXT_CUDA
 #include "common/cuda.h"
+#include "common/large_pages.h"
 #include "similarity/sm80/in_batch_fused.h"
 #include "similarity/sm80/in_batch_records.h"
 #include "similarity/sm80/in_batch_softmax.h"
@@ -107,7 +108,10 @@ void l2norm(const Tensor& x, const Tensor& out, double eps, Execution execution)
     checks.contiguous_rows("x", x);
     checks.positive("eps", eps);
     const L2NormParams p{x.shape[0], x.shape[1], eps, matrix(x), {}, matrix(out), execution.num_threads};
-    if (x.device < 0) return cpu::l2norm(p, x.dtype);
+    if (x.device < 0) {
+        prefer_large_pages(out);
+        return cpu::l2norm(p, x.dtype);
+    }
 #if HSTU_EXT_CUDA
     const DeviceGuard guard(x.device);
     sm80::l2norm(p, x.dtype, x.device, execution.stream);
@@ -123,7 +127,10 @@ void l2norm_backward(const Tensor& dout, const Tensor& x, const Tensor& dx, doub
     if (is_wide) model.dtype = dout.dtype;
     checks.like("dout", dout, "x", model);
     const L2NormParams p{x.shape[0], x.shape[1], eps, matrix(x), matrix(dout), matrix(dx), execution.num_threads};
-    if (x.device < 0) return cpu::l2norm_backward(p, x.dtype);
+    if (x.device < 0) {
+        prefer_large_pages(dx);
+        return cpu::l2norm_backward(p, x.dtype);
+    }
 #if HSTU_EXT_CUDA
     const DeviceGuard guard(x.device);
     sm80::l2norm_backward(p, x.dtype, dout.dtype, x.device, execution.stream);
