@@ -5,12 +5,12 @@
 
 #include "common/check.h"
 #include "common/execution.h"
+#include "common/large_pages.h"
 #include "similarity/cpu/similarity.h"
 #include "similarity/params.h"
 
 #if HSTU_EXT_CUDA
 #include "common/cuda.h"
-#include "common/large_pages.h"
 #include "similarity/sm80/in_batch_fused.h"
 #include "similarity/sm80/in_batch_records.h"
 #include "similarity/sm80/in_batch_softmax.h"
