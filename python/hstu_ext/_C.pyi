@@ -174,6 +174,9 @@ def l2norm(x: Tensor, out: Tensor, eps: float, stream: int, num_threads: int, /)
 
 def l2norm_backward(dout: Tensor, x: Tensor, dx: Tensor, eps: float, stream: int, num_threads: int, /) -> None: ...
 def l2norm_dot_check(q: Tensor, items: Tensor, eps: float, /) -> None: ...
+def prefer_large_pages(out: Tensor, /) -> None:
+    """Before a matrix on the CPU is written for the first time: fewer page faults."""
+
 def topk_check(
     query: Tensor,
     items: Tensor,
@@ -186,10 +189,6 @@ def topk_check(
 def topk_capacity(k: int, /) -> int:
     """Candidates of a row on the GPU, 0 where k is too large for its kernels."""
 
-def topk_round(items: int, done: int, k: int, rows: int, /) -> int:
-    """Items of the round after `done` of them."""
-
-def topk_can_scan(query: Tensor, items: Tensor, /) -> bool: ...
 def topk_scan(
     query: Tensor,
     items: Tensor,
@@ -197,17 +196,14 @@ def topk_scan(
     exclude: Tensor | None,
     exclude_offsets: Tensor | None,
     valid: Tensor | None,
-    keys: Tensor,
-    counts: Tensor,
-    kept: Tensor,
-    thresholds: Tensor,
+    scratch: Tensor,
     values: Tensor,
     indices: Tensor,
     stream: int,
     num_threads: int,
     /,
-) -> None:
-    """The top k on a GPU. keys int64 [rows, capacity] is scratch; counts, kept (int32) and thresholds begin as 0."""
+) -> bool:
+    """The top k on a GPU, or False and nothing done for rows that it does not serve. scratch: capacity + 2 a row."""
 
 def topk_merge_scores(
     query: Tensor,
@@ -219,17 +215,14 @@ def topk_merge_scores(
     scores: Tensor,
     col0: int,
     last: bool,
-    keys: Tensor,
-    counts: Tensor,
-    kept: Tensor,
-    thresholds: Tensor,
+    scratch: Tensor,
     values: Tensor,
     indices: Tensor,
     stream: int,
     num_threads: int,
     /,
 ) -> None:
-    """One round of it over fp32 scores [rows, cols]; the last one writes the result."""
+    """The same over fp32 scores [rows, cols] of items from col0 on, tile after tile; the last writes the result."""
 
 def topk_merge(
     scores: Tensor,
