@@ -367,6 +367,130 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     }
 }
 
+// The same with the scores one tile further ahead, for heads whose activation takes as long as their products: while the
+// scores of tile g become weights, the tensor cores work on the scores of tile g + 1 and the values of tile g - 1. All
+// products of a step end with it, so that warpgroups that run in step with one another do not leave the tensor cores idle.
+template <class T, int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void consume_works_ahead(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared,
+                                                    int group) {
+    constexpr int kCols = Config::cols;
+    static_assert(Config::q_stages > 1);
+    using Scores = Accumulator<kCols>;
+    const float half_alpha = 0.5f * p.alpha;
+    const bool signals = threadIdx.x % kWarpgroup == 0;
+    RingPosition<Config::stages> k, v;    // of the scores that come next, of the values that do
+    RingPosition<Config::q_stages> q, of;  // of the scores that come next, of those that are there
+    Scores scores[2];
+    Accumulator<kHeadDim> out;
+    Fragments<kCols / 16> weights;
+    int t = 0, tiles;         // of the scores that are there
+    bool pending = false;     // the values of the tile before are still to be added
+    int finished = 0;         // the Q stage of that tile
+
+    const auto begin_scores = [&](Scores& s) {
+        shared.k_full(k.stage).wait(k.phase);
+        hold(s);
+        begin_products();
+        multiply<T, kHeadDim / 16, true>(s, rows(shared.q(q.stage), 64 * group), rows(shared.k(k.stage)));
+        commit_products();
+    };
+    const auto end_scores = [&](Scores& s) {
+        hold(s);
+        if (signals) shared.k_empty(k.stage).arrive();
+        k.next();
+    };
+    const auto begin_values = [&] {
+        shared.v_full(v.stage).wait(v.phase);
+        begin_products();
+        multiply<T, kCols / 16>(out, weights, columns(shared.v(v.stage)));
+        commit_products();
+    };
+    const auto end_values = [&] {
+        hold(out), hold(weights);
+        if (signals) shared.v_empty(v.stage).arrive();
+        v.next();
+    };
+    const auto hand_over = [&](int q_stage) {
+        write_rows<T>(out, shared.q(q_stage), group, p.inv_scaling);
+        fence_async();
+        __syncwarp();
+        if (lane() == 0) shared.o_full(q_stage).arrive();
+        out.clear();
+    };
+    const auto activate_scores = [&](Scores& s) {
+        const Work<Mask>& work = shared.work(of.stage);
+        const int row0 = work.row0 + 64 * group, col0 = work.walk[t];
+        const int row = row0 + Scores::row(), col = col0 + Scores::col();
+        if (work.mask.is_full(row0, 64, col0, kCols))
+            activate<false>(s, work.mask, row, col, half_alpha);
+        else
+            activate<true>(s, work.mask, row, col, half_alpha);
+    };
+    const auto convert = [&](Scores& s) {
+#pragma unroll
+        for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
+    };
+    const auto take = [&] {
+        shared.q_full(q.stage).wait(q.phase);
+        return !shared.work(q.stage).last;
+    };
+    // From the scores `s` of a tile to those of the next one; false behind the last tile.
+    const auto step = [&](Scores& s, Scores& next) {
+        const bool ends = t + 1 == tiles;
+        if (ends) {
+            if (pending && t == 0) {  // the work before must give its place to the work behind
+                begin_values();
+                wait_products<0>();
+                end_values();
+                hand_over(finished);
+                pending = false;
+            }
+            q.next();
+            if (!take()) {
+                if (pending) {
+                    begin_values();
+                    wait_products<0>();
+                    end_values();
+                }
+                activate_scores(s);
+                convert(s);
+                begin_values();
+                wait_products<0>();
+                end_values();
+                hand_over(of.stage);
+                return false;
+            }
+        }
+        begin_scores(next);
+        if (pending) {
+            begin_values();
+            activate_scores(s);
+            wait_products<0>();
+            end_values();
+            if (t == 0) hand_over(finished);
+        } else {
+            activate_scores(s);
+            wait_products<0>();
+        }
+        end_scores(next);
+        convert(s);
+        pending = true;
+        finished = of.stage;
+        t = ends ? 0 : t + 1;
+        if (ends) of = q, tiles = shared.work(of.stage).walk.tiles;
+        return true;
+    };
+
+    if (!take()) return;
+    tiles = shared.work(of.stage).walk.tiles;
+    out.clear();
+    begin_scores(scores[0]);
+    wait_products<0>();
+    end_scores(scores[0]);
+    while (step(scores[0], scores[1]) && step(scores[1], scores[0])) {
+    }
+}
+
 template <class T, int kHeadDim, class Mask, class Config>
 __global__ void __launch_bounds__((Config::consumers + 1) * kWarpgroup, 1)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ ForwardMaps maps,
@@ -385,7 +509,10 @@ __global__ void __launch_bounds__((Config::consumers + 1) * kWarpgroup, 1)
         if (warp == 2) clean<T, kHeadDim, Mask, Config>(p, schedule.levels);
     } else {
         raise_registers<Config::consumer_registers>();
-        consume_works<T>(p, shared, warp / 4 - 1);
+        if constexpr (Config::ahead)
+            consume_works_ahead<T>(p, shared, warp / 4 - 1);
+        else
+            consume_works<T>(p, shared, warp / 4 - 1);
     }
 }
 
