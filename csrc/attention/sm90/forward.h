@@ -501,9 +501,11 @@ __global__ void __launch_bounds__((Config::consumers + 1) * kWarpgroup, 1)
     const int warp = uniform_warp();
     if (threadIdx.x == 0) shared.init_barriers();
     __syncthreads();
+    let_next_kernel_start();
 
     if (warp < 4) {
         lower_registers<Config::loader_registers>();
+        wait_for_previous_kernel();
         if (warp == 0) load_works<T>(p, maps, schedule, shared);
         if (warp == 1 && Config::q_stages > 1) store_works(maps, shared);
         if (warp == 2) clean<T, kHeadDim, Mask, Config>(p, schedule.levels);
@@ -530,7 +532,7 @@ void launch_forward(const Params& p, void* stream) {
         SequenceMap::make<T>(p.k, p.total_k, p.heads, p.dim_qk, p.max_seqlen_k, Config::cols, kPanel),
         SequenceMap::make<T>(p.v, p.total_k, p.heads, p.dim_v, p.max_seqlen_k, Config::cols, kPanel),
         SequenceMap::make<T>(p.out, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, kRows, kPanel)};
-    launch<forward_kernel<T, kHeadDim, Mask, Config>>(min_of<int64_t>(schedule.places(), blocks),
+    launch_early<forward_kernel<T, kHeadDim, Mask, Config>>(min_of<int64_t>(schedule.places(), blocks),
                                                       (Config::consumers + 1) * kWarpgroup, Shared::kBytes, p.device,
                                                       static_cast<cudaStream_t>(stream), p, maps, schedule);
 }
