@@ -245,17 +245,18 @@ __device__ __forceinline__ void store_directly(const Accumulator<kHeadDim>& out,
     }
 }
 
-// One warpgroup's stream of products. Its tiles follow one another across works: the scores of the next work's first tile
-// are computed while the values of this work's last tile are added or, with a single place for Q, while its rows are stored.
+// One warpgroup's stream of products where Q has a single place. Its tiles follow one another across works: the scores of
+// the next work's first tile are computed while this work's rows are stored.
 template <class T, int kHeadDim, class Mask, class Config>
-__device__ __forceinline__ void consume_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared,
-                                              int group) {
+__device__ __forceinline__ void consume_works_of_one_place(const Params& p,
+                                                           const ForwardShared<kHeadDim, Mask, Config>& shared,
+                                                           int group) {
     constexpr int kCols = Config::cols;
-    constexpr bool kOneQ = Config::q_stages == 1;
+    static_assert(Config::q_stages == 1);
     const float half_alpha = 0.5f * p.alpha;
     const bool signals = threadIdx.x % kWarpgroup == 0;
     RingPosition<Config::stages> kv;
-    RingPosition<Config::q_stages> q;
+    RingPosition<1> q;
     Accumulator<kCols> s;
     Accumulator<kHeadDim> out;
     Fragments<kCols / 16> weights;
@@ -263,13 +264,13 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     Mask mask = shared.work(0).mask;
     TileWalk walk = shared.work(0).walk;
     int row0;
-    [[maybe_unused]] T* to = nullptr;  // of row0, where rows are stored directly
+    T* to;  // of row0
 
     const auto begin_scores = [&] {
         shared.k_full(kv.stage).wait(kv.phase);
         hold(s);
         begin_products();
-        multiply<T, kHeadDim / 16, true>(s, rows(shared.q(q.stage), 64 * group), rows(shared.k(kv.stage)));
+        multiply<T, kHeadDim / 16, true>(s, rows(shared.q(0), 64 * group), rows(shared.k(kv.stage)));
         commit_products();
     };
     const auto begin_values = [&](RingPosition<Config::stages> at) {
@@ -281,7 +282,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     const auto activate_scores = [&](int t) {
         hold(s);
         if (signals) shared.k_empty(kv.stage).arrive();
-        if (kOneQ && signals && t + 1 == walk.tiles) shared.q_empty(0).arrive();
+        if (signals && t + 1 == walk.tiles) shared.q_empty(0).arrive();
         const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
         if (mask.is_full(row0, 64, walk[t], kCols))
             activate<false>(s, mask, row, col, half_alpha);
@@ -292,21 +293,13 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
 #pragma unroll
         for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
     };
-    // Rows go through Q's place to the storer.
-    const auto hand_over = [&](int q_stage) {
-        write_rows<T>(out, shared.q(q_stage), group, p.inv_scaling);
-        fence_async();
-        __syncwarp();
-        if (lane() == 0) shared.o_full(q_stage).arrive();
-    };
-
     // The next work, if there is one.
     const auto take = [&] {
-        shared.q_full(q.stage).wait(q.phase);
-        const Work<Mask>& work = shared.work(q.stage);
+        shared.q_full(0).wait(q.phase);
+        const Work<Mask>& work = shared.work(0);
         if (work.last) return false;
         mask = work.mask, walk = work.walk, row0 = work.row0 + 64 * group;
-        if constexpr (kOneQ) to = p.out.at<T>(work.q_begin + row0, work.head);
+        to = p.out.at<T>(work.q_begin + row0, work.head);
         return true;
     };
 
@@ -318,39 +311,27 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     out.clear();
     for (int t = 0;;) {
         const RingPosition<Config::stages> before = kv;
-        const int before_q = q.stage;
-        const bool ends = t + 1 == walk.tiles;
-        if constexpr (kOneQ) {
-            if (ends) {
-                const auto store = [&, from = to, rows_left = mask.len_q - row0] {
-                    store_directly(out, from, p.out.row_stride, rows_left, p.dim_v, p.inv_scaling);
-                };
-                begin_values(kv);
-                q.next();
-                const bool more = take();
-                wait_products<0>();
-                hold(out);
-                if (signals) shared.v_empty(before.stage).arrive();
-                if (!more) return store();
-                kv.next();
-                begin_scores();
-                store();
-                wait_products<0>();
-                activate_scores(t = 0);
-                convert();
-                out.clear();
-                continue;
-            }
-        } else if (ends) {
+        if (t + 1 == walk.tiles) {
+            const auto store = [&, from = to, rows_left = mask.len_q - row0] {
+                store_directly(out, from, p.out.row_stride, rows_left, p.dim_v, p.inv_scaling);
+            };
+            begin_values(kv);
             q.next();
-            if (!take()) {
-                begin_values(kv);
-                wait_products<0>();
-                hold(out);
-                return hand_over(before_q);
-            }
+            const bool more = take();
+            wait_products<0>();
+            hold(out);
+            if (signals) shared.v_empty(before.stage).arrive();
+            if (!more) return store();
+            kv.next();
+            begin_scores();
+            store();
+            wait_products<0>();
+            activate_scores(t = 0);
+            convert();
+            out.clear();
+            continue;
         }
-        t = ends ? 0 : t + 1;
+        ++t;
         kv.next();
         begin_scores();
         begin_values(before);
@@ -359,39 +340,38 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         wait_products<0>();
         hold(out), hold(weights);
         if (signals) shared.v_empty(before.stage).arrive();
-        if (ends) {
-            hand_over(before_q);
-            out.clear();
-        }
         convert();
     }
 }
 
-// The same with the scores one tile further ahead, for heads whose activation takes as long as their products: while the
-// scores of tile g become weights, the tensor cores work on the scores of tile g + 1 and the values of tile g - 1. All
-// products of a step end with it, so that warpgroups that run in step with one another do not leave the tensor cores idle.
+// One warpgroup's stream of products. Its tiles follow one another across works; it passes over those that its own 64 rows
+// do not need. While the scores of tile g become weights the tensor cores add the values of tile g - 1 and, with
+// Config::ahead, compute the scores of tile g + 1: for heads whose activation takes as long as their products, where
+// warpgroups in step with one another would leave the tensor cores idle. All products of a step end with it.
 template <class T, int kHeadDim, class Mask, class Config>
-__device__ __forceinline__ void consume_works_ahead(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared,
-                                                    int group) {
+__device__ __forceinline__ void consume_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared,
+                                              int group) {
     constexpr int kCols = Config::cols;
     static_assert(Config::q_stages > 1);
     using Scores = Accumulator<kCols>;
+    using Place = RingPosition<Config::q_stages>;
     const float half_alpha = 0.5f * p.alpha;
     const bool signals = threadIdx.x % kWarpgroup == 0;
-    RingPosition<Config::stages> k, v;    // of the scores that come next, of the values that do
-    RingPosition<Config::q_stages> q, of;  // of the scores that come next, of those that are there
-    Scores scores[2];
+    RingPosition<Config::stages> k, v;  // of the next scores, of the next values
+    Place now;                          // the work of the scores that are there
+    int t = 0, tiles = 0;               // their tile, of so many
+    Spans wanted{};                     // the keys of this warpgroup's rows
+    bool pending = false;               // the values of the tile before are still to be added
+    int before = 0;                     // the stage of Q of that tile
+    Scores scores[Config::ahead ? 2 : 1];
     Accumulator<kHeadDim> out;
     Fragments<kCols / 16> weights;
-    int t = 0, tiles;         // of the scores that are there
-    bool pending = false;     // the values of the tile before are still to be added
-    int finished = 0;         // the Q stage of that tile
 
-    const auto begin_scores = [&](Scores& s) {
+    const auto begin_scores = [&](Scores& s, int q_stage) {
         shared.k_full(k.stage).wait(k.phase);
         hold(s);
         begin_products();
-        multiply<T, kHeadDim / 16, true>(s, rows(shared.q(q.stage), 64 * group), rows(shared.k(k.stage)));
+        multiply<T, kHeadDim / 16, true>(s, rows(shared.q(q_stage), 64 * group), rows(shared.k(k.stage)));
         commit_products();
     };
     const auto end_scores = [&](Scores& s) {
@@ -417,9 +397,16 @@ __device__ __forceinline__ void consume_works_ahead(const Params& p, const Forwa
         if (lane() == 0) shared.o_full(q_stage).arrive();
         out.clear();
     };
-    const auto activate_scores = [&](Scores& s) {
-        const Work<Mask>& work = shared.work(of.stage);
-        const int row0 = work.row0 + 64 * group, col0 = work.walk[t];
+    const auto finish_tile_before = [&] {
+        begin_values();
+        wait_products<0>();
+        end_values();
+        if (t == 0) hand_over(before);
+        pending = false;
+    };
+    const auto activate_scores = [&](Scores& s, Place at, int tile) {
+        const Work<Mask>& work = shared.work(at.stage);
+        const int row0 = work.row0 + 64 * group, col0 = work.walk[tile];
         const int row = row0 + Scores::row(), col = col0 + Scores::col();
         if (work.mask.is_full(row0, 64, col0, kCols))
             activate<false>(s, work.mask, row, col, half_alpha);
@@ -430,64 +417,122 @@ __device__ __forceinline__ void consume_works_ahead(const Params& p, const Forwa
 #pragma unroll
         for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
     };
-    const auto take = [&] {
-        shared.q_full(q.stage).wait(q.phase);
-        return !shared.work(q.stage).last;
+    // The work at this place, false behind the last one.
+    const auto take = [&](Place at, Spans& keys) {
+        shared.q_full(at.stage).wait(at.phase);
+        const Work<Mask>& work = shared.work(at.stage);
+        if (work.last) return false;
+        const int row0 = work.row0 + 64 * group;
+        keys = row0 < work.mask.len_q ? work.mask.kv_range(row0, 64) : Spans{};
+        return true;
+    };
+    const auto wants = [&](Place at, const Spans& keys, int tile) {
+        return overlaps(keys, shared.work(at.stage).walk[tile], kCols);
+    };
+    // Scores of the next tile, from `t` on, that these rows need; false if there is none.
+    const auto start_afresh = [&](Scores& s) {
+        for (;; ++t) {
+            if (t == tiles) {
+                if (tiles > 0) hand_over(now.stage), now.next();
+                if (!take(now, wanted)) return false;
+                t = 0, tiles = shared.work(now.stage).walk.tiles;
+            }
+            if (wants(now, wanted, t)) break;
+            shared.k_full(k.stage).wait(k.phase);
+            if (signals) shared.k_empty(k.stage).arrive();
+            k.next();
+            shared.v_full(v.stage).wait(v.phase);
+            if (signals) shared.v_empty(v.stage).arrive();
+            v.next();
+        }
+        begin_scores(s, now.stage);
+        wait_products<0>();
+        end_scores(s);
+        return true;
+    };
+    const auto advance = [&](bool ends, Place place, const Spans& keys) {
+        t = ends ? 0 : t + 1;
+        if (ends) now = place, wanted = keys, tiles = shared.work(now.stage).walk.tiles;
+    };
+    // Is the next tile one that these rows need? It belongs to the work `place`, whose keys are `keys`.
+    const auto goes_on = [&](bool ends, Place place, Spans& keys) {
+        return ends ? take(place, keys) && wants(place, keys, 0) : wants(place, keys, t + 1);
     };
     // From the scores `s` of a tile to those of the next one; false behind the last tile.
-    const auto step = [&](Scores& s, Scores& next) {
+    [[maybe_unused]] const auto step_ahead = [&](Scores& s, Scores& next) {
         const bool ends = t + 1 == tiles;
+        Place place = now;
+        Spans keys = wanted;
         if (ends) {
-            if (pending && t == 0) {  // the work before must give its place to the work behind
-                begin_values();
-                wait_products<0>();
-                end_values();
-                hand_over(finished);
-                pending = false;
-            }
-            q.next();
-            if (!take()) {
-                if (pending) {
-                    begin_values();
-                    wait_products<0>();
-                    end_values();
-                }
-                activate_scores(s);
-                convert(s);
-                begin_values();
-                wait_products<0>();
-                end_values();
-                hand_over(of.stage);
-                return false;
-            }
+            if (pending && t == 0) finish_tile_before();  // the work before that must make room for the next one
+            place.next();
         }
-        begin_scores(next);
-        if (pending) {
+        if (!goes_on(ends, place, keys)) {
+            if (pending) finish_tile_before();
+            activate_scores(s, now, t);
+            convert(s);
             begin_values();
-            activate_scores(s);
             wait_products<0>();
             end_values();
-            if (t == 0) hand_over(finished);
+            ++t;
+            return start_afresh(next);
+        }
+        begin_scores(next, place.stage);
+        if (pending) {
+            begin_values();
+            activate_scores(s, now, t);
+            wait_products<0>();
+            end_values();
+            if (t == 0) hand_over(before);
         } else {
-            activate_scores(s);
+            activate_scores(s, now, t);
             wait_products<0>();
         }
         end_scores(next);
         convert(s);
-        pending = true;
-        finished = of.stage;
-        t = ends ? 0 : t + 1;
-        if (ends) of = q, tiles = shared.work(of.stage).walk.tiles;
+        pending = true, before = now.stage;
+        advance(ends, place, keys);
+        return true;
+    };
+    // From the weights of a tile to those of the next one; false behind the last tile.
+    [[maybe_unused]] const auto step = [&](Scores& s) {
+        const bool ends = t + 1 == tiles;
+        Place place = now;
+        Spans keys = wanted;
+        if (ends) place.next();
+        if (!goes_on(ends, place, keys)) {
+            begin_values();
+            wait_products<0>();
+            end_values();
+            ++t;
+            if (!start_afresh(s)) return false;
+            activate_scores(s, now, t);
+            convert(s);
+            return true;
+        }
+        begin_scores(s, place.stage);
+        begin_values();
+        wait_products<1>();
+        end_scores(s);
+        activate_scores(s, place, ends ? 0 : t + 1);
+        wait_products<0>();
+        end_values();
+        if (ends) hand_over(now.stage);
+        convert(s);
+        advance(ends, place, keys);
         return true;
     };
 
-    if (!take()) return;
-    tiles = shared.work(of.stage).walk.tiles;
     out.clear();
-    begin_scores(scores[0]);
-    wait_products<0>();
-    end_scores(scores[0]);
-    while (step(scores[0], scores[1]) && step(scores[1], scores[0])) {
+    if (!start_afresh(scores[0])) return;
+    if constexpr (Config::ahead) {
+        while (step_ahead(scores[0], scores[1]) && step_ahead(scores[1], scores[0])) {
+        }
+    } else {
+        activate_scores(scores[0], now, t);
+        convert(scores[0]);
+        while (step(scores[0])) {
+        }
     }
 }
 
@@ -511,8 +556,8 @@ __global__ void __launch_bounds__((Config::consumers + 1) * kWarpgroup, 1)
         if (warp == 2) clean<T, kHeadDim, Mask, Config>(p, schedule.levels);
     } else {
         raise_registers<Config::consumer_registers>();
-        if constexpr (Config::ahead)
-            consume_works_ahead<T>(p, shared, warp / 4 - 1);
+        if constexpr (Config::q_stages == 1)
+            consume_works_of_one_place<T>(p, shared, warp / 4 - 1);
         else
             consume_works<T>(p, shared, warp / 4 - 1);
     }
