@@ -116,9 +116,8 @@ template <int kHeadDim>
 struct ForwardTile;
 template <>
 struct ForwardTile<32> {
-    static constexpr int consumers = 3, cols = 80, stages = 4, q_stages = 2;
+    static constexpr int consumers = 3, cols = 128, stages = 4, q_stages = 2;
     static constexpr int loader_registers = 32, consumer_registers = 160;
-    static constexpr bool ahead = true;
 };
 template <>
 struct ForwardTile<64> : ForwardTile<32> {};
@@ -126,13 +125,11 @@ template <>
 struct ForwardTile<128> {
     static constexpr int consumers = 3, cols = 64, stages = 3, q_stages = 2;
     static constexpr int loader_registers = 32, consumer_registers = 160;
-    static constexpr bool ahead = false;
 };
 template <>
 struct ForwardTile<256> {
     static constexpr int consumers = 2, cols = 80, stages = 2, q_stages = 1;
     static constexpr int loader_registers = 56, consumer_registers = 224;
-    static constexpr bool ahead = false;
 };
 
 // The same for batches whose mean length is at most up_to, where fewer query rows a block waste less.
@@ -142,9 +139,8 @@ struct ShortForwardTile : ForwardTile<kHeadDim> {
 };
 template <>
 struct ShortForwardTile<32> {
-    static constexpr int consumers = 2, cols = 96, stages = 4, q_stages = 2;
+    static constexpr int consumers = 2, cols = 128, stages = 4, q_stages = 2;
     static constexpr int loader_registers = 56, consumer_registers = 224;
-    static constexpr bool ahead = true;
     static constexpr int up_to = 4096;
 };
 template <>
@@ -153,7 +149,6 @@ template <>
 struct ShortForwardTile<128> {
     static constexpr int consumers = 2, cols = 64, stages = 4, q_stages = 2;
     static constexpr int loader_registers = 56, consumer_registers = 224;
-    static constexpr bool ahead = false;
     static constexpr int up_to = 512;
 };
 

@@ -344,52 +344,59 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
     }
 }
 
-// One warpgroup's stream of products. Its tiles follow one another across works; it passes over those that its own 64 rows
-// do not need. While the scores of tile g become weights the tensor cores add the values of tile g - 1 and, with
-// Config::ahead, compute the scores of tile g + 1: for heads whose activation takes as long as their products, where
-// warpgroups in step with one another would leave the tensor cores idle. All products of a step end with it.
+// One warpgroup's stream of products. Its tiles follow one another across works: the scores of the next tile, be it the
+// next work's first one, are computed while the values of this one are added. Tiles that the warpgroup's own 64 rows do not
+// need are passed over.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void consume_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared,
                                               int group) {
     constexpr int kCols = Config::cols;
     static_assert(Config::q_stages > 1);
-    using Scores = Accumulator<kCols>;
-    using Place = RingPosition<Config::q_stages>;
     const float half_alpha = 0.5f * p.alpha;
     const bool signals = threadIdx.x % kWarpgroup == 0;
-    RingPosition<Config::stages> k, v;  // of the next scores, of the next values
-    Place now;                          // the work of the scores that are there
-    int t = 0, tiles = 0;               // their tile, of so many
-    Spans wanted{};                     // the keys of this warpgroup's rows
-    bool pending = false;               // the values of the tile before are still to be added
-    int before = 0;                     // the stage of Q of that tile
-    Scores scores[Config::ahead ? 2 : 1];
+    RingPosition<Config::stages> kv;
+    RingPosition<Config::q_stages> q;
+    Accumulator<kCols> s;
     Accumulator<kHeadDim> out;
     Fragments<kCols / 16> weights;
+    shared.q_full(0).wait(0);
+    Mask mask = shared.work(0).mask;
+    TileWalk walk = shared.work(0).walk;
+    Spans keys;  // of this warpgroup's rows
+    int row0, t = 0;
 
-    const auto begin_scores = [&](Scores& s, int q_stage) {
-        shared.k_full(k.stage).wait(k.phase);
+    const auto begin_scores = [&] {
+        shared.k_full(kv.stage).wait(kv.phase);
         hold(s);
         begin_products();
-        multiply<T, kHeadDim / 16, true>(s, rows(shared.q(q_stage), 64 * group), rows(shared.k(k.stage)));
+        multiply<T, kHeadDim / 16, true>(s, rows(shared.q(q.stage), 64 * group), rows(shared.k(kv.stage)));
         commit_products();
     };
-    const auto end_scores = [&](Scores& s) {
-        hold(s);
-        if (signals) shared.k_empty(k.stage).arrive();
-        k.next();
-    };
-    const auto begin_values = [&] {
-        shared.v_full(v.stage).wait(v.phase);
+    const auto begin_values = [&](RingPosition<Config::stages> at) {
+        shared.v_full(at.stage).wait(at.phase);
         begin_products();
-        multiply<T, kCols / 16>(out, weights, columns(shared.v(v.stage)));
+        multiply<T, kCols / 16>(out, weights, columns(shared.v(at.stage)));
         commit_products();
     };
-    const auto end_values = [&] {
+    const auto end_values = [&](RingPosition<Config::stages> at) {
+        wait_products<0>();
         hold(out), hold(weights);
-        if (signals) shared.v_empty(v.stage).arrive();
-        v.next();
+        if (signals) shared.v_empty(at.stage).arrive();
     };
+    const auto activate_scores = [&] {
+        hold(s);
+        if (signals) shared.k_empty(kv.stage).arrive();
+        const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
+        if (mask.is_full(row0, 64, walk[t], kCols))
+            activate<false>(s, mask, row, col, half_alpha);
+        else
+            activate<true>(s, mask, row, col, half_alpha);
+    };
+    const auto convert = [&] {
+#pragma unroll
+        for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
+    };
+    // Rows go through Q's place to the storer.
     const auto hand_over = [&](int q_stage) {
         write_rows<T>(out, shared.q(q_stage), group, p.inv_scaling);
         fence_async();
@@ -397,142 +404,59 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         if (lane() == 0) shared.o_full(q_stage).arrive();
         out.clear();
     };
-    const auto finish_tile_before = [&] {
-        begin_values();
-        wait_products<0>();
-        end_values();
-        if (t == 0) hand_over(before);
-        pending = false;
-    };
-    const auto activate_scores = [&](Scores& s, Place at, int tile) {
-        const Work<Mask>& work = shared.work(at.stage);
-        const int row0 = work.row0 + 64 * group, col0 = work.walk[tile];
-        const int row = row0 + Scores::row(), col = col0 + Scores::col();
-        if (work.mask.is_full(row0, 64, col0, kCols))
-            activate<false>(s, work.mask, row, col, half_alpha);
-        else
-            activate<true>(s, work.mask, row, col, half_alpha);
-    };
-    const auto convert = [&](Scores& s) {
-#pragma unroll
-        for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
-    };
-    // The work at this place, false behind the last one.
-    const auto take = [&](Place at, Spans& keys) {
-        shared.q_full(at.stage).wait(at.phase);
-        const Work<Mask>& work = shared.work(at.stage);
+    // The work at `q`, if there is one.
+    const auto take = [&] {
+        shared.q_full(q.stage).wait(q.phase);
+        const Work<Mask>& work = shared.work(q.stage);
         if (work.last) return false;
-        const int row0 = work.row0 + 64 * group;
-        keys = row0 < work.mask.len_q ? work.mask.kv_range(row0, 64) : Spans{};
+        mask = work.mask, walk = work.walk, row0 = work.row0 + 64 * group;
+        keys = row0 < mask.len_q ? mask.kv_range(row0, 64) : Spans{};
+        t = 0;
         return true;
     };
-    const auto wants = [&](Place at, const Spans& keys, int tile) {
-        return overlaps(keys, shared.work(at.stage).walk[tile], kCols);
-    };
-    // Scores of the next tile, from `t` on, that these rows need; false if there is none.
-    const auto start_afresh = [&](Scores& s) {
-        for (;; ++t) {
-            if (t == tiles) {
-                if (tiles > 0) hand_over(now.stage), now.next();
-                if (!take(now, wanted)) return false;
-                t = 0, tiles = shared.work(now.stage).walk.tiles;
+    const auto needed = [&] { return overlaps(keys, walk[t], kCols); };
+    // Weights of the first tile, from this one on, that these rows need; false if there is none.
+    const auto start_afresh = [&] {
+        for (; !needed(); kv.next()) {
+            shared.k_full(kv.stage).wait(kv.phase);
+            shared.v_full(kv.stage).wait(kv.phase);
+            if (signals) shared.k_empty(kv.stage).arrive(), shared.v_empty(kv.stage).arrive();
+            if (++t == walk.tiles) {
+                hand_over(q.stage);
+                q.next();
+                if (!take()) return false;
             }
-            if (wants(now, wanted, t)) break;
-            shared.k_full(k.stage).wait(k.phase);
-            if (signals) shared.k_empty(k.stage).arrive();
-            k.next();
-            shared.v_full(v.stage).wait(v.phase);
-            if (signals) shared.v_empty(v.stage).arrive();
-            v.next();
         }
-        begin_scores(s, now.stage);
+        begin_scores();
         wait_products<0>();
-        end_scores(s);
-        return true;
-    };
-    const auto advance = [&](bool ends, Place place, const Spans& keys) {
-        t = ends ? 0 : t + 1;
-        if (ends) now = place, wanted = keys, tiles = shared.work(now.stage).walk.tiles;
-    };
-    // Is the next tile one that these rows need? It belongs to the work `place`, whose keys are `keys`.
-    const auto goes_on = [&](bool ends, Place place, Spans& keys) {
-        return ends ? take(place, keys) && wants(place, keys, 0) : wants(place, keys, t + 1);
-    };
-    // From the scores `s` of a tile to those of the next one; false behind the last tile.
-    [[maybe_unused]] const auto step_ahead = [&](Scores& s, Scores& next) {
-        const bool ends = t + 1 == tiles;
-        Place place = now;
-        Spans keys = wanted;
-        if (ends) {
-            if (pending && t == 0) finish_tile_before();  // the work before that must make room for the next one
-            place.next();
-        }
-        if (!goes_on(ends, place, keys)) {
-            if (pending) finish_tile_before();
-            activate_scores(s, now, t);
-            convert(s);
-            begin_values();
-            wait_products<0>();
-            end_values();
-            ++t;
-            return start_afresh(next);
-        }
-        begin_scores(next, place.stage);
-        if (pending) {
-            begin_values();
-            activate_scores(s, now, t);
-            wait_products<0>();
-            end_values();
-            if (t == 0) hand_over(before);
-        } else {
-            activate_scores(s, now, t);
-            wait_products<0>();
-        }
-        end_scores(next);
-        convert(s);
-        pending = true, before = now.stage;
-        advance(ends, place, keys);
-        return true;
-    };
-    // From the weights of a tile to those of the next one; false behind the last tile.
-    [[maybe_unused]] const auto step = [&](Scores& s) {
-        const bool ends = t + 1 == tiles;
-        Place place = now;
-        Spans keys = wanted;
-        if (ends) place.next();
-        if (!goes_on(ends, place, keys)) {
-            begin_values();
-            wait_products<0>();
-            end_values();
-            ++t;
-            if (!start_afresh(s)) return false;
-            activate_scores(s, now, t);
-            convert(s);
-            return true;
-        }
-        begin_scores(s, place.stage);
-        begin_values();
-        wait_products<1>();
-        end_scores(s);
-        activate_scores(s, place, ends ? 0 : t + 1);
-        wait_products<0>();
-        end_values();
-        if (ends) hand_over(now.stage);
-        convert(s);
-        advance(ends, place, keys);
+        activate_scores();
+        convert();
         return true;
     };
 
     out.clear();
-    if (!start_afresh(scores[0])) return;
-    if constexpr (Config::ahead) {
-        while (step_ahead(scores[0], scores[1]) && step_ahead(scores[1], scores[0])) {
+    if (!take() || !start_afresh()) return;
+    for (;;) {
+        const RingPosition<Config::stages> before = kv;
+        const int before_q = q.stage;
+        const bool ends = ++t == walk.tiles;
+        bool more = true;
+        if (ends) q.next(), more = take();
+        kv.next();
+        if (!more || !needed()) {
+            begin_values(before);
+            end_values(before);
+            if (ends) hand_over(before_q);
+            if (!more || !start_afresh()) return;
+            continue;
         }
-    } else {
-        activate_scores(scores[0], now, t);
-        convert(scores[0]);
-        while (step(scores[0])) {
-        }
+        begin_scores();
+        begin_values(before);
+        wait_products<1>();
+        activate_scores();
+        end_values(before);
+        if (ends) hand_over(before_q);
+        convert();
     }
 }
 
