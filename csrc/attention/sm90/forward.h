@@ -380,9 +380,9 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
     TileWalk walk = shared.work(0).walk;
     Spans keys;  // of this warpgroup's rows
     int row0, t = 0;
-    T* to;                            // of row0
-    T* finished = nullptr;            // the rows that `out` belongs to
-    int finished_rows = 0;            // so many
+    T* to;                  // of row0
+    T* finished = nullptr;  // the rows that `out` belongs to
+    int finished_rows = 0;  // so many
 
     const auto begin_scores = [&] {
         shared.k_full(kv.stage).wait(kv.phase);
@@ -420,9 +420,7 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
 #pragma unroll
         for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
     };
-    const auto store = [&] {
-        store_directly(out, finished, p.out.row_stride, finished_rows, p.dim_v, p.inv_scaling);
-    };
+    const auto store = [&] { store_directly(out, finished, p.out.row_stride, finished_rows, p.dim_v, p.inv_scaling); };
     // The work at `q`, if there is one.
     const auto take = [&] {
         shared.q_full(0).wait(q.phase);
@@ -530,9 +528,9 @@ void launch_forward(const Params& p, void* stream) {
         SequenceMap::make<T>(p.k, p.total_k, p.heads, p.dim_qk, p.max_seqlen_k, Config::cols, kPanel),
         SequenceMap::make<T>(p.v, p.total_k, p.heads, p.dim_v, p.max_seqlen_k, Config::cols, kPanel),
         SequenceMap::make<T>(p.out, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, kRows, kPanel)};
-    launch_early<forward_kernel<T, kHeadDim, Mask, Config>>(min_of<int64_t>(schedule.places(), blocks),
-                                                      (Config::consumers + 1) * kWarpgroup, Shared::kBytes, p.device,
-                                                      static_cast<cudaStream_t>(stream), p, maps, schedule);
+    launch_early<forward_kernel<T, kHeadDim, Mask, Config>>(
+        min_of<int64_t>(schedule.places(), blocks), (Config::consumers + 1) * kWarpgroup, Shared::kBytes, p.device,
+        static_cast<cudaStream_t>(stream), p, maps, schedule);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>
