@@ -245,9 +245,8 @@ __device__ __forceinline__ void store_directly(const Accumulator<kHeadDim>& out,
     }
 }
 
-// One warpgroup's stream of products. Its tiles follow one another across works: the scores of the next tile, be it the
-// next work's first one, are computed while the values of this one are added. Tiles that the warpgroup's own 64 rows do not
-// need are passed over.
+// One warpgroup's stream of products. Its tiles follow one another across works: the scores of the next work's first tile
+// are computed while the values of this work's last tile are added.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void consume_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared,
                                               int group) {
@@ -263,8 +262,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     shared.q_full(0).wait(0);
     Mask mask = shared.work(0).mask;
     TileWalk walk = shared.work(0).walk;
-    Spans keys;  // of this warpgroup's rows
-    int row0, t = 0;
+    int row0;
 
     const auto begin_scores = [&] {
         shared.k_full(kv.stage).wait(kv.phase);
@@ -279,12 +277,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         multiply<T, kCols / 16>(out, weights, columns(shared.v(at.stage)));
         commit_products();
     };
-    const auto end_values = [&](RingPosition<Config::stages> at) {
-        wait_products<0>();
-        hold(out), hold(weights);
-        if (signals) shared.v_empty(at.stage).arrive();
-    };
-    const auto activate_scores = [&] {
+    const auto activate_scores = [&](int t) {
         hold(s);
         if (signals) shared.k_empty(kv.stage).arrive();
         const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
@@ -303,65 +296,55 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         fence_async();
         __syncwarp();
         if (lane() == 0) shared.o_full(q_stage).arrive();
-        out.clear();
     };
-    // The work at `q`, if there is one.
+
+    // The next work, if there is one.
     const auto take = [&] {
         shared.q_full(q.stage).wait(q.phase);
         const Work<Mask>& work = shared.work(q.stage);
         if (work.last) return false;
         mask = work.mask, walk = work.walk, row0 = work.row0 + 64 * group;
-        keys = row0 < mask.len_q ? mask.kv_range(row0, 64) : Spans{};
-        t = 0;
-        return true;
-    };
-    const auto needed = [&] { return overlaps(keys, walk[t], kCols); };
-    // Weights of the first tile, from this one on, that these rows need; false if there is none.
-    const auto start_afresh = [&] {
-        for (; !needed(); kv.next()) {
-            shared.k_full(kv.stage).wait(kv.phase);
-            shared.v_full(kv.stage).wait(kv.phase);
-            if (signals) shared.k_empty(kv.stage).arrive(), shared.v_empty(kv.stage).arrive();
-            if (++t == walk.tiles) {
-                hand_over(q.stage);
-                q.next();
-                if (!take()) return false;
-            }
-        }
-        begin_scores();
-        wait_products<0>();
-        activate_scores();
-        convert();
         return true;
     };
 
+    if (!take()) return;
+    begin_scores();
+    wait_products<0>();
+    activate_scores(0);
+    convert();
     out.clear();
-    if (!take() || !start_afresh()) return;
-    for (;;) {
+    for (int t = 0;;) {
         const RingPosition<Config::stages> before = kv;
         const int before_q = q.stage;
-        const bool ends = ++t == walk.tiles;
-        bool more = true;
-        if (ends) q.next(), more = take();
-        kv.next();
-        if (!more || !needed()) {
-            begin_values(before);
-            end_values(before);
-            if (ends) hand_over(before_q);
-            if (!more || !start_afresh()) return;
-            continue;
+        const bool ends = t + 1 == walk.tiles;
+        if (ends) {
+            q.next();
+            if (!take()) {
+                begin_values(kv);
+                wait_products<0>();
+                hold(out);
+                return hand_over(before_q);
+            }
         }
+        t = ends ? 0 : t + 1;
+        kv.next();
         begin_scores();
         begin_values(before);
         wait_products<1>();
-        activate_scores();
-        end_values(before);
-        if (ends) hand_over(before_q);
+        activate_scores(t);
+        wait_products<0>();
+        hold(out), hold(weights);
+        if (signals) shared.v_empty(before.stage).arrive();
+        if (ends) {
+            hand_over(before_q);
+            out.clear();
+        }
         convert();
     }
 }
 
-// The same where Q has a single place: the rows of a work are stored, from registers, beside the first scores of the next.
+// The same where Q has a single place: the rows of a work are stored, from registers, beside the first scores of the next,
+// and a warpgroup passes over the tiles that its own rows do not need.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
                                                            const ForwardShared<kHeadDim, Mask, Config>& shared,
