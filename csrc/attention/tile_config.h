@@ -128,7 +128,7 @@ struct ForwardTile<128> {
 };
 template <>
 struct ForwardTile<256> {
-    static constexpr int consumers = 2, cols = 64, stages = 2, q_stages = 1;
+    static constexpr int consumers = 2, cols = 80, stages = 2, q_stages = 1;
     static constexpr int loader_registers = 56, consumer_registers = 224;
 };
 

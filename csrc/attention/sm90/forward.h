@@ -246,12 +246,12 @@ __device__ __forceinline__ void store_directly(const Accumulator<kHeadDim>& out,
 }
 
 // One warpgroup's stream of products. Its tiles follow one another across works: the scores of the next work's first tile
-// are computed while the values of this work's last tile are added or, with a single place for Q, while its rows are stored.
+// are computed while the values of this work's last tile are added.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void consume_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared,
                                               int group) {
     constexpr int kCols = Config::cols;
-    constexpr bool kOneQ = Config::q_stages == 1;
+    static_assert(Config::q_stages > 1);
     const float half_alpha = 0.5f * p.alpha;
     const bool signals = threadIdx.x % kWarpgroup == 0;
     RingPosition<Config::stages> kv;
@@ -263,7 +263,6 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     Mask mask = shared.work(0).mask;
     TileWalk walk = shared.work(0).walk;
     int row0;
-    [[maybe_unused]] T* to = nullptr;  // of row0, where rows are stored directly
 
     const auto begin_scores = [&] {
         shared.k_full(kv.stage).wait(kv.phase);
@@ -281,7 +280,6 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     const auto activate_scores = [&](int t) {
         hold(s);
         if (signals) shared.k_empty(kv.stage).arrive();
-        if (kOneQ && signals && t + 1 == walk.tiles) shared.q_empty(0).arrive();
         const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
         if (mask.is_full(row0, 64, walk[t], kCols))
             activate<false>(s, mask, row, col, half_alpha);
@@ -306,7 +304,6 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         const Work<Mask>& work = shared.work(q.stage);
         if (work.last) return false;
         mask = work.mask, walk = work.walk, row0 = work.row0 + 64 * group;
-        if constexpr (kOneQ) to = p.out.at<T>(work.q_begin + row0, work.head);
         return true;
     };
 
@@ -320,28 +317,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         const RingPosition<Config::stages> before = kv;
         const int before_q = q.stage;
         const bool ends = t + 1 == walk.tiles;
-        if constexpr (kOneQ) {
-            if (ends) {
-                const auto store = [&, from = to, rows_left = mask.len_q - row0] {
-                    store_directly(out, from, p.out.row_stride, rows_left, p.dim_v, p.inv_scaling);
-                };
-                begin_values(kv);
-                q.next();
-                const bool more = take();
-                wait_products<0>();
-                hold(out);
-                if (signals) shared.v_empty(before.stage).arrive();
-                if (!more) return store();
-                kv.next();
-                begin_scores();
-                store();
-                wait_products<0>();
-                activate_scores(t = 0);
-                convert();
-                out.clear();
-                continue;
-            }
-        } else if (ends) {
+        if (ends) {
             q.next();
             if (!take()) {
                 begin_values(kv);
@@ -367,6 +343,133 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     }
 }
 
+// The same where Q has a single place: the rows of a work are stored, from registers, beside the first scores of the next,
+// and a warpgroup passes over the tiles that its own rows do not need.
+template <class T, int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void consume_works_of_one_place(const Params& p,
+                                                           const ForwardShared<kHeadDim, Mask, Config>& shared,
+                                                           int group) {
+    constexpr int kCols = Config::cols;
+    static_assert(Config::q_stages == 1);
+    const float half_alpha = 0.5f * p.alpha;
+    const bool signals = threadIdx.x % kWarpgroup == 0;
+    RingPosition<Config::stages> kv;
+    RingPosition<1> q;
+    Accumulator<kCols> s;
+    Accumulator<kHeadDim> out;
+    Fragments<kCols / 16> weights;
+    shared.q_full(0).wait(0);
+    Mask mask = shared.work(0).mask;
+    TileWalk walk = shared.work(0).walk;
+    Spans keys;  // of this warpgroup's rows
+    int row0, t = 0;
+    T* to;                  // of row0
+    T* finished = nullptr;  // the rows that `out` belongs to
+    int finished_rows = 0;  // so many
+
+    const auto begin_scores = [&] {
+        shared.k_full(kv.stage).wait(kv.phase);
+        hold(s);
+        begin_products();
+        multiply<T, kHeadDim / 16, true>(s, rows(shared.q(0), 64 * group), rows(shared.k(kv.stage)));
+        commit_products();
+    };
+    const auto begin_values = [&](RingPosition<Config::stages> at) {
+        shared.v_full(at.stage).wait(at.phase);
+        begin_products();
+        multiply<T, kCols / 16>(out, weights, columns(shared.v(at.stage)));
+        commit_products();
+    };
+    const auto end_values = [&](RingPosition<Config::stages> at) {
+        wait_products<0>();
+        hold(out), hold(weights);
+        if (signals) shared.v_empty(at.stage).arrive();
+    };
+    // This warpgroup reads no more of K and, behind the last tile, of Q.
+    const auto release_k = [&] {
+        if (signals) shared.k_empty(kv.stage).arrive();
+        if (signals && t + 1 == walk.tiles) shared.q_empty(0).arrive();
+    };
+    const auto activate_scores = [&] {
+        hold(s);
+        release_k();
+        const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
+        if (mask.is_full(row0, 64, walk[t], kCols))
+            activate<false>(s, mask, row, col, half_alpha);
+        else
+            activate<true>(s, mask, row, col, half_alpha);
+    };
+    const auto convert = [&] {
+#pragma unroll
+        for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
+    };
+    const auto store = [&] { store_directly(out, finished, p.out.row_stride, finished_rows, p.dim_v, p.inv_scaling); };
+    // The work at `q`, if there is one.
+    const auto take = [&] {
+        shared.q_full(0).wait(q.phase);
+        const Work<Mask>& work = shared.work(0);
+        if (work.last) return false;
+        mask = work.mask, walk = work.walk, row0 = work.row0 + 64 * group, t = 0;
+        keys = row0 < mask.len_q ? mask.kv_range(row0, 64) : Spans{};
+        to = p.out.at<T>(work.q_begin + row0, work.head);
+        return true;
+    };
+    const auto needed = [&] { return overlaps(keys, walk[t], kCols); };
+    // To the work's first tile, from this one on, that these rows need; false if there is none.
+    const auto seek = [&] {
+        for (; t < walk.tiles; ++t, kv.next()) {
+            if (needed()) return true;
+            shared.k_full(kv.stage).wait(kv.phase);
+            release_k();
+            shared.v_full(kv.stage).wait(kv.phase);
+            if (signals) shared.v_empty(kv.stage).arrive();
+        }
+        return false;
+    };
+    const auto owes = [&] { finished = to, finished_rows = mask.len_q - row0; };
+
+    out.clear();
+    for (bool more = take();;) {
+        while (more && !seek()) {
+            store();
+            out.clear();
+            owes();
+            q.next();
+            more = take();
+        }
+        if (!more) return store();
+        begin_scores();
+        store();
+        wait_products<0>();
+        activate_scores();
+        convert();
+        out.clear();
+        owes();
+        for (;;) {
+            const RingPosition<Config::stages> before = kv;
+            ++t, kv.next();
+            if (t < walk.tiles && needed()) {
+                begin_scores();
+                begin_values(before);
+                wait_products<1>();
+                activate_scores();
+                end_values(before);
+                convert();
+                continue;
+            }
+            begin_values(before);
+            end_values(before);
+            if (!seek()) break;
+            begin_scores();
+            wait_products<0>();
+            activate_scores();
+            convert();
+        }
+        q.next();
+        more = take();
+    }
+}
+
 template <class T, int kHeadDim, class Mask, class Config>
 __global__ void __launch_bounds__((Config::consumers + 1) * kWarpgroup, 1)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ ForwardMaps maps,
@@ -377,15 +480,20 @@ __global__ void __launch_bounds__((Config::consumers + 1) * kWarpgroup, 1)
     const int warp = uniform_warp();
     if (threadIdx.x == 0) shared.init_barriers();
     __syncthreads();
+    let_next_kernel_start();
 
     if (warp < 4) {
         lower_registers<Config::loader_registers>();
+        wait_for_previous_kernel();
         if (warp == 0) load_works<T>(p, maps, schedule, shared);
         if (warp == 1 && Config::q_stages > 1) store_works(maps, shared);
         if (warp == 2) clean<T, kHeadDim, Mask, Config>(p, schedule.levels);
     } else {
         raise_registers<Config::consumer_registers>();
-        consume_works<T>(p, shared, warp / 4 - 1);
+        if constexpr (Config::q_stages == 1)
+            consume_works_of_one_place<T>(p, shared, warp / 4 - 1);
+        else
+            consume_works<T>(p, shared, warp / 4 - 1);
     }
 }
 
@@ -403,9 +511,9 @@ void launch_forward(const Params& p, void* stream) {
         SequenceMap::make<T>(p.k, p.total_k, p.heads, p.dim_qk, p.max_seqlen_k, Config::cols, kPanel),
         SequenceMap::make<T>(p.v, p.total_k, p.heads, p.dim_v, p.max_seqlen_k, Config::cols, kPanel),
         SequenceMap::make<T>(p.out, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, kRows, kPanel)};
-    launch<forward_kernel<T, kHeadDim, Mask, Config>>(min_of<int64_t>(schedule.places(), blocks),
-                                                      (Config::consumers + 1) * kWarpgroup, Shared::kBytes, p.device,
-                                                      static_cast<cudaStream_t>(stream), p, maps, schedule);
+    launch_early<forward_kernel<T, kHeadDim, Mask, Config>>(
+        min_of<int64_t>(schedule.places(), blocks), (Config::consumers + 1) * kWarpgroup, Shared::kBytes, p.device,
+        static_cast<cudaStream_t>(stream), p, maps, schedule);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>

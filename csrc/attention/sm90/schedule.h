@@ -12,7 +12,7 @@
 namespace hstu::attention::sm90 {
 
 struct Schedule {
-    static constexpr int kMaxSequences = 512, kMaxLevels = 256;  // of a batch that is sorted; others go as they come
+    static constexpr int kMaxSequences = 384, kMaxLevels = 256;  // of a batch that is sorted; others go as they come
 
     int batch, heads, levels, chunk;
     bool of_keys;  // the rows are keys, as in the backward, not queries

@@ -53,6 +53,8 @@ struct RingPosition {
 
 inline void fence_barrier_init() {}
 inline void fence_async() {}
+inline void let_next_kernel_start() {}
+inline void wait_for_previous_kernel() {}
 
 inline void named_arrive(int number, int threads) {
     emulated::NamedBarrier& b = emulated::block->named[number];
