@@ -66,6 +66,8 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
     const Schedule schedule(p, Config::cols, blocks, true);
     if (schedule.places() > 0x3fffffff)
         throw std::runtime_error("hstu_ext: too many blocks of keys: " + std::to_string(schedule.places()));
+    if (schedule.levels > 0xffff)
+        throw std::runtime_error("hstu_ext: max_seqlen_k is too long for " + std::to_string(Config::cols) + " keys a block");
     const BackwardMaps maps{
         SequenceMap::make<T>(p.q, p.total_q, p.heads, p.dim_qk, p.max_seqlen_q, Config::rows, kPanel),
         SequenceMap::make<T>(p.dout, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, Config::rows, kPanel),
@@ -75,10 +77,13 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
     const int count = static_cast<int>(min_of<int64_t>(schedule.places(), blocks)), threads = 4 * kWarpgroup;
     if (schedule.levels == 1)
         return launch<kKernel>(count, threads, Shared::kBytes, p.device, stream, p, maps, schedule);
-    // Blocks wait for one another's turns.
     int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
     check_cuda(cudaMemsetAsync(turns, 0, sizeof(int) * dq_tiles<Config>(p), stream), "clearing the turns");
-    launch_together<kKernel>(count, threads, Shared::kBytes, p.device, stream, p, maps, schedule);
+    // In a fixed order, blocks wait for blocks that may not have started yet.
+    if (p.deterministic)
+        launch_together<kKernel>(count, threads, Shared::kBytes, p.device, stream, p, maps, schedule);
+    else
+        launch<kKernel>(count, threads, Shared::kBytes, p.device, stream, p, maps, schedule);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>

@@ -1,10 +1,11 @@
 // The warpgroup of the SM90 backward that adds up dQ.
 //
-// The blocks that own keys of one (sequence, head) take turns at a tile of dQ, in the order of their keys: the first
-// stores its product in fp32 scratch, the last one reads the sum, adds its own and writes dQ. Those between read, add
-// and store in the same order (deterministic), or add by reduction in any order. A tile that one block alone sees never
-// goes through scratch. Waiting for a turn and passing it on take a round trip to the L2 cache each, so two threads
-// beside the warpgroup do it.
+// The blocks that own keys of one (sequence, head) take turns at a tile of dQ: the first one stores its product in fp32
+// scratch, the last one reads the sum, adds its own and writes dQ. Deterministic: in the order of their keys, the last
+// ones first, which is the order in which blocks that start together pass by under a causal mask; those between read,
+// add and store. Otherwise in the order of tickets drawn from the tile's counter; those between wait for the first one
+// alone and add by reduction. A tile that one block alone sees never goes through scratch. Waiting for a turn and
+// passing it on take a round trip to the L2 cache each, so two threads beside the warpgroup do it.
 #pragma once
 
 #include "attention/sm90/backward_kv.h"
@@ -23,20 +24,23 @@ struct DqScratch {
     }
 };
 
+// Which of a dQ tile's visits one is.
+enum class Turn : int { kFirst, kBetween, kLast };
+
 // One work's visit to one tile of dQ.
 struct Visit {
-    bool first, last;
-    bool in_order;  // after all blocks before it, not only after the first
-    int rank;
+    int rank, count;  // the visit's place among `count`, where the order is fixed: the last keys come first
     int64_t tile;
 
     template <class Mask>
     __device__ __forceinline__ Visit(const BackwardParams& p, const KeyWork<Mask>& work, int row0, int rows, int cols) {
         const KeyTileRank order(work.mask, row0, rows, work.col0, cols);
-        rank = order.rank;
-        first = rank == 0, last = rank == order.count - 1;
-        in_order = p.deterministic || last;
+        count = order.count, rank = count - 1 - order.rank;
         tile = int64_t{work.dq_tile + row0 / rows} * p.heads + work.head;
+    }
+    __device__ __forceinline__ bool alone() const { return count == 1; }
+    __device__ __forceinline__ Turn turn(int number) const {
+        return number == 0 ? Turn::kFirst : number == count - 1 ? Turn::kLast : Turn::kBetween;
     }
 };
 
@@ -44,7 +48,7 @@ struct Visit {
 template <int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void await_turns(const BackwardParams& p,
                                             const BackwardShared<kHeadDim, Mask, Config>& shared) {
-    const int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
+    int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
     RingPosition<2> turn;
     for (RingPosition<Config::works> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
@@ -52,9 +56,20 @@ __device__ __forceinline__ void await_turns(const BackwardParams& p,
         if (work.last) break;
         for (int t = 0; t < work.walk.tiles; ++t) {
             const Visit visit(p, work, work.walk[t], Config::rows, Config::cols);
-            if (visit.first) continue;
+            if (visit.alone()) continue;
             shared.turn_taken(turn.stage).wait(turn.phase ^ 1);
-            await_counter(turns + visit.tile, visit.in_order ? visit.rank : 1);
+            int* const counter = turns + visit.tile;
+            int number = visit.rank;
+            if (p.deterministic) {
+                if (number > 0) await_counter(counter, number);
+            } else {
+                // A ticket each, in the order of their coming. Its holder is at work and waits for earlier ones alone.
+                const TurnCounter drawn = draw_ticket(counter);
+                number = drawn.tickets();
+                const int least = number == visit.count - 1 ? number : min_of(number, 1);
+                if (drawn.raised() < least) await_counter(counter, least);
+            }
+            shared.turn(turn.stage) = static_cast<int>(visit.turn(number));
             shared.turn_came(turn.stage).arrive();
             turn.next();
         }
@@ -75,7 +90,7 @@ __device__ __forceinline__ void pass_turns(const BackwardParams& p,
         if (work.last) break;
         for (int t = 0; t < work.walk.tiles; ++t) {
             const Visit visit(p, work, work.walk[t], Config::rows, Config::cols);
-            if (visit.last) continue;
+            if (visit.alone()) continue;
             shared.turn_over(turn.stage).wait(turn.phase);
             raise_counter(turns + visit.tile);
             shared.turn_passed(turn.stage).arrive();
@@ -84,13 +99,13 @@ __device__ __forceinline__ void pass_turns(const BackwardParams& p,
     }
 }
 
-// Slot i of a product is 16 bytes a thread, contiguous over the warpgroup.
+// Slot i of a product is 16 bytes a thread, contiguous over the warpgroup. load_sums adds what it loads.
 template <int kCols>
 __device__ __forceinline__ void load_sums(Accumulator<kCols>& acc, const float4* slots) {
 #pragma unroll
     for (int i = 0; i < kCols / 8; ++i) {
         const float4 x = __ldcg(slots + i * kWarpgroup);
-        acc.x[4 * i] = x.x, acc.x[4 * i + 1] = x.y, acc.x[4 * i + 2] = x.z, acc.x[4 * i + 3] = x.w;
+        acc.x[4 * i] += x.x, acc.x[4 * i + 1] += x.y, acc.x[4 * i + 2] += x.z, acc.x[4 * i + 3] += x.w;
     }
 }
 template <int kCols>
@@ -126,24 +141,15 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
             const Visit visit(p, work, row0, kRows, Config::cols);
             float4* const slots =
                 reinterpret_cast<float4*>(p.dq_accum + visit.tile * Scratch::kTile) + threadIdx.x % kWarpgroup;
-            if (!visit.first) {
-                shared.turn_came(came.stage).wait(came.phase);
-                arrive_as_warp(shared.turn_taken(came.stage));
-                came.next();
-            }
+            Turn turn = Turn::kLast;
 #pragma unroll
             for (int unit = 0; unit < kUnits; ++unit) {
                 const int unit_row = unit / kUnitsN * 64, unit_col = unit % kUnitsN * kUnitCols;
                 float4* const unit_slots = slots + unit * (64 * kUnitCols / 4);
                 Accumulator<kUnitCols> dq;
-                if (!visit.first && visit.in_order)
-                    load_sums(dq, unit_slots);
-                else
-                    dq.clear();
                 if (unit == 0) shared.g_full(g.stage).wait(g.phase);
-                hold(dq);
                 begin_products();
-                multiply<T, Config::cols / 16>(dq, columns(shared.g(g.stage), unit_row),
+                multiply<T, Config::cols / 16, true>(dq, columns(shared.g(g.stage), unit_row),
                                                columns(shared.k(k.stage), unit_col));
                 commit_products();
                 wait_products<0>();
@@ -152,18 +158,26 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                     arrive_as_warp(shared.g_empty(g.stage));
                     if (t == work.walk.tiles - 1 && lane() == 0) shared.k_empty(k.stage).arrive();
                 }
-                if (visit.last) {
+                if (unit == 0 && !visit.alone()) {
+                    shared.turn_came(came.stage).wait(came.phase);
+                    turn = static_cast<Turn>(shared.turn(came.stage));
+                    arrive_as_warp(shared.turn_taken(came.stage));
+                    came.next();
+                }
+                if (!visit.alone() && (turn == Turn::kLast || (turn == Turn::kBetween && p.deterministic)))
+                    load_sums(dq, unit_slots);
+                if (turn == Turn::kLast) {
                     const int row = row0 + unit_row;
                     T* const to = p.dq.at<T>(work.q_begin + int64_t{row}, work.head) + unit_col;
                     store_product(dq, 0.5f * p.alpha * p.inv_scaling, to, p.dq.row_stride, work.mask.len_q - row,
                                   p.dim_qk - unit_col);
-                } else if (visit.first || visit.in_order) {
+                } else if (turn == Turn::kFirst || p.deterministic) {
                     store_sums(dq, unit_slots);
                 } else {
                     add_sums(dq, unit_slots);
                 }
             }
-            if (!visit.last) {
+            if (!visit.alone()) {
                 shared.turn_passed(over.stage).wait(over.phase ^ 1);
                 arrive_as_warp(shared.turn_over(over.stage));
                 over.next();

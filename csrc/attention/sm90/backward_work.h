@@ -40,7 +40,7 @@ struct BackwardShared {
     static constexpr int kSlopes = kScores + 2 * GTile::kBytes;
     static constexpr int kTiles = kSlopes + (Config::split ? GTile::kBytes : 0);
     static constexpr int kBarriers = 2 * kWorks + 2 * kStages + 14;
-    static constexpr int kWork = kTiles + 8 * kBarriers;
+    static constexpr int kTurns = kTiles + 8 * kBarriers, kWork = kTurns + 8;
     static constexpr int kBatch = kWork + kWorks * sizeof(KeyWork<Mask>);
     static constexpr int kBytes = kBatch + sizeof(SortedBatch) + 1024;  // the start is moved to a multiple of 1024
 
@@ -67,6 +67,7 @@ struct BackwardShared {
     __device__ Barrier turn_passed(int stage) const { return pair_barrier(10 + stage); }
     __device__ Barrier slopes_full() const { return pair_barrier(12); }
     __device__ Barrier slopes_empty() const { return pair_barrier(13); }
+    __device__ int& turn(int stage) const { return reinterpret_cast<int*>(start + kTurns)[stage]; }
     __device__ uint32_t slopes() const { return base() + kSlopes; }
     __device__ KeyWork<Mask>& work(int number) const { return reinterpret_cast<KeyWork<Mask>*>(start + kWork)[number]; }
     __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
@@ -104,13 +105,16 @@ __device__ __forceinline__ void load_works(const BackwardParams& p, const Backwa
         __syncwarp();
     }
     PlaceFinder find(schedule, shared.batch());
-    // 32 rounds at a time, one a lane, so that their offsets are read together.
-    for (int round = lane(); __any_sync(0xffffffff, schedule.place(round, blockIdx.x, gridDim.x) < find.last());
-         round += 32) {
-        const auto [b, head, level] = find(schedule.place(round, blockIdx.x, gridDim.x));
+    // 32 rounds at a time, one a lane, so that their offsets are read together. From the last round to the first: light
+    // works before heavy ones, as turns have to come in that order.
+    const int blocks = static_cast<int>(gridDim.x);
+    for (int first = ceil_div(find.last(), blocks) - 1; first >= 0; first -= 32) {
+        const int round = first - lane();
+        const auto [b, head, level] =
+            find(round >= 0 ? Schedule::place(round, static_cast<int>(blockIdx.x), blocks) : find.last());
         const Sequence seq(p, b);
         const Mask mask(p, seq, b, head);
-        // The first keys come first: they have most work under a causal mask, and dQ is added up in that order.
+        // The first keys have most work under a causal mask, so they are the top level.
         const int levels =
             schedule.sorted ? min_of(schedule.levels, ceil_div(seq.len_k, Config::cols)) : schedule.levels;
         const int col0 = (levels - 1 - level) * Config::cols;
