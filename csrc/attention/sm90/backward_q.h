@@ -16,27 +16,28 @@ namespace hstu::attention::sm90 {
 // BackwardParams::dq_accum.
 template <int kHeadDim, class Config>
 struct DqScratch {
-    static constexpr int kTile = Config::rows * kHeadDim;
+    static constexpr int kTile = Config::rows * kHeadDim / Config::cluster;  // a block's part of a tile
     float* sums;
 
     HSTU_HOST_DEVICE int* turns(const BackwardParams& p) const {
-        return reinterpret_cast<int*>(sums + dq_tiles<Config>(p) * kTile);
+        return reinterpret_cast<int*>(sums + dq_tiles<Config>(p) * Config::cluster * kTile);
     }
 };
 
 // Which of a dQ tile's visits one is.
 enum class Turn : int { kFirst, kBetween, kLast };
 
-// One work's visit to one tile of dQ.
+// One work's visit to one tile of dQ, of which each block of the cluster adds up its columns.
+template <int kHeadDim, class Mask, class Config>
 struct Visit {
     int rank, count;  // the visit's place among `count`, where the order is fixed: the last keys come first
     int64_t tile;
 
-    template <class Mask>
-    __device__ __forceinline__ Visit(const BackwardParams& p, const KeyWork<Mask>& work, int row0, int rows, int cols) {
-        const KeyTileRank order(work.mask, row0, rows, work.col0, cols);
+    __device__ __forceinline__ Visit(const BackwardParams& p, const KeyWork<Mask>& work, int row0) {
+        const KeyTileRank order(work.mask, row0, Config::rows, work.cluster_col0, Config::cluster * Config::cols);
         count = order.count, rank = count - 1 - order.rank;
-        tile = int64_t{work.dq_tile + row0 / rows} * p.heads + work.head;
+        tile = (int64_t{work.dq_tile + row0 / Config::rows} * p.heads + work.head) * Config::cluster +
+               blockIdx.x % Config::cluster;
     }
     __device__ __forceinline__ bool alone() const { return count == 1; }
     __device__ __forceinline__ Turn turn(int number) const {
@@ -44,7 +45,8 @@ struct Visit {
     }
 };
 
-// One thread: says when a work's turn at a tile has come. Waits for the blocks before this one and for turn_taken.
+// One thread: says when a work's turn at a tile has come, and which it is. Waits for the blocks before this one and for
+// turn_wanted.
 template <int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void await_turns(const BackwardParams& p,
                                             const BackwardShared<kHeadDim, Mask, Config>& shared) {
@@ -55,15 +57,16 @@ __device__ __forceinline__ void await_turns(const BackwardParams& p,
         const KeyWork<Mask>& work = shared.work(k.stage);
         if (work.last) break;
         for (int t = 0; t < work.walk.tiles; ++t) {
-            const Visit visit(p, work, work.walk[t], Config::rows, Config::cols);
+            const Visit<kHeadDim, Mask, Config> visit(p, work, work.walk[t]);
             if (visit.alone()) continue;
-            shared.turn_taken(turn.stage).wait(turn.phase ^ 1);
+            shared.turn_wanted(turn.stage).wait(turn.phase);
             int* const counter = turns + visit.tile;
             int number = visit.rank;
             if (p.deterministic) {
                 if (number > 0) await_counter(counter, number);
             } else {
-                // A ticket each, in the order of their coming. Its holder is at work and waits for earlier ones alone.
+                // A ticket each, in the order of their coming. Its holder waits for holders of earlier ones alone: it has
+                // all that the product needs, or will have from its own block.
                 const TurnCounter drawn = draw_ticket(counter);
                 number = drawn.tickets();
                 const int least = number == visit.count - 1 ? number : min_of(number, 1);
@@ -89,7 +92,7 @@ __device__ __forceinline__ void pass_turns(const BackwardParams& p,
         shared.k_empty(k.stage).arrive();
         if (work.last) break;
         for (int t = 0; t < work.walk.tiles; ++t) {
-            const Visit visit(p, work, work.walk[t], Config::rows, Config::cols);
+            const Visit<kHeadDim, Mask, Config> visit(p, work, work.walk[t]);
             if (visit.alone()) continue;
             shared.turn_over(turn.stage).wait(turn.phase);
             raise_counter(turns + visit.tile);
@@ -128,40 +131,49 @@ __device__ __forceinline__ void add_sums(const Accumulator<kCols>& acc, float4* 
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                                                const BackwardShared<kHeadDim, Mask, Config>& shared) {
-    constexpr int kRows = Config::rows, kUnitCols = Config::unit_cols;
-    constexpr int kUnitsN = kHeadDim / kUnitCols, kUnits = kRows / 64 * kUnitsN;
+    constexpr int kRows = Config::rows, kUnitCols = Config::unit_cols, kCluster = Config::cluster;
+    constexpr int kUnitsN = kHeadDim / kCluster / kUnitCols, kUnits = kRows / 64 * kUnitsN;
+    // In a cluster the product also needs the other block, which may be waiting for its turn elsewhere: a turn that was
+    // asked for before would make a circle. So all of the product comes first.
+    static_assert(kCluster == 1 || kUnits == 1);
     using Scratch = DqScratch<kHeadDim, Config>;
-    RingPosition<2> g, came, over;
+    const int first_col = blockIdx.x % kCluster * (kHeadDim / kCluster);
+    RingPosition<Config::g_stages> g;
+    RingPosition<2> came, over;
     for (RingPosition<Config::works> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
         const KeyWork<Mask> work = shared.work(k.stage);
         if (work.last) break;
         for (int t = 0; t < work.walk.tiles; ++t, g.next()) {
             const int row0 = work.walk[t];
-            const Visit visit(p, work, row0, kRows, Config::cols);
+            const Visit<kHeadDim, Mask, Config> visit(p, work, row0);
             float4* const slots =
                 reinterpret_cast<float4*>(p.dq_accum + visit.tile * Scratch::kTile) + threadIdx.x % kWarpgroup;
+            if (kCluster == 1 && !visit.alone()) arrive_as_warp(shared.turn_wanted(came.stage));
             Turn turn = Turn::kLast;
 #pragma unroll
             for (int unit = 0; unit < kUnits; ++unit) {
-                const int unit_row = unit / kUnitsN * 64, unit_col = unit % kUnitsN * kUnitCols;
+                const int unit_row = unit / kUnitsN * 64, unit_col = unit % kUnitsN * kUnitCols + first_col;
                 float4* const unit_slots = slots + unit * (64 * kUnitCols / 4);
                 Accumulator<kUnitCols> dq;
                 if (unit == 0) shared.g_full(g.stage).wait(g.phase);
                 begin_products();
                 multiply<T, Config::cols / 16, true>(dq, columns(shared.g(g.stage), unit_row),
-                                               columns(shared.k(k.stage), unit_col));
+                                                     columns(shared.k(k.stage), unit_col));
+                if constexpr (kCluster == 2)
+                    multiply<T, Config::cols / 16>(dq, columns(shared.other_g(g.stage), unit_row),
+                                                   columns(shared.other_k(k.stage)));
                 commit_products();
                 wait_products<0>();
                 hold(dq);
                 if (unit == kUnits - 1) {
-                    arrive_as_warp(shared.g_empty(g.stage));
+                    arrive_in_cluster<kCluster>(shared.g_empty(g.stage));
                     if (t == work.walk.tiles - 1 && lane() == 0) shared.k_empty(k.stage).arrive();
                 }
                 if (unit == 0 && !visit.alone()) {
+                    if (kCluster > 1) arrive_as_warp(shared.turn_wanted(came.stage));
                     shared.turn_came(came.stage).wait(came.phase);
                     turn = static_cast<Turn>(shared.turn(came.stage));
-                    arrive_as_warp(shared.turn_taken(came.stage));
                     came.next();
                 }
                 if (!visit.alone() && (turn == Turn::kLast || (turn == Turn::kBetween && p.deterministic)))

@@ -12,12 +12,14 @@ HSTU_HOST_DEVICE int64_t dq_tiles(const BackwardParams& p) {
     return (p.total_q / Config::rows + p.batch) * p.heads;
 }
 
-// fp32 elements of BackwardParams::dq_accum: the sums of every tile, then its counter of turns. None where one
-// block sees every key of a sequence.
+// fp32 elements of BackwardParams::dq_accum: the sums of every tile, then its counters of turns. None where one
+// cluster sees every key of a sequence.
 inline int64_t dq_scratch_elements(const BackwardParams& p, int head_dim) {
     const auto wanted = [&](auto tile) -> int64_t {
         using Config = decltype(tile);
-        return p.max_seqlen_k <= Config::cols ? 0 : dq_tiles<Config>(p) * (Config::rows * head_dim + 1);
+        return p.max_seqlen_k <= Config::cluster * Config::cols
+                   ? 0
+                   : dq_tiles<Config>(p) * (Config::rows * head_dim + Config::cluster);
     };
     switch (head_dim) {
         case 32: return wanted(BackwardTile<32>{});

@@ -90,6 +90,16 @@ __device__ __forceinline__ void copy_box_in(uint32_t to, uint32_t barrier, const
         : "memory");
 }
 
+// The same to all blocks of the cluster in `mask`, each at its own `to` and `barrier`.
+__device__ __forceinline__ void copy_box_in_to_all(uint32_t to, uint32_t barrier, const CUtensorMap& map, int col,
+                                                   int row, int head, int end, uint16_t mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(col), "r"(row), "r"(head), "r"(end), "h"(mask)
+        : "memory");
+}
+
 __device__ __forceinline__ void copy_box_out(const CUtensorMap& map, uint32_t from, int col, int row, int head,
                                              int end) {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
@@ -113,15 +123,29 @@ struct SequenceRows {
     int head, begin, len;
 };
 
-// Starts the copy of rows [row, row + Tile::kRows) into a tile; `barrier` gets Tile::kBytes, whatever is out of bounds.
-// One thread calls it.
+// Starts the copy of rows [row, row + Tile::kRows) into a tile, from column `col` on; `barrier` gets Tile::kBytes, whatever
+// is out of bounds. One thread calls it.
 template <class Tile>
 __device__ __forceinline__ void load_rows(Tile tile, uint32_t barrier, const SequenceMap& from, SequenceRows rows,
-                                          int row) {
+                                          int row, int col = 0) {
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel)
-        copy_box_in(tile.address + panel * Tile::kPanelBytes, barrier, from.map, panel * Tile::kPanelCols,
+        copy_box_in(tile.address + panel * Tile::kPanelBytes, barrier, from.map, col + panel * Tile::kPanelCols,
                     from.reach - rows.len + row, rows.head * from.head_step, rows.begin + rows.len);
+}
+
+// Part `part` of kParts of the same, into the tiles of all kParts blocks of a cluster, whose barriers get their share of
+// the bytes each. The map's boxes have Tile::kRows / kParts rows.
+template <int kParts, class Tile>
+__device__ __forceinline__ void load_part_of_rows(Tile tile, uint32_t barrier, const SequenceMap& from,
+                                                  SequenceRows rows, int row, int part) {
+    constexpr int kPartRows = Tile::kRows / kParts;
+    if constexpr (kParts == 1) return load_rows(tile, barrier, from, rows, row);
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel)
+        copy_box_in_to_all(tile.address + panel * Tile::kPanelBytes + part * kPartRows * Tile::kRowBytes, barrier,
+                           from.map, panel * Tile::kPanelCols, from.reach - rows.len + row + part * kPartRows,
+                           rows.head * from.head_step, rows.begin + rows.len, (1 << kParts) - 1);
 }
 
 // Starts the copy of kRows of the tile's rows, from its row `tile_row` on, into rows [row, ...) of the sequence. The map's
