@@ -54,55 +54,22 @@ void launch(int64_t blocks, int threads, int shared_bytes, int device, cudaStrea
     launch_grid<kKernel>(dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, device, stream, args...);
 }
 
-// A launch of clusters of blocks. Together: for blocks that wait for one another, they start together or, while other
-// kernels hold the GPU, not at all.
-struct ClusterLaunch {
-    int cluster;  // blocks of one
-    bool together;
-    int threads, shared_bytes, device;
-    cudaStream_t stream;
-    cudaLaunchConfig_t config_ = {};
-    cudaLaunchAttribute attributes_[2] = {};
-
-    // Valid until the next call and while this lives.
-    const cudaLaunchConfig_t& config(int blocks) {
-        config_ = {};
-        config_.gridDim = dim3(static_cast<unsigned>(blocks));
-        config_.blockDim = dim3(static_cast<unsigned>(threads));
-        config_.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-        config_.stream = stream;
-        config_.attrs = attributes_;
-        if (cluster > 1) {
-            attributes_[config_.numAttrs].id = cudaLaunchAttributeClusterDimension;
-            attributes_[config_.numAttrs++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-        }
-        if (together) {
-            attributes_[config_.numAttrs].id = cudaLaunchAttributeCooperative;
-            attributes_[config_.numAttrs++].val.cooperative = 1;
-        }
-        return config_;
-    }
-    // Clusters that fit the GPU at a time, if a multiprocessor has room for one block.
-    template <auto kKernel>
-    int fitting() {
-        if (cluster == 1) return multiprocessors(device);
-        reserve_shared<kKernel>(shared_bytes, device);
-        static std::array<std::atomic<int>, 64> known{};
-        std::atomic<int>& count = known[device % known.size()];
-        if (count.load(std::memory_order_relaxed) == 0) {
-            int found = 0;
-            check_cuda(cudaOccupancyMaxActiveClusters(&found, kKernel, &config(multiprocessors(device) / cluster * cluster)),
-                       "asking how many clusters fit");
-            count.store(std::max(1, found), std::memory_order_relaxed);
-        }
-        return count.load(std::memory_order_relaxed);
-    }
-    template <auto kKernel, class... Args>
-    void run(int clusters, const Args&... args) {
-        if (clusters == 0) return;
-        reserve_shared<kKernel>(shared_bytes, device);
-        check_cuda(cudaLaunchKernelEx(&config(clusters * cluster), kKernel, args...), "a kernel launch");
-    }
-};
+// The same for blocks that wait for one another: they start together or, while other kernels hold the GPU, not at all.
+// There must be no more than fit the GPU at a time.
+template <auto kKernel, class... Args>
+void launch_together(int blocks, int threads, int shared_bytes, int device, cudaStream_t stream, const Args&... args) {
+    reserve_shared<kKernel>(shared_bytes, device);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check_cuda(cudaLaunchKernelEx(&config, kKernel, args...), "a kernel launch");
+}
 
 }  // namespace hstu

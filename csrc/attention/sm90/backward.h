@@ -19,8 +19,8 @@
 #include "attention/bias.h"
 #include "attention/sm90/backward_kv_split.h"
 #include "attention/sm90/backward_q.h"
+#include "attention/sm90/cluster_launch.h"
 #include "attention/tile_config.h"
-#include "common/cuda_launch.h"
 
 namespace hstu::attention::sm90 {
 

@@ -124,8 +124,7 @@ __device__ __forceinline__ void load_works(const BackwardParams& p, const Backwa
     const int block = static_cast<int>(blockIdx.x) / Shared::kCluster, rank = blockIdx.x % Shared::kCluster;
     for (int first = ceil_div(find.last(), blocks) - 1; first >= 0; first -= 32) {
         const int round = first - lane();
-        const auto [b, head, level] =
-            find(round >= 0 ? Schedule::place(round, block, blocks) : find.last());
+        const auto [b, head, level] = find(round >= 0 ? Schedule::place(round, block, blocks) : find.last());
         const Sequence seq(p, b);
         const Mask mask(p, seq, b, head);
         // The first keys have most work under a causal mask, so they are the top level.
@@ -142,10 +141,12 @@ __device__ __forceinline__ void load_works(const BackwardParams& p, const Backwa
                 const SequenceRows q_rows{head, static_cast<int>(seq.q_begin), seq.len_q};
                 const SequenceRows k_rows{head, static_cast<int>(seq.k_begin), seq.len_k};
                 shared.k_empty(k.stage).wait(k.phase ^ 1);
-                shared.work(k.stage) = {mask, walk, head, col0, cluster_col0, q_rows.begin, k_rows.begin,
-                                        first_accum_tile<Config>(seq, b), false};
+                shared.work(k.stage) = {mask,         walk,         head,         col0,
+                                        cluster_col0, q_rows.begin, k_rows.begin, first_accum_tile<Config>(seq, b),
+                                        false};
                 const Barrier k_full = shared.k_full(k.stage);
-                k_full.arrive_expecting(2 * Shared::KTile::kBytes + (Shared::kCluster - 1) * Shared::OtherKTile::kBytes);
+                k_full.arrive_expecting(2 * Shared::KTile::kBytes +
+                                        (Shared::kCluster - 1) * Shared::OtherKTile::kBytes);
                 load_rows(shared.k(k.stage), k_full.address, maps.k, k_rows, col0);
                 load_rows(shared.v(k.stage), k_full.address, maps.v, k_rows, col0);
                 if constexpr (Shared::kCluster == 2)

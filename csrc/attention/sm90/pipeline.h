@@ -84,11 +84,10 @@ __device__ __forceinline__ void sync_cluster() {
 // Starts the copy of `bytes` of shared memory to the place `to` of another block of the cluster, whose `barrier` gets the
 // bytes. Both are this block's addresses. After fence_async() by the writers.
 __device__ __forceinline__ void copy_to_block(int rank, uint32_t to, uint32_t from, int bytes, Barrier barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            address_at(to, rank)),
-        "r"(from), "r"(bytes), "r"(address_at(barrier.address, rank))
-        : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     address_at(to, rank)),
+                 "r"(from), "r"(bytes), "r"(address_at(barrier.address, rank))
+                 : "memory");
 }
 
 // Named barriers 1 to 15; number 0 is __syncthreads. `threads` counts every thread that syncs or arrives.

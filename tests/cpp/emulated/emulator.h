@@ -99,7 +99,7 @@ struct Block {
     std::vector<unsigned char> memory;  // its shared memory while another block runs
     std::vector<Block*> cluster;
     NamedBarrier whole_cluster;  // of a cluster's first block
-    int left;                           // threads that have not ended
+    int left;                    // threads that have not ended
 };
 
 inline Block* block = nullptr;

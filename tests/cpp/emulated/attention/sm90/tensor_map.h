@@ -29,7 +29,8 @@ struct SequenceRows {
 template <class Tile, class Copy>
 void for_each_chunk(Tile tile, const SequenceMap& map, SequenceRows rows, int row, const Copy& copy,
                     unsigned char* memory = emulated::shared_window, int first_col = 0, int part = 0, int parts = 1) {
-    if (map.box_rows != Tile::kRows / parts || map.panel != Tile::kPanelCols) emulated::fail("a tile unlike the map's box");
+    if (map.box_rows != Tile::kRows / parts || map.panel != Tile::kPanelCols)
+        emulated::fail("a tile unlike the map's box");
     if (rows.len > map.max_length || rows.begin + rows.len > map.rows || rows.head >= map.heads)
         emulated::fail("rows outside the map");
     if (tile.address % 1024 != 0 || tile.address + Tile::kBytes > emulated::kSharedBytes)
