@@ -174,7 +174,7 @@ struct BackwardTile<64> {
 };
 template <>
 struct BackwardTile<128> {
-    static constexpr int rows = 64, cols = 128, stages = 3, works = 1, unit_cols = 64, cluster = 1, g_stages = 2;
+    static constexpr int rows = 64, cols = 128, stages = 2, works = 1, unit_cols = 64, cluster = 2, g_stages = 2;
     static constexpr int key_registers = 208, query_registers = 72, loader_registers = 24;
     static constexpr bool keys_in_registers = false, split = false;
 };

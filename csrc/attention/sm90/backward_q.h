@@ -136,6 +136,7 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
     // In a cluster the product also needs the other block, which may be waiting for its turn elsewhere: a turn that was
     // asked for before would make a circle. So all of the product comes first.
     static_assert(kCluster == 1 || kUnits == 1);
+    using Shared = BackwardShared<kHeadDim, Mask, Config>;
     using Scratch = DqScratch<kHeadDim, Config>;
     const int first_col = blockIdx.x % kCluster * (kHeadDim / kCluster);
     RingPosition<Config::g_stages> g;
@@ -161,8 +162,9 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                 multiply<T, Config::cols / 16, true>(dq, columns(shared.g(g.stage), unit_row),
                                                      columns(shared.k(k.stage), unit_col));
                 if constexpr (kCluster == 2)
-                    multiply<T, Config::cols / 16>(dq, columns(shared.other_g(g.stage), unit_row),
-                                                   columns(shared.other_k(k.stage)));
+                    multiply<T, Config::cols / 16>(
+                        dq, columns(shared.other_g(g.stage), unit_row),
+                        columns(shared.other_k(k.stage), unit_col % Shared::OtherKTile::kDim));
                 commit_products();
                 wait_products<0>();
                 hold(dq);

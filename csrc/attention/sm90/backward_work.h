@@ -46,8 +46,9 @@ struct BackwardShared {
     static constexpr int kClusterCols = kCluster * kCols, kDqCols = kHeadDim / kCluster;  // of dQ, in each block
     using QTile = Tile<kRows, kHeadDim>;
     using KTile = Tile<kCols, kHeadDim>;
-    using OtherKTile = Tile<kCols, kDqCols>;  // the other block's keys, this block's columns of dQ
-    using GTile = Tile<kCols, kRows>;         // G^T: a row a key
+    // The other block's keys: this block's columns of dQ and, up to a panel, the other ones.
+    using OtherKTile = Tile<kCols, max_of(kDqCols, KTile::kPanelCols)>;
+    using GTile = Tile<kCols, kRows>;  // G^T: a row a key
     static constexpr int kOtherK = 2 * kWorks * KTile::kBytes;
     static constexpr int kRing = kOtherK + (kCluster - 1) * kWorks * OtherKTile::kBytes;
     static constexpr int kScores = kRing + 2 * kStages * QTile::kBytes;
@@ -151,7 +152,8 @@ __device__ __forceinline__ void load_works(const BackwardParams& p, const Backwa
                 load_rows(shared.v(k.stage), k_full.address, maps.v, k_rows, col0);
                 if constexpr (Shared::kCluster == 2)
                     load_rows(shared.other_k(k.stage), k_full.address, maps.k, k_rows,
-                              cluster_col0 + (1 - rank) * Config::cols, rank * Shared::kDqCols);
+                              cluster_col0 + (1 - rank) * Config::cols,
+                              rank * Shared::kDqCols / Shared::KTile::kPanelCols * Shared::KTile::kPanelCols);
                 for (int t = 0; t < walk.tiles; ++t, q.next()) {
                     const uint32_t full = shared.q_full(q.stage).address;
                     shared.q_empty(q.stage).wait(q.phase ^ 1);
