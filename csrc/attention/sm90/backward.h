@@ -7,7 +7,7 @@
 // in shared memory while the query rows that keep any of them pass by, `rows` at a time. Six roles:
 //   loader (warp 0)       writes the work down, fetches K and V, then Q and dO tile by tile
 //   cleaner (warp 1)      writes 0 to the rows that no product reaches
-//   two threads           await this block's turn at a tile of dQ, and pass it on (warps 2 and 3, backward_q.h)
+//   four threads          await this block's turns at tiles of dQ, and pass them on (warps 2 and 3, backward_q.h)
 //   a query warpgroup     dQ = G K of each tile, added up over the blocks in turn (backward_q.h)
 //   two key warpgroups    own 64 keys each: S^T = K Q^T and dP^T = V dO^T become P^T and G^T in registers, which are the
 //                         left operands of dV += P^T dO and dK += G^T Q; G^T is also written to shared memory
@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(4 * kWarpgroup, 1)
         lower_registers<Config::loader_registers>();
         if (warp == 0) load_works(p, maps, schedule, shared);
         if (warp == 1) clean_works<T, Mask, Config>(p, schedule.levels);
-        if (warp == 2 && lane() == 0) await_turns(p, shared);
-        if (warp == 3 && lane() == 0) pass_turns(p, shared);
+        if (warp == 2 && lane() < 2) await_turns(p, shared, lane());
+        if (warp == 3 && lane() < 2) pass_turns(p, shared, lane());
     } else if (warp < 8) {
         lower_registers<Config::query_registers>();
         add_up_queries<T>(p, shared);
@@ -67,14 +67,11 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
     const auto stream = static_cast<cudaStream_t>(stream_handle);
     if (max_of(p.total_q, p.total_k) > 0x7fffffff) throw std::runtime_error("hstu_ext: more than 2^31 - 1 packed rows");
     constexpr auto kKernel = backward_kernel<T, kHeadDim, Mask, Config>;
-    ClusterLaunch launch{Config::cluster, p.deterministic, 4 * kWarpgroup, Shared::kBytes, p.device, stream};
+    ClusterLaunch launch{Config::cluster, false, 4 * kWarpgroup, Shared::kBytes, p.device, stream};
     const int clusters = launch.template fitting<kKernel>();
     const Schedule schedule(p, Shared::kClusterCols, clusters, true);
     if (schedule.places() > 0x3fffffff)
         throw std::runtime_error("hstu_ext: too many blocks of keys: " + std::to_string(schedule.places()));
-    if (schedule.levels > 0xffff)
-        throw std::runtime_error("hstu_ext: max_seqlen_k must be at most " +
-                                 std::to_string(0xffff * Shared::kClusterCols));
     const BackwardMaps maps{
         SequenceMap::make<T>(p.q, p.total_q, p.heads, p.dim_qk, p.max_seqlen_q, kBoxRows, kPanel),
         SequenceMap::make<T>(p.dout, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, kBoxRows, kPanel),
@@ -84,8 +81,7 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
         int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
         check_cuda(cudaMemsetAsync(turns, 0, sizeof(int) * Config::cluster * dq_tiles<Config>(p), stream),
                    "clearing the turns");
-    } else {
-        launch.together = false;  // no block waits for another cluster
+        launch.together = true;  // blocks wait for one another's turns
     }
     launch.template run<kKernel>(static_cast<int>(min_of<int64_t>(schedule.places(), clusters)), p, maps, schedule);
 }

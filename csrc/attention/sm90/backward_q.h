@@ -1,11 +1,11 @@
 // The warpgroup of the SM90 backward that adds up dQ.
 //
-// The blocks that own keys of one (sequence, head) take turns at a tile of dQ: the first one stores its product in fp32
-// scratch, the last one reads the sum, adds its own and writes dQ. Deterministic: in the order of their keys, the last
-// ones first, which is the order in which blocks that start together pass by under a causal mask; those between read,
-// add and store. Otherwise in the order of tickets drawn from the tile's counter; those between wait for the first one
-// alone and add by reduction. A tile that one block alone sees never goes through scratch. Waiting for a turn and
-// passing it on take a round trip to the L2 cache each, so two threads beside the warpgroup do it.
+// The blocks that own keys of one (sequence, head) take turns at a tile of dQ, the last keys first, which is the order in
+// which blocks that start together pass by under a causal mask: the first one stores its product in fp32 scratch, the
+// last one reads the sum, adds its own and writes dQ. Those between read, add and store in the same order (deterministic),
+// or wait for the first one alone and add by reduction. A tile that one block alone sees never goes through scratch.
+// Waiting for a turn and passing it on take a round trip to the L2 cache each, so threads beside the warpgroup do it, two
+// for each.
 #pragma once
 
 #include "attention/sm90/backward_kv.h"
@@ -24,13 +24,10 @@ struct DqScratch {
     }
 };
 
-// Which of a dQ tile's visits one is.
-enum class Turn : int { kFirst, kBetween, kLast };
-
 // One work's visit to one tile of dQ, of which each block of the cluster adds up its columns.
 template <int kHeadDim, class Mask, class Config>
 struct Visit {
-    int rank, count;  // the visit's place among `count`, where the order is fixed: the last keys come first
+    int rank, count;  // the visit's place among `count`
     int64_t tile;
 
     __device__ __forceinline__ Visit(const BackwardParams& p, const KeyWork<Mask>& work, int row0) {
@@ -39,18 +36,16 @@ struct Visit {
         tile = (int64_t{work.dq_tile + row0 / Config::rows} * p.heads + work.head) * Config::cluster +
                blockIdx.x % Config::cluster;
     }
-    __device__ __forceinline__ bool alone() const { return count == 1; }
-    __device__ __forceinline__ Turn turn(int number) const {
-        return number == 0 ? Turn::kFirst : number == count - 1 ? Turn::kLast : Turn::kBetween;
-    }
+    __device__ __forceinline__ bool first() const { return rank == 0; }
+    __device__ __forceinline__ bool last() const { return rank == count - 1; }
 };
 
-// One thread: says when a work's turn at a tile has come, and which it is. Waits for the blocks before this one and for
-// turn_wanted.
+// Two threads take turns with this: says when the work's turn at a tile has come, ahead of time. Waits for the blocks
+// before this one and for turn_taken.
 template <int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void await_turns(const BackwardParams& p,
-                                            const BackwardShared<kHeadDim, Mask, Config>& shared) {
-    int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
+                                            const BackwardShared<kHeadDim, Mask, Config>& shared, int thread) {
+    const int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
     RingPosition<2> turn;
     for (RingPosition<Config::works> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
@@ -58,32 +53,22 @@ __device__ __forceinline__ void await_turns(const BackwardParams& p,
         if (work.last) break;
         for (int t = 0; t < work.walk.tiles; ++t) {
             const Visit<kHeadDim, Mask, Config> visit(p, work, work.walk[t]);
-            if (visit.alone()) continue;
-            shared.turn_wanted(turn.stage).wait(turn.phase);
-            int* const counter = turns + visit.tile;
-            int number = visit.rank;
-            if (p.deterministic) {
-                if (number > 0) await_counter(counter, number);
-            } else {
-                // A ticket each, in the order of their coming. Its holder waits for holders of earlier ones alone: it has
-                // all that the product needs, or will have from its own block.
-                const TurnCounter drawn = draw_ticket(counter);
-                number = drawn.tickets();
-                const int least = number == visit.count - 1 ? number : min_of(number, 1);
-                if (drawn.raised() < least) await_counter(counter, least);
+            if (visit.first()) continue;
+            if (turn.stage == thread) {
+                shared.turn_taken(thread).wait(turn.phase ^ 1);
+                await_counter(turns + visit.tile, p.deterministic || visit.last() ? visit.rank : 1);
+                shared.turn_came(thread).arrive();
             }
-            shared.turn(turn.stage) = static_cast<int>(visit.turn(number));
-            shared.turn_came(turn.stage).arrive();
             turn.next();
         }
         shared.k_empty(k.stage).arrive();
     }
 }
 
-// One thread: passes a turn on once the sums are visible to all. Waits for turn_over.
+// Two threads take turns with this: passes a turn on once the sums are visible to all. Waits for turn_over.
 template <int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void pass_turns(const BackwardParams& p,
-                                           const BackwardShared<kHeadDim, Mask, Config>& shared) {
+                                           const BackwardShared<kHeadDim, Mask, Config>& shared, int thread) {
     int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
     RingPosition<2> turn;
     for (RingPosition<Config::works> k;; k.next()) {
@@ -93,10 +78,12 @@ __device__ __forceinline__ void pass_turns(const BackwardParams& p,
         if (work.last) break;
         for (int t = 0; t < work.walk.tiles; ++t) {
             const Visit<kHeadDim, Mask, Config> visit(p, work, work.walk[t]);
-            if (visit.alone()) continue;
-            shared.turn_over(turn.stage).wait(turn.phase);
-            raise_counter(turns + visit.tile);
-            shared.turn_passed(turn.stage).arrive();
+            if (visit.last()) continue;
+            if (turn.stage == thread) {
+                shared.turn_over(thread).wait(turn.phase);
+                raise_counter(turns + visit.tile);
+                shared.turn_passed(thread).arrive();
+            }
             turn.next();
         }
     }
@@ -133,9 +120,6 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                                                const BackwardShared<kHeadDim, Mask, Config>& shared) {
     constexpr int kRows = Config::rows, kUnitCols = Config::unit_cols, kCluster = Config::cluster;
     constexpr int kUnitsN = kHeadDim / kCluster / kUnitCols, kUnits = kRows / 64 * kUnitsN;
-    // In a cluster the product also needs the other block, which may be waiting for its turn elsewhere: a turn that was
-    // asked for before would make a circle. So all of the product comes first.
-    static_assert(kCluster == 1 || kUnits == 1);
     using Shared = BackwardShared<kHeadDim, Mask, Config>;
     using Scratch = DqScratch<kHeadDim, Config>;
     const int first_col = blockIdx.x % kCluster * (kHeadDim / kCluster);
@@ -150,8 +134,7 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
             const Visit<kHeadDim, Mask, Config> visit(p, work, row0);
             float4* const slots =
                 reinterpret_cast<float4*>(p.dq_accum + visit.tile * Scratch::kTile) + threadIdx.x % kWarpgroup;
-            if (kCluster == 1 && !visit.alone()) arrive_as_warp(shared.turn_wanted(came.stage));
-            Turn turn = Turn::kLast;
+            const bool reduced = !p.deterministic && !visit.first() && !visit.last();
 #pragma unroll
             for (int unit = 0; unit < kUnits; ++unit) {
                 const int unit_row = unit / kUnitsN * 64, unit_col = unit % kUnitsN * kUnitCols + first_col;
@@ -172,26 +155,24 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                     arrive_in_cluster<kCluster>(shared.g_empty(g.stage));
                     if (t == work.walk.tiles - 1 && lane() == 0) shared.k_empty(k.stage).arrive();
                 }
-                if (unit == 0 && !visit.alone()) {
-                    if (kCluster > 1) arrive_as_warp(shared.turn_wanted(came.stage));
+                if (unit == 0 && !visit.first()) {
                     shared.turn_came(came.stage).wait(came.phase);
-                    turn = static_cast<Turn>(shared.turn(came.stage));
+                    arrive_as_warp(shared.turn_taken(came.stage));
                     came.next();
                 }
-                if (!visit.alone() && (turn == Turn::kLast || (turn == Turn::kBetween && p.deterministic)))
-                    load_sums(dq, unit_slots);
-                if (turn == Turn::kLast) {
+                if (!visit.first() && !reduced) load_sums(dq, unit_slots);
+                if (visit.last()) {
                     const int row = row0 + unit_row;
                     T* const to = p.dq.at<T>(work.q_begin + int64_t{row}, work.head) + unit_col;
                     store_product(dq, 0.5f * p.alpha * p.inv_scaling, to, p.dq.row_stride, work.mask.len_q - row,
                                   p.dim_qk - unit_col);
-                } else if (turn == Turn::kFirst || p.deterministic) {
-                    store_sums(dq, unit_slots);
-                } else {
+                } else if (reduced) {
                     add_sums(dq, unit_slots);
+                } else {
+                    store_sums(dq, unit_slots);
                 }
             }
-            if (!visit.alone()) {
+            if (!visit.last()) {
                 shared.turn_passed(over.stage).wait(over.phase ^ 1);
                 arrive_as_warp(shared.turn_over(over.stage));
                 over.next();

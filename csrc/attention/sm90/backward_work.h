@@ -54,7 +54,7 @@ struct BackwardShared {
     static constexpr int kScores = kRing + 2 * kStages * QTile::kBytes;
     static constexpr int kTiles = kScores + kCluster * kGStages * GTile::kBytes;
     static constexpr int kBarriers = 2 * kWorks + 2 * kStages + 14;
-    static constexpr int kTurns = kTiles + 8 * kBarriers, kWork = kTurns + 8;
+    static constexpr int kWork = kTiles + 8 * kBarriers;
     static constexpr int kBatch = kWork + kWorks * sizeof(KeyWork<Mask>);
     static constexpr int kBytes = kBatch + sizeof(SortedBatch);
 
@@ -78,20 +78,19 @@ struct BackwardShared {
     __device__ Barrier g_full(int stage) const { return pair_barrier(stage); }
     __device__ Barrier g_empty(int stage) const { return pair_barrier(2 + stage); }
     __device__ Barrier turn_came(int stage) const { return pair_barrier(4 + stage); }
-    __device__ Barrier turn_wanted(int stage) const { return pair_barrier(6 + stage); }
+    __device__ Barrier turn_taken(int stage) const { return pair_barrier(6 + stage); }
     __device__ Barrier turn_over(int stage) const { return pair_barrier(8 + stage); }
     __device__ Barrier turn_passed(int stage) const { return pair_barrier(10 + stage); }
     __device__ Barrier slopes_full(int stage) const { return pair_barrier(12 + stage); }
-    __device__ int& turn(int stage) const { return reinterpret_cast<int*>(start + kTurns)[stage]; }
     __device__ KeyWork<Mask>& work(int number) const { return reinterpret_cast<KeyWork<Mask>*>(start + kWork)[number]; }
     __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
 
     __device__ void init_barriers() const {
-        for (int i = 0; i < kWorks; ++i) k_full(i).init(1), k_empty(i).init(14);
+        for (int i = 0; i < kWorks; ++i) k_full(i).init(1), k_empty(i).init(16);
         for (int i = 0; i < kStages; ++i) q_full(i).init(1), q_empty(i).init(8 * kCluster);
         for (int i = 0; i < 2; ++i) {
             g_full(i).init(kCols / 16), g_empty(i).init(4 * kCluster);
-            turn_came(i).init(1), turn_wanted(i).init(4), turn_over(i).init(4), turn_passed(i).init(1);
+            turn_came(i).init(1), turn_taken(i).init(4), turn_over(i).init(4), turn_passed(i).init(1);
             slopes_full(i).init(4);
         }
         fence_barrier_init();

@@ -140,30 +140,17 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 x) {
 
 // ---- Between blocks ----
 
-// A counter whose visitors also draw tickets, 65535 at most: raised() and tickets() so far.
-struct TurnCounter {
-    int value;
-
-    HSTU_HOST_DEVICE int raised() const { return value & 0xffff; }
-    HSTU_HOST_DEVICE int tickets() const { return static_cast<int>(static_cast<unsigned>(value) >> 16); }
-};
 // Returns once a counter has been raised `least` times; what its writers wrote before is then visible.
 __device__ __forceinline__ void await_counter(const int* counter, int least) {
-    TurnCounter seen;
+    int raised;
     do {
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen.value) : "l"(counter) : "memory");
-    } while (seen.raised() < least);
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(raised) : "l"(counter) : "memory");
+    } while (raised < least);
 }
 // Counts one more, after all writes to global memory that this thread knows of.
 __device__ __forceinline__ void raise_counter(int* counter) {
     asm volatile("fence.acq_rel.gpu;" ::: "memory");
     asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
-}
-// What it was before; as far as it was raised, what its writers wrote before is visible.
-__device__ __forceinline__ TurnCounter draw_ticket(int* counter) {
-    int value;
-    asm volatile("atom.acquire.gpu.global.add.s32 %0, [%1], 65536;" : "=r"(value) : "l"(counter) : "memory");
-    return {value};
 }
 // Adds to 16 bytes of global memory.
 __device__ __forceinline__ void add_to_global(float4* to, float4 x) {

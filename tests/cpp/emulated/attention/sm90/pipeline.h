@@ -100,19 +100,8 @@ inline void store_shared(uint32_t address, uint4 x) {
     std::memcpy(emulated::shared_window + address, &x, 16);
 }
 
-struct TurnCounter {
-    int value;
-
-    int raised() const { return value & 0xffff; }
-    int tickets() const { return static_cast<int>(static_cast<unsigned>(value) >> 16); }
-};
 inline void await_counter(const int* counter, int least) {
-    emulated::wait_until("a counter", [=] { return TurnCounter{*counter}.raised() >= least; });
-}
-inline TurnCounter draw_ticket(int* counter) {
-    const TurnCounter before{*counter};
-    *counter += 65536;
-    return before;
+    emulated::wait_until("a counter", [=] { return *counter >= least; });
 }
 inline void raise_counter(int* counter) { ++*counter; }
 inline void add_to_global(float4* to, float4 x) { to->x += x.x, to->y += x.y, to->z += x.z, to->w += x.w; }
