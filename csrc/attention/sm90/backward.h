@@ -7,7 +7,7 @@
 // in shared memory while the query rows that keep any of them pass by, `rows` at a time. Six roles:
 //   loader (warp 0)       writes the work down, fetches K and V, then Q and dO tile by tile
 //   cleaner (warp 1)      writes 0 to the rows that no product reaches
-//   four threads          await this block's turns at tiles of dQ, and pass them on (warps 2 and 3, backward_q.h)
+//   two threads           await this block's turns at tiles of dQ, and pass them on (warps 2 and 3, backward_q.h)
 //   a query warpgroup     dQ = G K of each tile, added up over the blocks in turn (backward_q.h)
 //   two key warpgroups    own 64 keys each: S^T = K Q^T and dP^T = V dO^T become P^T and G^T in registers, which are the
 //                         left operands of dV += P^T dO and dK += G^T Q; G^T is also written to shared memory
@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(4 * kWarpgroup, 1)
         lower_registers<Config::loader_registers>();
         if (warp == 0) load_works(p, maps, schedule, shared);
         if (warp == 1) clean_works<T, Mask, Config>(p, schedule.levels);
-        if (warp == 2 && lane() < 2) await_turns(p, shared, lane());
-        if (warp == 3 && lane() < 2) pass_turns(p, shared, lane());
+        if (warp == 2 && lane() == 0) await_turns(p, shared);
+        if (warp == 3 && lane() == 0) pass_turns(p, shared);
     } else if (warp < 8) {
         lower_registers<Config::query_registers>();
         add_up_queries<T>(p, shared);
@@ -89,7 +89,7 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
 template <class T, int kHeadDim, class Mask, class Bias>
 void run_backward(const BackwardParams& p, void* stream) {
     static_assert(Bias::kKind == BiasKind::kNone);
-    launch_backward<T, kHeadDim, Mask, BackwardTile<kHeadDim>>(p, stream);
+    with_backward_tile<kHeadDim>(p, [&](auto tile) { launch_backward<T, kHeadDim, Mask, decltype(tile)>(p, stream); });
 }
 
 }  // namespace hstu::attention::sm90

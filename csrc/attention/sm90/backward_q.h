@@ -4,8 +4,7 @@
 // which blocks that start together pass by under a causal mask: the first one stores its product in fp32 scratch, the
 // last one reads the sum, adds its own and writes dQ. Those between read, add and store in the same order (deterministic),
 // or wait for the first one alone and add by reduction. A tile that one block alone sees never goes through scratch.
-// Waiting for a turn and passing it on take a round trip to the L2 cache each, so threads beside the warpgroup do it, two
-// for each.
+// Waiting for a turn and passing it on take a round trip to the L2 cache each, so two threads beside the warpgroup do it.
 #pragma once
 
 #include "attention/sm90/backward_kv.h"
@@ -40,11 +39,11 @@ struct Visit {
     __device__ __forceinline__ bool last() const { return rank == count - 1; }
 };
 
-// Two threads take turns with this: says when the work's turn at a tile has come, ahead of time. Waits for the blocks
-// before this one and for turn_taken.
+// One thread: says when a work's turn at a tile has come, ahead of time. Waits for the blocks before this one and for
+// turn_taken.
 template <int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void await_turns(const BackwardParams& p,
-                                            const BackwardShared<kHeadDim, Mask, Config>& shared, int thread) {
+                                            const BackwardShared<kHeadDim, Mask, Config>& shared) {
     const int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
     RingPosition<2> turn;
     for (RingPosition<Config::works> k;; k.next()) {
@@ -54,21 +53,19 @@ __device__ __forceinline__ void await_turns(const BackwardParams& p,
         for (int t = 0; t < work.walk.tiles; ++t) {
             const Visit<kHeadDim, Mask, Config> visit(p, work, work.walk[t]);
             if (visit.first()) continue;
-            if (turn.stage == thread) {
-                shared.turn_taken(thread).wait(turn.phase ^ 1);
-                await_counter(turns + visit.tile, p.deterministic || visit.last() ? visit.rank : 1);
-                shared.turn_came(thread).arrive();
-            }
+            shared.turn_taken(turn.stage).wait(turn.phase ^ 1);
+            await_counter(turns + visit.tile, p.deterministic || visit.last() ? visit.rank : 1);
+            shared.turn_came(turn.stage).arrive();
             turn.next();
         }
         shared.k_empty(k.stage).arrive();
     }
 }
 
-// Two threads take turns with this: passes a turn on once the sums are visible to all. Waits for turn_over.
+// One thread: passes a turn on once the sums are visible to all. Waits for turn_over.
 template <int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void pass_turns(const BackwardParams& p,
-                                           const BackwardShared<kHeadDim, Mask, Config>& shared, int thread) {
+                                           const BackwardShared<kHeadDim, Mask, Config>& shared) {
     int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
     RingPosition<2> turn;
     for (RingPosition<Config::works> k;; k.next()) {
@@ -79,11 +76,9 @@ __device__ __forceinline__ void pass_turns(const BackwardParams& p,
         for (int t = 0; t < work.walk.tiles; ++t) {
             const Visit<kHeadDim, Mask, Config> visit(p, work, work.walk[t]);
             if (visit.last()) continue;
-            if (turn.stage == thread) {
-                shared.turn_over(thread).wait(turn.phase);
-                raise_counter(turns + visit.tile);
-                shared.turn_passed(thread).arrive();
-            }
+            shared.turn_over(turn.stage).wait(turn.phase);
+            raise_counter(turns + visit.tile);
+            shared.turn_passed(turn.stage).arrive();
             turn.next();
         }
     }

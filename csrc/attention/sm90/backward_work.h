@@ -86,7 +86,7 @@ struct BackwardShared {
     __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
 
     __device__ void init_barriers() const {
-        for (int i = 0; i < kWorks; ++i) k_full(i).init(1), k_empty(i).init(16);
+        for (int i = 0; i < kWorks; ++i) k_full(i).init(1), k_empty(i).init(14);
         for (int i = 0; i < kStages; ++i) q_full(i).init(1), q_empty(i).init(8 * kCluster);
         for (int i = 0; i < 2; ++i) {
             g_full(i).init(kCols / 16), g_empty(i).init(4 * kCluster);
