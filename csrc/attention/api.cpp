@@ -118,7 +118,7 @@ void fill_tensors(const Inputs& in, Params& p) {
     p.heads = static_cast<int>(q.shape[1]);
     p.dim_qk = static_cast<int>(q.shape[2]);
     p.dim_v = static_cast<int>(in.v.shape[2]);
-    p.total_q = q.shape[0], p.total_k = v.shape[0];
+    p.total_q = q.shape[0];
     p.total_k = in.k.shape[0];
     p.q = packed("q", q);
     p.k = packed("k", in.k);
@@ -400,7 +400,8 @@ int64_t backward_scratch(const Tensor& q, const Tensor& v, const Tensor& cu_seql
     BackwardParams p;
     p.batch = static_cast<int>(cu_seqlens_q.shape[0] - 1);
     p.heads = static_cast<int>(q.shape[1]);
-    p.total_q = q.shape[0], p.total_k = v.shape[0];
+    p.total_q = q.shape[0];
+    p.total_k = v.shape[0];
     p.max_seqlen_k = static_cast<int>(max_seqlen_k);
     p.deterministic = deterministic;
     const int head_dim = head_dim_bucket(max_of(q.shape[2], v.shape[2]));
