@@ -28,14 +28,17 @@ def test_forward(head_dim: int, tile: str, dim_qk: int, dim_v: int, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "dim_qk", "dim_v"),
+    ("head_dim", "tile", "dim_qk", "dim_v"),
     [
-        (64, 40, 64),
-        pytest.param(32, 24, 32, marks=pytest.mark.slow),
-        pytest.param(128, 72, 128, marks=pytest.mark.slow),
-        pytest.param(256, 40, 136, marks=pytest.mark.slow),
+        (64, "BackwardTile", 40, 64),
+        pytest.param(32, "BackwardTile", 24, 32, marks=pytest.mark.slow),
+        pytest.param(128, "BackwardTile", 72, 128, marks=pytest.mark.slow),
+        pytest.param(128, "ShortBackwardTile", 128, 72, marks=pytest.mark.slow),
+        pytest.param(256, "BackwardTile", 40, 136, marks=pytest.mark.slow),
     ],
 )
-def test_backward(head_dim: int, dim_qk: int, dim_v: int, tmp_path: Path) -> None:
+def test_backward(head_dim: int, tile: str, dim_qk: int, dim_v: int, tmp_path: Path) -> None:
     """The same masks and batches; blocks that wait for one another, the same bits in any order where promised."""
-    cpp_program.run("test_sm90_backward.cpp", tmp_path, emulated=True, HEAD_DIM=head_dim, DIM_QK=dim_qk, DIM_V=dim_v)
+    cpp_program.run(
+        "test_sm90_backward.cpp", tmp_path, emulated=True, HEAD_DIM=head_dim, TILE=tile, DIM_QK=dim_qk, DIM_V=dim_v
+    )

@@ -401,6 +401,7 @@ int64_t backward_scratch(const Tensor& q, const Tensor& v, const Tensor& cu_seql
     p.batch = static_cast<int>(cu_seqlens_q.shape[0] - 1);
     p.heads = static_cast<int>(q.shape[1]);
     p.total_q = q.shape[0];
+    p.total_k = v.shape[0];
     p.max_seqlen_k = static_cast<int>(max_seqlen_k);
     p.deterministic = deterministic;
     const int head_dim = head_dim_bucket(max_of(q.shape[2], v.shape[2]));

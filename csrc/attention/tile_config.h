@@ -153,35 +153,49 @@ struct ShortForwardTile<128> {
 };
 
 // A block owns `cols` keys and walks over the queries in steps of `rows`. Its two key warpgroups have 64 keys each or,
-// with `split`, dV and dK of the same 64. stages: Q and dO tiles in flight; works: K and V in shared memory;
-// unit_cols: columns of dQ that the query warpgroup has in registers at a time; keys_in_registers: K and V as left
-// operands are read once a work. *_registers: a thread, of 512 for two key warpgroups, the query warpgroup and the
+// with `split`, dV and dK of the same 64. cluster: blocks with neighbouring keys that share Q, dO and the columns of dQ.
+// stages: Q and dO tiles in flight; g_stages: tiles of G; works: K and V in shared memory; unit_cols: columns of dQ that
+// the query warpgroup has in registers at a time; keys_in_registers: K and V as left operands are read once a work.
+// *_registers: a thread, of 512 for two key warpgroups, the query warpgroup and the
 // loader's.
 template <int kHeadDim>
 struct BackwardTile;
 template <>
 struct BackwardTile<32> {
-    static constexpr int rows = 128, cols = 128, stages = 4, works = 2, unit_cols = 32;
+    static constexpr int rows = 128, cols = 128, stages = 4, works = 2, unit_cols = 32, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 192, query_registers = 88, loader_registers = 40;
     static constexpr bool keys_in_registers = true, split = false;
 };
 template <>
 struct BackwardTile<64> {
-    static constexpr int rows = 64, cols = 128, stages = 4, works = 2, unit_cols = 64;
+    static constexpr int rows = 64, cols = 128, stages = 4, works = 2, unit_cols = 64, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 192, query_registers = 88, loader_registers = 40;
     static constexpr bool keys_in_registers = true, split = false;
 };
 template <>
 struct BackwardTile<128> {
-    static constexpr int rows = 64, cols = 128, stages = 3, works = 1, unit_cols = 64;
+    static constexpr int rows = 64, cols = 128, stages = 2, works = 1, unit_cols = 64, cluster = 2, g_stages = 2;
     static constexpr int key_registers = 208, query_registers = 72, loader_registers = 24;
     static constexpr bool keys_in_registers = false, split = false;
 };
 template <>
 struct BackwardTile<256> {
-    static constexpr int rows = 64, cols = 64, stages = 2, works = 1, unit_cols = 64;
-    static constexpr int key_registers = 192, query_registers = 88, loader_registers = 40;
+    static constexpr int rows = 64, cols = 64, stages = 2, works = 1, unit_cols = 128, cluster = 2, g_stages = 1;
+    static constexpr int key_registers = 192, query_registers = 104, loader_registers = 24;
     static constexpr bool keys_in_registers = false, split = true;
+};
+
+// The same for batches whose mean length is at most up_to, where half of a cluster would have no keys.
+template <int kHeadDim>
+struct ShortBackwardTile : BackwardTile<kHeadDim> {
+    static constexpr int up_to = 0;
+};
+template <>
+struct ShortBackwardTile<128> {
+    static constexpr int rows = 64, cols = 128, stages = 3, works = 1, unit_cols = 64, cluster = 1, g_stages = 2;
+    static constexpr int key_registers = 208, query_registers = 72, loader_registers = 24;
+    static constexpr bool keys_in_registers = false, split = false;
+    static constexpr int up_to = 512;
 };
 
 }  // namespace hstu::attention::sm90

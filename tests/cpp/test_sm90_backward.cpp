@@ -170,7 +170,7 @@ const std::vector<Case> kTargetCases = {
 
 template <class Mask>
 void check_orders(const Case& c) {
-    using Config = sm90::BackwardTile<HEAD_DIM>;
+    using Config = sm90::TILE<HEAD_DIM>;
     std::vector<uint16_t> bits;
     for (const bool late : {false, true}) {
         emulated::late = late;

@@ -7,7 +7,7 @@
 // in shared memory while the query rows that keep any of them pass by, `rows` at a time. Six roles:
 //   loader (warp 0)       writes the work down, fetches K and V, then Q and dO tile by tile
 //   cleaner (warp 1)      writes 0 to the rows that no product reaches
-//   two threads           await this block's turn at a tile of dQ, and pass it on (warps 2 and 3, backward_q.h)
+//   two threads           await this block's turns at tiles of dQ, and pass them on (warps 2 and 3, backward_q.h)
 //   a query warpgroup     dQ = G K of each tile, added up over the blocks in turn (backward_q.h)
 //   two key warpgroups    own 64 keys each: S^T = K Q^T and dP^T = V dO^T become P^T and G^T in registers, which are the
 //                         left operands of dV += P^T dO and dK += G^T Q; G^T is also written to shared memory
@@ -19,8 +19,8 @@
 #include "attention/bias.h"
 #include "attention/sm90/backward_kv_split.h"
 #include "attention/sm90/backward_q.h"
+#include "attention/sm90/cluster_launch.h"
 #include "attention/tile_config.h"
-#include "common/cuda_launch.h"
 
 namespace hstu::attention::sm90 {
 
@@ -28,11 +28,14 @@ template <class T, int kHeadDim, class Mask, class Config>
 __global__ void __launch_bounds__(4 * kWarpgroup, 1)
     backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardMaps maps,
                     const __grid_constant__ Schedule schedule) {
-    extern __shared__ unsigned char shared_memory[];
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
     const BackwardShared<kHeadDim, Mask, Config> shared(shared_memory);
     const int warp = uniform_warp();
     if (threadIdx.x == 0) shared.init_barriers();
-    __syncthreads();
+    if constexpr (Config::cluster > 1)
+        sync_cluster();
+    else
+        __syncthreads();
 
     if (warp < 4) {
         lower_registers<Config::loader_registers>();
@@ -54,37 +57,39 @@ __global__ void __launch_bounds__(4 * kWarpgroup, 1)
             own_keys<T>(p, shared, warp / 4 - 2);
         }
     }
+    if constexpr (Config::cluster > 1) sync_cluster();  // shared memory is the other block's too
 }
 
 template <class T, int kHeadDim, class Mask, class Config>
 void launch_backward(const BackwardParams& p, void* stream_handle) {
     using Shared = BackwardShared<kHeadDim, Mask, Config>;
-    constexpr int kPanel = Shared::QTile::kPanelCols;
+    constexpr int kPanel = Shared::QTile::kPanelCols, kBoxRows = Config::rows / Config::cluster;
     const auto stream = static_cast<cudaStream_t>(stream_handle);
     if (max_of(p.total_q, p.total_k) > 0x7fffffff) throw std::runtime_error("hstu_ext: more than 2^31 - 1 packed rows");
-    const int blocks = multiprocessors(p.device);
-    const Schedule schedule(p, Config::cols, blocks, true);
+    constexpr auto kKernel = backward_kernel<T, kHeadDim, Mask, Config>;
+    ClusterLaunch launch{Config::cluster, false, 4 * kWarpgroup, Shared::kBytes, p.device, stream};
+    const int clusters = launch.template fitting<kKernel>();
+    const Schedule schedule(p, Shared::kClusterCols, clusters, true);
     if (schedule.places() > 0x3fffffff)
         throw std::runtime_error("hstu_ext: too many blocks of keys: " + std::to_string(schedule.places()));
     const BackwardMaps maps{
-        SequenceMap::make<T>(p.q, p.total_q, p.heads, p.dim_qk, p.max_seqlen_q, Config::rows, kPanel),
-        SequenceMap::make<T>(p.dout, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, Config::rows, kPanel),
+        SequenceMap::make<T>(p.q, p.total_q, p.heads, p.dim_qk, p.max_seqlen_q, kBoxRows, kPanel),
+        SequenceMap::make<T>(p.dout, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, kBoxRows, kPanel),
         SequenceMap::make<T>(p.k, p.total_k, p.heads, p.dim_qk, p.max_seqlen_k, Config::cols, kPanel),
         SequenceMap::make<T>(p.v, p.total_k, p.heads, p.dim_v, p.max_seqlen_k, Config::cols, kPanel)};
-    constexpr auto kKernel = backward_kernel<T, kHeadDim, Mask, Config>;
-    const int count = static_cast<int>(min_of<int64_t>(schedule.places(), blocks)), threads = 4 * kWarpgroup;
-    if (schedule.levels == 1)
-        return launch<kKernel>(count, threads, Shared::kBytes, p.device, stream, p, maps, schedule);
-    // Blocks wait for one another's turns.
-    int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
-    check_cuda(cudaMemsetAsync(turns, 0, sizeof(int) * dq_tiles<Config>(p), stream), "clearing the turns");
-    launch_together<kKernel>(count, threads, Shared::kBytes, p.device, stream, p, maps, schedule);
+    if (schedule.levels > 1) {
+        int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
+        check_cuda(cudaMemsetAsync(turns, 0, sizeof(int) * Config::cluster * dq_tiles<Config>(p), stream),
+                   "clearing the turns");
+        launch.together = true;  // blocks wait for one another's turns
+    }
+    launch.template run<kKernel>(static_cast<int>(min_of<int64_t>(schedule.places(), clusters)), p, maps, schedule);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>
 void run_backward(const BackwardParams& p, void* stream) {
     static_assert(Bias::kKind == BiasKind::kNone);
-    launch_backward<T, kHeadDim, Mask, BackwardTile<kHeadDim>>(p, stream);
+    with_backward_tile<kHeadDim>(p, [&](auto tile) { launch_backward<T, kHeadDim, Mask, decltype(tile)>(p, stream); });
 }
 
 }  // namespace hstu::attention::sm90

@@ -25,6 +25,31 @@ __device__ __forceinline__ void store_fragments(const Fragments<kSteps>& from, T
     for (int step = 0; step < kSteps; ++step) write_blocks(matrix_address(tile, row, 16 * step), from.x[step]);
 }
 
+// A warp's 16 rows of G^T, for this block's query warpgroup and that of the other block of the cluster.
+template <int kSteps, int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void hand_out_gradients(const Fragments<kSteps>& gradients,
+                                                   const BackwardShared<kHeadDim, Mask, Config>& shared, int stage,
+                                                   int row) {
+    using GTile = typename BackwardShared<kHeadDim, Mask, Config>::GTile;
+    const GTile tile = shared.g(stage);
+    const Barrier full = shared.g_full(stage);
+    store_fragments(gradients, tile, row);
+    fence_async();
+    if constexpr (Config::cluster == 1) return arrive_as_warp(full);
+    __syncwarp();
+    if (lane() != 0) return;
+    const int other = 1 - blockIdx.x % 2;
+#pragma unroll
+    for (int panel = 0; panel < GTile::kPanels; ++panel) {
+        const uint32_t from = panel * GTile::kPanelBytes + row * GTile::kRowBytes;
+        copy_to_block(other, shared.other_g(stage).address + from, tile.address + from, 16 * GTile::kRowBytes, full);
+    }
+    if (row == 0)
+        full.arrive_expecting(GTile::kBytes);  // what the other block copies here
+    else
+        full.arrive();
+}
+
 // Word i of lane j of a quad becomes word j of lane i.
 __device__ __forceinline__ void transpose_in_quad(uint32_t (&w)[4]) {
     const bool upper = lane() & 2, odd = lane() & 1;
@@ -180,13 +205,11 @@ struct KeyGroup {
         commit_products();
     }
     // dP is there: G, which also goes to the query warpgroup.
-    __device__ __forceinline__ void use_dp(RingPosition<2> g) {
+    __device__ __forceinline__ void use_dp(RingPosition<Config::g_stages> g) {
         hold(dp);
         apply_slopes<T>(dp, slopes, gradients);
         shared.g_empty(g.stage).wait(g.phase ^ 1);
-        store_fragments(gradients, shared.g(g.stage), 64 * group + threadIdx.x / 32 % 4 * 16);
-        fence_async();
-        arrive_as_warp(shared.g_full(g.stage));
+        hand_out_gradients(gradients, shared, g.stage, 64 * group + threadIdx.x / 32 % 4 * 16);
     }
     __device__ __forceinline__ void start_dk(int stage) {
         hold(gradients);
@@ -207,7 +230,7 @@ template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void own_keys(const BackwardParams& p, const BackwardShared<kHeadDim, Mask, Config>& shared,
                                          int group) {
     RingPosition<Config::stages> q;
-    RingPosition<2> g;
+    RingPosition<Config::g_stages> g;
     for (RingPosition<Config::works> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
         if (shared.work(k.stage).last) break;
@@ -233,7 +256,7 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
                 shared.q_full(q.stage).wait(q.phase);
                 own.start_s(q.stage);
                 wait_products<1>();
-                arrive_as_warp(shared.q_empty(stage));
+                arrive_in_cluster<Config::cluster>(shared.q_empty(stage));
                 own.finish_sums();
             }
             own.use_s(tiles - 1, half_alpha);
@@ -243,7 +266,7 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
             own.use_dp(g);
             own.start_dk(q.stage);
             own.finish_sums();
-            arrive_as_warp(shared.q_empty(q.stage));
+            arrive_in_cluster<Config::cluster>(shared.q_empty(q.stage));
             g.next();
             q.next();
         }

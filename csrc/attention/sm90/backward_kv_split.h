@@ -3,6 +3,8 @@
 // other, which computes dP, G and dK.
 #pragma once
 
+#include <cstring>
+
 #include "attention/sm90/backward_kv.h"
 
 namespace hstu::attention::sm90 {
@@ -35,33 +37,28 @@ struct HalvedSum {
     }
 };
 
-// 16 bytes a thread and store, contiguous over the warpgroup.
-template <int kRows>
-__device__ __forceinline__ void put_slopes(const Slopes<kRows>& slopes, uint32_t to) {
-    const auto* words = reinterpret_cast<const uint32_t*>(slopes.x);
-    to += threadIdx.x % kWarpgroup * 16;
-#pragma unroll
-    for (int i = 0; i < kRows / 4; i += 4)
-        store_shared(to + i / 4 * 16 * kWarpgroup, uint4{words[i], words[i + 1], words[i + 2], words[i + 3]});
+// Through the tile where G will be, as G is stored there: a warp reads what a warp of the other warpgroup wrote.
+template <int kRows, class Tile>
+__device__ __forceinline__ void put_slopes(const Slopes<kRows>& slopes, Tile tile) {
+    Fragments<kRows / 16> words;
+    std::memcpy(words.x, slopes.x, sizeof words.x);
+    store_fragments(words, tile, threadIdx.x / 32 % 4 * 16);
 }
-template <int kRows>
-__device__ __forceinline__ void take_slopes(Slopes<kRows>& slopes, uint32_t from) {
-    auto* words = reinterpret_cast<uint32_t*>(slopes.x);
-    from += threadIdx.x % kWarpgroup * 16;
-#pragma unroll
-    for (int i = 0; i < kRows / 4; i += 4) {
-        const uint4 four = load_shared(from + i / 4 * 16 * kWarpgroup);
-        words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
-    }
+template <int kRows, class Tile>
+__device__ __forceinline__ void take_slopes(Slopes<kRows>& slopes, Tile tile) {
+    Fragments<kRows / 16> words;
+    load_fragments(words, tile, threadIdx.x / 32 % 4 * 16);
+    std::memcpy(slopes.x, words.x, sizeof words.x);
+    __syncwarp();
 }
 
-// S, P and dV. Waits for k_full, q_full and slopes_empty.
+// S, P and dV. Waits for k_full, q_full and g_empty.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void own_values(const BackwardParams& p,
                                            const BackwardShared<kHeadDim, Mask, Config>& shared) {
     constexpr int kRows = Config::rows;
     RingPosition<Config::stages> q;
-    RingPosition<1> slope;
+    RingPosition<Config::g_stages> g;
     for (RingPosition<Config::works> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
         if (shared.work(k.stage).last) break;
@@ -87,13 +84,13 @@ __device__ __forceinline__ void own_values(const BackwardParams& p,
                 activate<T, true>(s, weights, slopes, mask, row0, col0, 0.5f * p.alpha);
             hold(weights);
             dv.template start<T>(weights, shared.dout(q.stage));
-            shared.slopes_empty().wait(slope.phase ^ 1);
-            put_slopes(slopes, shared.slopes());
-            arrive_as_warp(shared.slopes_full());
-            slope.next();
+            shared.g_empty(g.stage).wait(g.phase ^ 1);
+            put_slopes(slopes, shared.g(g.stage));
+            arrive_as_warp(shared.slopes_full(g.stage));
+            g.next();
             dv.finish();
             hold(weights);
-            arrive_as_warp(shared.q_empty(q.stage));
+            arrive_in_cluster<Config::cluster>(shared.q_empty(q.stage));
         }
         const int head = shared.work(k.stage).head, col0 = shared.work(k.stage).col0;
         const int num_rows = shared.work(k.stage).mask.len_k - col0;
@@ -103,14 +100,13 @@ __device__ __forceinline__ void own_values(const BackwardParams& p,
     }
 }
 
-// dP, G and dK. Waits for k_full, q_full, slopes_full and g_empty.
+// dP, G and dK. Waits for k_full, q_full and slopes_full.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void own_gradients(const BackwardParams& p,
                                               const BackwardShared<kHeadDim, Mask, Config>& shared) {
     constexpr int kRows = Config::rows;
     RingPosition<Config::stages> q;
-    RingPosition<2> g;
-    RingPosition<1> slope;
+    RingPosition<Config::g_stages> g;
     for (RingPosition<Config::works> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
         if (shared.work(k.stage).last) break;
@@ -121,26 +117,22 @@ __device__ __forceinline__ void own_gradients(const BackwardParams& p,
         Fragments<kRows / 16> gradients;
         Slopes<kRows> slopes;
         dk.clear();
-        for (int t = 0; t < tiles; ++t, q.next(), g.next(), slope.next()) {
+        for (int t = 0; t < tiles; ++t, q.next(), g.next()) {
             shared.q_full(q.stage).wait(q.phase);
             begin_products();
             multiply<T, kHeadDim / 16, true>(dp, values, rows(shared.dout(q.stage)));
             commit_products();
-            shared.slopes_full().wait(slope.phase);
-            take_slopes(slopes, shared.slopes());
-            arrive_as_warp(shared.slopes_empty());
+            shared.slopes_full(g.stage).wait(g.phase);
+            take_slopes(slopes, shared.g(g.stage));
             wait_products<0>();
             hold(dp);
             apply_slopes<T>(dp, slopes, gradients);
-            shared.g_empty(g.stage).wait(g.phase ^ 1);
-            store_fragments(gradients, shared.g(g.stage), threadIdx.x / 32 % 4 * 16);
-            fence_async();
-            arrive_as_warp(shared.g_full(g.stage));
+            hand_out_gradients(gradients, shared, g.stage, threadIdx.x / 32 % 4 * 16);
             hold(gradients);
             dk.template start<T>(gradients, shared.q(q.stage));
             dk.finish();
             hold(gradients);
-            arrive_as_warp(shared.q_empty(q.stage));
+            arrive_in_cluster<Config::cluster>(shared.q_empty(q.stage));
         }
         const int head = shared.work(k.stage).head, col0 = shared.work(k.stage).col0;
         const int num_rows = shared.work(k.stage).mask.len_k - col0;

@@ -1,10 +1,10 @@
 // The warpgroup of the SM90 backward that adds up dQ.
 //
-// The blocks that own keys of one (sequence, head) take turns at a tile of dQ, in the order of their keys: the first
-// stores its product in fp32 scratch, the last one reads the sum, adds its own and writes dQ. Those between read, add
-// and store in the same order (deterministic), or add by reduction in any order. A tile that one block alone sees never
-// goes through scratch. Waiting for a turn and passing it on take a round trip to the L2 cache each, so two threads
-// beside the warpgroup do it.
+// The blocks that own keys of one (sequence, head) take turns at a tile of dQ, the last keys first, which is the order in
+// which blocks that start together pass by under a causal mask: the first one stores its product in fp32 scratch, the
+// last one reads the sum, adds its own and writes dQ. Those between read, add and store in the same order (deterministic),
+// or wait for the first one alone and add by reduction. A tile that one block alone sees never goes through scratch.
+// Waiting for a turn and passing it on take a round trip to the L2 cache each, so two threads beside the warpgroup do it.
 #pragma once
 
 #include "attention/sm90/backward_kv.h"
@@ -15,32 +15,32 @@ namespace hstu::attention::sm90 {
 // BackwardParams::dq_accum.
 template <int kHeadDim, class Config>
 struct DqScratch {
-    static constexpr int kTile = Config::rows * kHeadDim;
+    static constexpr int kTile = Config::rows * kHeadDim / Config::cluster;  // a block's part of a tile
     float* sums;
 
     HSTU_HOST_DEVICE int* turns(const BackwardParams& p) const {
-        return reinterpret_cast<int*>(sums + dq_tiles<Config>(p) * kTile);
+        return reinterpret_cast<int*>(sums + dq_tiles<Config>(p) * Config::cluster * kTile);
     }
 };
 
-// One work's visit to one tile of dQ.
+// One work's visit to one tile of dQ, of which each block of the cluster adds up its columns.
+template <int kHeadDim, class Mask, class Config>
 struct Visit {
-    bool first, last;
-    bool in_order;  // after all blocks before it, not only after the first
-    int rank;
+    int rank, count;  // the visit's place among `count`
     int64_t tile;
 
-    template <class Mask>
-    __device__ __forceinline__ Visit(const BackwardParams& p, const KeyWork<Mask>& work, int row0, int rows, int cols) {
-        const KeyTileRank order(work.mask, row0, rows, work.col0, cols);
-        rank = order.rank;
-        first = rank == 0, last = rank == order.count - 1;
-        in_order = p.deterministic || last;
-        tile = int64_t{work.dq_tile + row0 / rows} * p.heads + work.head;
+    __device__ __forceinline__ Visit(const BackwardParams& p, const KeyWork<Mask>& work, int row0) {
+        const KeyTileRank order(work.mask, row0, Config::rows, work.cluster_col0, Config::cluster * Config::cols);
+        count = order.count, rank = count - 1 - order.rank;
+        tile = (int64_t{work.dq_tile + row0 / Config::rows} * p.heads + work.head) * Config::cluster +
+               blockIdx.x % Config::cluster;
     }
+    __device__ __forceinline__ bool first() const { return rank == 0; }
+    __device__ __forceinline__ bool last() const { return rank == count - 1; }
 };
 
-// One thread: says when a work's turn at a tile has come. Waits for the blocks before this one and for turn_taken.
+// One thread: says when a work's turn at a tile has come, ahead of time. Waits for the blocks before this one and for
+// turn_taken.
 template <int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void await_turns(const BackwardParams& p,
                                             const BackwardShared<kHeadDim, Mask, Config>& shared) {
@@ -51,10 +51,10 @@ __device__ __forceinline__ void await_turns(const BackwardParams& p,
         const KeyWork<Mask>& work = shared.work(k.stage);
         if (work.last) break;
         for (int t = 0; t < work.walk.tiles; ++t) {
-            const Visit visit(p, work, work.walk[t], Config::rows, Config::cols);
-            if (visit.first) continue;
+            const Visit<kHeadDim, Mask, Config> visit(p, work, work.walk[t]);
+            if (visit.first()) continue;
             shared.turn_taken(turn.stage).wait(turn.phase ^ 1);
-            await_counter(turns + visit.tile, visit.in_order ? visit.rank : 1);
+            await_counter(turns + visit.tile, p.deterministic || visit.last() ? visit.rank : 1);
             shared.turn_came(turn.stage).arrive();
             turn.next();
         }
@@ -74,8 +74,8 @@ __device__ __forceinline__ void pass_turns(const BackwardParams& p,
         shared.k_empty(k.stage).arrive();
         if (work.last) break;
         for (int t = 0; t < work.walk.tiles; ++t) {
-            const Visit visit(p, work, work.walk[t], Config::rows, Config::cols);
-            if (visit.last) continue;
+            const Visit<kHeadDim, Mask, Config> visit(p, work, work.walk[t]);
+            if (visit.last()) continue;
             shared.turn_over(turn.stage).wait(turn.phase);
             raise_counter(turns + visit.tile);
             shared.turn_passed(turn.stage).arrive();
@@ -84,13 +84,13 @@ __device__ __forceinline__ void pass_turns(const BackwardParams& p,
     }
 }
 
-// Slot i of a product is 16 bytes a thread, contiguous over the warpgroup.
+// Slot i of a product is 16 bytes a thread, contiguous over the warpgroup. load_sums adds what it loads.
 template <int kCols>
 __device__ __forceinline__ void load_sums(Accumulator<kCols>& acc, const float4* slots) {
 #pragma unroll
     for (int i = 0; i < kCols / 8; ++i) {
         const float4 x = __ldcg(slots + i * kWarpgroup);
-        acc.x[4 * i] = x.x, acc.x[4 * i + 1] = x.y, acc.x[4 * i + 2] = x.z, acc.x[4 * i + 3] = x.w;
+        acc.x[4 * i] += x.x, acc.x[4 * i + 1] += x.y, acc.x[4 * i + 2] += x.z, acc.x[4 * i + 3] += x.w;
     }
 }
 template <int kCols>
@@ -113,57 +113,61 @@ __device__ __forceinline__ void add_sums(const Accumulator<kCols>& acc, float4* 
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                                                const BackwardShared<kHeadDim, Mask, Config>& shared) {
-    constexpr int kRows = Config::rows, kUnitCols = Config::unit_cols;
-    constexpr int kUnitsN = kHeadDim / kUnitCols, kUnits = kRows / 64 * kUnitsN;
+    constexpr int kRows = Config::rows, kUnitCols = Config::unit_cols, kCluster = Config::cluster;
+    constexpr int kUnitsN = kHeadDim / kCluster / kUnitCols, kUnits = kRows / 64 * kUnitsN;
+    using Shared = BackwardShared<kHeadDim, Mask, Config>;
     using Scratch = DqScratch<kHeadDim, Config>;
-    RingPosition<2> g, came, over;
+    const int first_col = blockIdx.x % kCluster * (kHeadDim / kCluster);
+    RingPosition<Config::g_stages> g;
+    RingPosition<2> came, over;
     for (RingPosition<Config::works> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
         const KeyWork<Mask> work = shared.work(k.stage);
         if (work.last) break;
         for (int t = 0; t < work.walk.tiles; ++t, g.next()) {
             const int row0 = work.walk[t];
-            const Visit visit(p, work, row0, kRows, Config::cols);
+            const Visit<kHeadDim, Mask, Config> visit(p, work, row0);
             float4* const slots =
                 reinterpret_cast<float4*>(p.dq_accum + visit.tile * Scratch::kTile) + threadIdx.x % kWarpgroup;
-            if (!visit.first) {
-                shared.turn_came(came.stage).wait(came.phase);
-                arrive_as_warp(shared.turn_taken(came.stage));
-                came.next();
-            }
+            const bool reduced = !p.deterministic && !visit.first() && !visit.last();
 #pragma unroll
             for (int unit = 0; unit < kUnits; ++unit) {
-                const int unit_row = unit / kUnitsN * 64, unit_col = unit % kUnitsN * kUnitCols;
+                const int unit_row = unit / kUnitsN * 64, unit_col = unit % kUnitsN * kUnitCols + first_col;
                 float4* const unit_slots = slots + unit * (64 * kUnitCols / 4);
                 Accumulator<kUnitCols> dq;
-                if (!visit.first && visit.in_order)
-                    load_sums(dq, unit_slots);
-                else
-                    dq.clear();
                 if (unit == 0) shared.g_full(g.stage).wait(g.phase);
-                hold(dq);
                 begin_products();
-                multiply<T, Config::cols / 16>(dq, columns(shared.g(g.stage), unit_row),
-                                               columns(shared.k(k.stage), unit_col));
+                multiply<T, Config::cols / 16, true>(dq, columns(shared.g(g.stage), unit_row),
+                                                     columns(shared.k(k.stage), unit_col));
+                if constexpr (kCluster == 2)
+                    multiply<T, Config::cols / 16>(
+                        dq, columns(shared.other_g(g.stage), unit_row),
+                        columns(shared.other_k(k.stage), unit_col % Shared::OtherKTile::kDim));
                 commit_products();
                 wait_products<0>();
                 hold(dq);
                 if (unit == kUnits - 1) {
-                    arrive_as_warp(shared.g_empty(g.stage));
+                    arrive_in_cluster<kCluster>(shared.g_empty(g.stage));
                     if (t == work.walk.tiles - 1 && lane() == 0) shared.k_empty(k.stage).arrive();
                 }
-                if (visit.last) {
+                if (unit == 0 && !visit.first()) {
+                    shared.turn_came(came.stage).wait(came.phase);
+                    arrive_as_warp(shared.turn_taken(came.stage));
+                    came.next();
+                }
+                if (!visit.first() && !reduced) load_sums(dq, unit_slots);
+                if (visit.last()) {
                     const int row = row0 + unit_row;
                     T* const to = p.dq.at<T>(work.q_begin + int64_t{row}, work.head) + unit_col;
                     store_product(dq, 0.5f * p.alpha * p.inv_scaling, to, p.dq.row_stride, work.mask.len_q - row,
                                   p.dim_qk - unit_col);
-                } else if (visit.first || visit.in_order) {
-                    store_sums(dq, unit_slots);
-                } else {
+                } else if (reduced) {
                     add_sums(dq, unit_slots);
+                } else {
+                    store_sums(dq, unit_slots);
                 }
             }
-            if (!visit.last) {
+            if (!visit.last()) {
                 shared.turn_passed(over.stage).wait(over.phase ^ 1);
                 arrive_as_warp(shared.turn_over(over.stage));
                 over.next();

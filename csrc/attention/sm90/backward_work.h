@@ -15,6 +15,14 @@ __device__ __forceinline__ void arrive_as_warp(Barrier barrier) {
     if (lane() == 0) barrier.arrive();
 }
 
+// The same at the barriers of all blocks of the cluster.
+template <int kCluster>
+__device__ __forceinline__ void arrive_in_cluster(Barrier barrier) {
+    if constexpr (kCluster == 1) return arrive_as_warp(barrier);
+    __syncwarp();
+    if (lane() < kCluster) barrier.arrive_at(lane());
+}
+
 struct BackwardMaps {
     SequenceMap q, dout, k, v;
 };
@@ -25,6 +33,7 @@ struct KeyWork {
     Mask mask;
     TileWalk walk;  // over the query rows that keep any of the keys
     int head, col0;
+    int cluster_col0;      // of the first block of the cluster
     int q_begin, k_begin;  // packed rows
     int dq_tile;           // the sequence's first tile in the dQ scratch
     bool last;             // nothing to do and nothing behind it
@@ -33,26 +42,33 @@ struct KeyWork {
 template <int kHeadDim, class Mask, class Config>
 struct BackwardShared {
     static constexpr int kRows = Config::rows, kCols = Config::cols, kStages = Config::stages, kWorks = Config::works;
+    static constexpr int kCluster = Config::cluster, kGStages = Config::g_stages;
+    static constexpr int kClusterCols = kCluster * kCols, kDqCols = kHeadDim / kCluster;  // of dQ, in each block
     using QTile = Tile<kRows, kHeadDim>;
     using KTile = Tile<kCols, kHeadDim>;
+    // The other block's keys: this block's columns of dQ and, up to a panel, the other ones.
+    using OtherKTile = Tile<kCols, max_of(kDqCols, KTile::kPanelCols)>;
     using GTile = Tile<kCols, kRows>;  // G^T: a row a key
-    static constexpr int kRing = 2 * kWorks * KTile::kBytes, kScores = kRing + 2 * kStages * QTile::kBytes;
-    static constexpr int kSlopes = kScores + 2 * GTile::kBytes;
-    static constexpr int kTiles = kSlopes + (Config::split ? GTile::kBytes : 0);
+    static constexpr int kOtherK = 2 * kWorks * KTile::kBytes;
+    static constexpr int kRing = kOtherK + (kCluster - 1) * kWorks * OtherKTile::kBytes;
+    static constexpr int kScores = kRing + 2 * kStages * QTile::kBytes;
+    static constexpr int kTiles = kScores + kCluster * kGStages * GTile::kBytes;
     static constexpr int kBarriers = 2 * kWorks + 2 * kStages + 14;
     static constexpr int kWork = kTiles + 8 * kBarriers;
     static constexpr int kBatch = kWork + kWorks * sizeof(KeyWork<Mask>);
-    static constexpr int kBytes = kBatch + sizeof(SortedBatch) + 1024;  // the start is moved to a multiple of 1024
+    static constexpr int kBytes = kBatch + sizeof(SortedBatch);
 
-    unsigned char* start;
+    unsigned char* start;  // a multiple of 1024
 
-    __device__ explicit BackwardShared(unsigned char* memory) : start(memory + (-shared_address(memory) & 1023)) {}
+    __device__ explicit BackwardShared(unsigned char* memory) : start(memory) {}
     __device__ uint32_t base() const { return shared_address(start); }
     __device__ KTile k(int work) const { return {base() + work * KTile::kBytes}; }
     __device__ KTile v(int work) const { return k(kWorks + work); }
+    __device__ OtherKTile other_k(int work) const { return {base() + kOtherK + work * OtherKTile::kBytes}; }
     __device__ QTile q(int stage) const { return {base() + kRing + stage * QTile::kBytes}; }
     __device__ QTile dout(int stage) const { return q(kStages + stage); }
     __device__ GTile g(int stage) const { return {base() + kScores + stage * GTile::kBytes}; }
+    __device__ GTile other_g(int stage) const { return g(kGStages + stage); }
     __device__ Barrier barrier(int number) const { return {base() + kTiles + 8 * number}; }
     __device__ Barrier q_full(int stage) const { return barrier(stage); }  // Q and dO
     __device__ Barrier q_empty(int stage) const { return barrier(kStages + stage); }
@@ -65,20 +81,18 @@ struct BackwardShared {
     __device__ Barrier turn_taken(int stage) const { return pair_barrier(6 + stage); }
     __device__ Barrier turn_over(int stage) const { return pair_barrier(8 + stage); }
     __device__ Barrier turn_passed(int stage) const { return pair_barrier(10 + stage); }
-    __device__ Barrier slopes_full() const { return pair_barrier(12); }
-    __device__ Barrier slopes_empty() const { return pair_barrier(13); }
-    __device__ uint32_t slopes() const { return base() + kSlopes; }
+    __device__ Barrier slopes_full(int stage) const { return pair_barrier(12 + stage); }
     __device__ KeyWork<Mask>& work(int number) const { return reinterpret_cast<KeyWork<Mask>*>(start + kWork)[number]; }
     __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
 
     __device__ void init_barriers() const {
         for (int i = 0; i < kWorks; ++i) k_full(i).init(1), k_empty(i).init(14);
-        for (int i = 0; i < kStages; ++i) q_full(i).init(1), q_empty(i).init(8);
+        for (int i = 0; i < kStages; ++i) q_full(i).init(1), q_empty(i).init(8 * kCluster);
         for (int i = 0; i < 2; ++i) {
-            g_full(i).init(kCols / 16), g_empty(i).init(4);
+            g_full(i).init(kCols / 16), g_empty(i).init(4 * kCluster);
             turn_came(i).init(1), turn_taken(i).init(4), turn_over(i).init(4), turn_passed(i).init(1);
+            slopes_full(i).init(4);
         }
-        slopes_full().init(4), slopes_empty().init(4);
         fence_barrier_init();
     }
 };
@@ -98,41 +112,53 @@ __device__ __forceinline__ void load_works(const BackwardParams& p, const Backwa
     RingPosition<Config::works> k;
     if (schedule.sorted) {
         // The tiles are still unused.
-        shared.batch().sort(p, Config::cols, schedule.levels, true,
+        shared.batch().sort(p, Shared::kClusterCols, schedule.levels, true,
                             *reinterpret_cast<SortedBatch::Scratch*>(shared.start));
         fence_async();
         __syncwarp();
     }
     PlaceFinder find(schedule, shared.batch());
-    // 32 rounds at a time, one a lane, so that their offsets are read together.
-    for (int round = lane(); __any_sync(0xffffffff, schedule.place(round, blockIdx.x, gridDim.x) < find.last());
-         round += 32) {
-        const auto [b, head, level] = find(schedule.place(round, blockIdx.x, gridDim.x));
+    // 32 rounds at a time, one a lane, so that their offsets are read together. From the last round to the first: light
+    // works before heavy ones, as turns have to come in that order.
+    const int blocks = static_cast<int>(gridDim.x) / Shared::kCluster;
+    const int block = static_cast<int>(blockIdx.x) / Shared::kCluster, rank = blockIdx.x % Shared::kCluster;
+    for (int first = ceil_div(find.last(), blocks) - 1; first >= 0; first -= 32) {
+        const int round = first - lane();
+        const auto [b, head, level] = find(round >= 0 ? Schedule::place(round, block, blocks) : find.last());
         const Sequence seq(p, b);
         const Mask mask(p, seq, b, head);
-        // The first keys come first: they have most work under a causal mask, and dQ is added up in that order.
+        // The first keys have most work under a causal mask, so they are the top level.
         const int levels =
-            schedule.sorted ? min_of(schedule.levels, ceil_div(seq.len_k, Config::cols)) : schedule.levels;
-        const int col0 = (levels - 1 - level) * Config::cols;
-        const bool wanted = level >= 0 && col0 < seq.len_k;
+            schedule.sorted ? min_of(schedule.levels, ceil_div(seq.len_k, Shared::kClusterCols)) : schedule.levels;
+        const int cluster_col0 = (levels - 1 - level) * Shared::kClusterCols;
+        const bool wanted = level >= 0 && cluster_col0 < seq.len_k;
         for (unsigned left = __ballot_sync(0xffffffff, wanted); left != 0; left &= left - 1) {
             const int turn = __ffs(left) - 1;
             if (lane() == turn) {
-                const TileWalk walk(aligned(mask.q_range(col0, Config::cols), Config::rows), Config::rows);
+                const TileWalk walk(aligned(mask.q_range(cluster_col0, Shared::kClusterCols), Config::rows),
+                                    Config::rows);
+                const int col0 = cluster_col0 + rank * Config::cols;
                 const SequenceRows q_rows{head, static_cast<int>(seq.q_begin), seq.len_q};
                 const SequenceRows k_rows{head, static_cast<int>(seq.k_begin), seq.len_k};
                 shared.k_empty(k.stage).wait(k.phase ^ 1);
-                shared.work(k.stage) = {
-                    mask, walk, head, col0, q_rows.begin, k_rows.begin, first_accum_tile<Config>(seq, b), false};
-                shared.k_full(k.stage).arrive_expecting(2 * Shared::KTile::kBytes);
-                load_rows(shared.k(k.stage), shared.k_full(k.stage).address, maps.k, k_rows, col0);
-                load_rows(shared.v(k.stage), shared.k_full(k.stage).address, maps.v, k_rows, col0);
+                shared.work(k.stage) = {mask,         walk,         head,         col0,
+                                        cluster_col0, q_rows.begin, k_rows.begin, first_accum_tile<Config>(seq, b),
+                                        false};
+                const Barrier k_full = shared.k_full(k.stage);
+                k_full.arrive_expecting(2 * Shared::KTile::kBytes +
+                                        (Shared::kCluster - 1) * Shared::OtherKTile::kBytes);
+                load_rows(shared.k(k.stage), k_full.address, maps.k, k_rows, col0);
+                load_rows(shared.v(k.stage), k_full.address, maps.v, k_rows, col0);
+                if constexpr (Shared::kCluster == 2)
+                    load_rows(shared.other_k(k.stage), k_full.address, maps.k, k_rows,
+                              cluster_col0 + (1 - rank) * Config::cols,
+                              rank * Shared::kDqCols / Shared::KTile::kPanelCols * Shared::KTile::kPanelCols);
                 for (int t = 0; t < walk.tiles; ++t, q.next()) {
                     const uint32_t full = shared.q_full(q.stage).address;
                     shared.q_empty(q.stage).wait(q.phase ^ 1);
                     shared.q_full(q.stage).arrive_expecting(2 * Shared::QTile::kBytes);
-                    load_rows(shared.q(q.stage), full, maps.q, q_rows, walk[t]);
-                    load_rows(shared.dout(q.stage), full, maps.dout, q_rows, walk[t]);
+                    load_part_of_rows<Shared::kCluster>(shared.q(q.stage), full, maps.q, q_rows, walk[t], rank);
+                    load_part_of_rows<Shared::kCluster>(shared.dout(q.stage), full, maps.dout, q_rows, walk[t], rank);
                 }
             }
             __syncwarp();
@@ -152,6 +178,7 @@ __device__ __forceinline__ void load_works(const BackwardParams& p, const Backwa
 // sequence has more queries than keys.
 template <class T, class Mask, class Config>
 __device__ __forceinline__ void clean_works(const BackwardParams& p, int col_blocks) {
+    constexpr int kCols = Config::cluster * Config::cols;
     const Team team(lane(), 32);
     const int count = col_blocks * p.heads * p.batch;
     for (int from = blockIdx.x * 32; from < count; from += 32 * gridDim.x) {
@@ -162,20 +189,20 @@ __device__ __forceinline__ void clean_works(const BackwardParams& p, int col_blo
                                                       of_lane.len_q < of_lane.alloc_q || of_lane.len_q > of_lane.len_k);
         for (unsigned left = __ballot_sync(0xffffffff, wanted); left != 0; left &= left - 1) {
             const int chosen = from + __ffs(left) - 1, pair = chosen / col_blocks, block = chosen % col_blocks;
-            const int b = pair / p.heads, head = pair % p.heads, col0 = block * Config::cols;
+            const int b = pair / p.heads, head = pair % p.heads, col0 = block * kCols;
             const bool last_block = block == col_blocks - 1;
             const Sequence seq(p, b);
             zero_unused_rows<T>(p.dk, head, p.dim_qk, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0,
-                                Config::cols, last_block, team);
+                                kCols, last_block, team);
             zero_unused_rows<T>(p.dv, head, p.dim_v, b, p.batch, p.total_k, seq.k_begin, seq.alloc_k, seq.len_k, col0,
-                                Config::cols, last_block, team);
+                                kCols, last_block, team);
             if (block != 0) continue;
             zero_unused_rows<T>(p.dq, head, p.dim_qk, b, p.batch, p.total_q, seq.q_begin, seq.alloc_q,
                                 seq.len_k > 0 ? seq.len_q : 0, 0, seq.alloc_q, true, team);
             if (seq.len_k == 0 || seq.len_q <= seq.len_k) continue;
             const Mask mask(p, seq, b, head);
             for (int row0 = 0; row0 < seq.len_q; row0 += Config::rows)
-                if (KeyTileRank(mask, row0, Config::rows, 0, Config::cols).count == 0)
+                if (KeyTileRank(mask, row0, Config::rows, 0, kCols).count == 0)
                     zero_rows<T>(p.dq, head, seq.q_begin + row0, seq.q_begin + min_of(row0 + Config::rows, seq.len_q),
                                  p.dim_qk, team);
         }

@@ -16,6 +16,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ uint32_t address_at(uint32_t address, int rank) {
+    uint32_t result;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
+    return result;
+}
+
 // An mbarrier: 8 bytes of shared memory.
 struct Barrier {
     uint32_t address;
@@ -25,6 +32,11 @@ struct Barrier {
     }
     __device__ __forceinline__ void arrive() const {
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
+    }
+    // The same at the barrier of another block of the cluster.
+    __device__ __forceinline__ void arrive_at(int rank) const {
+        asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_at(address, rank))
+                     : "memory");
     }
     // One arrival that also announces `bytes` that asynchronous copies will report here.
     __device__ __forceinline__ void arrive_expecting(int bytes) const {
@@ -63,6 +75,20 @@ __device__ __forceinline__ void fence_barrier_init() {
 
 // Orders this thread's ordinary writes to shared memory before later reads by TMA or wgmma.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// All threads of the cluster.
+__device__ __forceinline__ void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Starts the copy of `bytes` of shared memory to the place `to` of another block of the cluster, whose `barrier` gets the
+// bytes. Both are this block's addresses. After fence_async() by the writers.
+__device__ __forceinline__ void copy_to_block(int rank, uint32_t to, uint32_t from, int bytes, Barrier barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     address_at(to, rank)),
+                 "r"(from), "r"(bytes), "r"(address_at(barrier.address, rank))
+                 : "memory");
+}
 
 // Named barriers 1 to 15; number 0 is __syncthreads. `threads` counts every thread that syncs or arrives.
 __device__ __forceinline__ void named_sync(int number, int threads) {
@@ -119,12 +145,12 @@ __device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepc
 // Returns once the kernel before is over and what it wrote is visible.
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// Returns once a counter in global memory has reached `least`; what its writers wrote before is then visible.
+// Returns once a counter has been raised `least` times; what its writers wrote before is then visible.
 __device__ __forceinline__ void await_counter(const int* counter, int least) {
-    int value;
+    int raised;
     do {
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-    } while (value < least);
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(raised) : "l"(counter) : "memory");
+    } while (raised < least);
 }
 // Counts one more, after all writes to global memory that this thread knows of.
 __device__ __forceinline__ void raise_counter(int* counter) {

@@ -72,10 +72,12 @@ struct SharedOperand {
     static constexpr int kLayout = Tile::kPanelCols == 64 ? 1 : 2;  // 128-byte or 64-byte swizzle
     uint64_t descriptor;
 
-    // `first`: the tile's row (rows) or column (columns) where m or n starts; a multiple of 8 rows or of a panel.
+    // `first`: the tile's row (rows) or column (columns) where m or n starts; a multiple of 8 rows or of a panel, or
+    // half a panel from where no more than that half is read.
     __device__ __forceinline__ explicit SharedOperand(Tile tile, int first = 0) {
         const uint32_t start =
-            tile.address + (kColumns ? first / Tile::kPanelCols * Tile::kPanelBytes : first * Tile::kRowBytes);
+            tile.address + (kColumns ? first / Tile::kPanelCols * Tile::kPanelBytes + first % Tile::kPanelCols * 2
+                                     : first * Tile::kRowBytes);
         constexpr uint64_t kLeading = kColumns ? Tile::kPanelBytes / 16 : 1;  // between panels along m or n
         constexpr uint64_t kStride = 8 * Tile::kRowBytes / 16;                // between groups of eight rows
         descriptor = (start & 0x3ffff) >> 4 | kLeading << 16 | kStride << 32 | uint64_t{kLayout} << 62;

@@ -93,7 +93,7 @@ struct SortedBatch {
     }
 };
 
-// A lane's way through the places, which only rise.
+// A lane's way through the places, fastest where they only rise or only fall.
 struct PlaceFinder {
     const Schedule& schedule;
     const SortedBatch& batch;  // where schedule.sorted
@@ -113,10 +113,11 @@ struct PlaceFinder {
 
     HSTU_HOST_DEVICE Rows operator()(int place) {
         const int heads = schedule.heads;
+        if (place >= last()) return {0, 0, -1};
+        while (top < schedule.levels - 1 && place < blocks_from(top + 1) * heads) top += schedule.chunk;
         int low = max_of(0, top - schedule.chunk + 1);
         while (place >= blocks_from(low) * heads) {
             top = low - 1;
-            if (top < 0) return {0, 0, -1};
             low = max_of(0, top - schedule.chunk + 1);
         }
         // First the pairs that have all the chunk's levels, then the others level by level.

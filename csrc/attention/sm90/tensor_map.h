@@ -76,11 +76,22 @@ struct SequenceMap {
                        const std::array<cuuint64_t, 3>& strides, int box_rows, int panel) {
         const cuuint32_t box[] = {static_cast<cuuint32_t>(panel), static_cast<cuuint32_t>(box_rows), 1, 1};
         const cuuint32_t steps[] = {1, 1, 1, 1};
-        const CUresult status = tensor_map_encoder()(
-            &map, std::is_same_v<T, __nv_bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            4, start, dims.data(), strides.data(), box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-            panel == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        const auto run = [&] {
+            return tensor_map_encoder()(
+                &map,
+                std::is_same_v<T, __nv_bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                4, start, dims.data(), strides.data(), box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                panel == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        };
+        CUresult status = run();
+        if (status == CUDA_ERROR_INVALID_CONTEXT) {  // a thread's first call: the runtime has not given it one yet
+            int device = 0;
+            check_cuda(cudaGetDevice(&device), "asking for the device");
+            check_cuda(cudaSetDevice(device), "starting a thread on the device");
+            check_cuda(cudaFree(nullptr), "starting a thread on the device");
+            status = run();
+        }
         if (status != CUDA_SUCCESS)
             throw std::runtime_error("hstu_ext: cuTensorMapEncodeTiled failed with CUresult " +
                                      std::to_string(static_cast<int>(status)));

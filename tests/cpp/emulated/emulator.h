@@ -97,7 +97,9 @@ struct Block {
     Fiber* current = nullptr;
     std::function<void()> body;
     std::vector<unsigned char> memory;  // its shared memory while another block runs
-    int left;                           // threads that have not ended
+    std::vector<Block*> cluster;
+    NamedBarrier whole_cluster;  // of a cluster's first block
+    int left;                    // threads that have not ended
 };
 
 inline Block* block = nullptr;
@@ -110,6 +112,14 @@ inline int multiprocessor_count = 3;
     std::fflush(stdout);
     std::_Exit(1);
 }
+
+// Another block of the cluster, or this one, and its shared memory.
+inline Block& neighbour(int rank) {
+    Block& other = *block->cluster.at(static_cast<size_t>(rank));
+    if (other.left == 0) fail("a block of the cluster has ended");
+    return other;
+}
+inline unsigned char* memory_of(Block& b) { return &b == block ? shared_window : b.memory.data(); }
 
 inline Fiber& fiber() { return *block->current; }
 inline Warp& warp() { return block->warps[fiber().thread / 32]; }
@@ -215,9 +225,11 @@ inline bool advance(Block& b) {
 }
 
 // All blocks of a grid, side by side: they may wait for one another.
-inline void run_grid(unsigned blocks, int threads, const std::function<void()>& body) {
+inline void run_grid(unsigned blocks, int threads, const std::function<void()>& body, unsigned cluster = 1) {
     std::vector<std::unique_ptr<Block>> grid;
     for (unsigned i = 0; i < blocks; ++i) grid.push_back(start_block({i, 1, 1}, {blocks, 1, 1}, threads, body));
+    for (unsigned i = 0; i < blocks; ++i)
+        for (unsigned j = 0; j < cluster; ++j) grid[i]->cluster.push_back(grid[i / cluster * cluster + j].get());
     for (bool running = true; running;) {
         running = false;
         bool progress = false;

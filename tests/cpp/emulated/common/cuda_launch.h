@@ -29,9 +29,4 @@ void launch_early(int64_t blocks, int threads, int shared_bytes, int device, cud
     launch<kKernel>(blocks, threads, shared_bytes, device, stream, args...);
 }
 
-template <auto kKernel, class... Args>
-void launch_together(int blocks, int threads, int shared_bytes, int device, cudaStream_t stream, const Args&... args) {
-    launch<kKernel>(blocks, threads, shared_bytes, device, stream, args...);
-}
-
 }  // namespace hstu

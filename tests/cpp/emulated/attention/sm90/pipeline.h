@@ -15,14 +15,15 @@ inline uint32_t shared_address(const void* pointer) {
 struct Barrier {
     uint32_t address;
 
-    emulated::BarrierState& state() const {
-        const auto found = emulated::block->barriers.find(address);
-        if (found == emulated::block->barriers.end() || address % 8 != 0) emulated::fail("a barrier without init");
+    emulated::BarrierState& state(emulated::Block& block = *emulated::block) const {
+        const auto found = block.barriers.find(address);
+        if (found == block.barriers.end() || address % 8 != 0) emulated::fail("a barrier without init");
         return found->second;
     }
     void init(int arrivals) const { emulated::block->barriers[address] = {arrivals, arrivals}; }
-    void arrive() const {
-        emulated::BarrierState& b = state();
+    void arrive() const { arrive(state()); }
+    void arrive_at(int rank) const { arrive(state(emulated::neighbour(rank))); }
+    static void arrive(emulated::BarrierState& b) {
         if (b.pending == 0) emulated::fail("too many arrivals at a barrier");
         --b.pending;
         b.settle();
@@ -31,9 +32,9 @@ struct Barrier {
         state().bytes += bytes;
         arrive();
     }
-    void complete(int bytes) const {
-        state().bytes -= bytes;
-        state().settle();
+    void complete(int bytes, emulated::Block& block = *emulated::block) const {
+        state(block).bytes -= bytes;
+        state(block).settle();
     }
     void wait(uint32_t parity) const {
         emulated::BarrierState& b = state();
@@ -55,6 +56,22 @@ inline void fence_barrier_init() {}
 inline void fence_async() {}
 inline void let_next_kernel_start() {}
 inline void wait_for_previous_kernel() {}
+
+inline void sync_cluster() {
+    emulated::NamedBarrier& b = emulated::neighbour(0).whole_cluster;
+    const int round = b.round;
+    if (++b.arrived == static_cast<int>(emulated::block->fibers.size() * emulated::block->cluster.size()))
+        b.arrived = 0, ++b.round;
+    emulated::wait_until("the cluster", [&b, round] { return b.round != round; });
+}
+inline void copy_to_block(int rank, uint32_t to, uint32_t from, int bytes, Barrier barrier) {
+    if (to % 16 != 0 || from % 16 != 0 || bytes % 16 != 0) emulated::fail("a copy that is not aligned");
+    emulated::block->copies.push_back([=] {
+        emulated::Block& other = emulated::neighbour(rank);
+        std::memcpy(emulated::memory_of(other) + to, emulated::shared_window + from, static_cast<size_t>(bytes));
+        barrier.complete(bytes, other);
+    });
+}
 
 inline void named_arrive(int number, int threads) {
     emulated::NamedBarrier& b = emulated::block->named[number];

@@ -27,33 +27,47 @@ struct SequenceRows {
 
 // copy(shared, global) for each 16 bytes of rows [row, row + Tile::kRows); global is nullptr where out of bounds.
 template <class Tile, class Copy>
-void for_each_chunk(Tile tile, const SequenceMap& map, SequenceRows rows, int row, const Copy& copy) {
-    if (map.box_rows != Tile::kRows || map.panel != Tile::kPanelCols) emulated::fail("a tile unlike the map's box");
+void for_each_chunk(Tile tile, const SequenceMap& map, SequenceRows rows, int row, const Copy& copy,
+                    unsigned char* memory = emulated::shared_window, int first_col = 0, int part = 0, int parts = 1) {
+    if (map.box_rows != Tile::kRows / parts || map.panel != Tile::kPanelCols)
+        emulated::fail("a tile unlike the map's box");
     if (rows.len > map.max_length || rows.begin + rows.len > map.rows || rows.head >= map.heads)
         emulated::fail("rows outside the map");
     if (tile.address % 1024 != 0 || tile.address + Tile::kBytes > emulated::kSharedBytes)
         emulated::fail("a tile at a wrong place");
-    for (int r = 0; r < Tile::kRows; ++r)
+    for (int r = part * Tile::kRows / parts; r < (part + 1) * Tile::kRows / parts; ++r)
         for (int col = 0; col < Tile::kDim; col += 8) {
-            const bool inside = row + r >= 0 && row + r < rows.len && col < map.dim;
-            bf16* global = inside ? map.tensor.at<bf16>(rows.begin + row + r, rows.head) + col : nullptr;
-            copy(emulated::shared_window + tile.address + col / Tile::kPanelCols * Tile::kPanelBytes +
+            const bool inside = row + r >= 0 && row + r < rows.len && first_col + col < map.dim;
+            bf16* global = inside ? map.tensor.at<bf16>(rows.begin + row + r, rows.head) + first_col + col : nullptr;
+            copy(memory + tile.address + col / Tile::kPanelCols * Tile::kPanelBytes +
                      Tile::chunk_offset(r, col % Tile::kPanelCols),
                  global);
         }
 }
 
+inline void copy_chunk(unsigned char* shared, const bf16* global) {
+    if (global)
+        std::memcpy(shared, global, 16);
+    else
+        std::memset(shared, 0, 16);
+}
+
 template <class Tile>
-void load_rows(Tile tile, uint32_t barrier, const SequenceMap& from, SequenceRows rows, int row) {
+void load_rows(Tile tile, uint32_t barrier, const SequenceMap& from, SequenceRows rows, int row, int col = 0) {
     emulated::block->copies.push_back([=] {
-        for_each_chunk(tile, from, rows, row, [](unsigned char* shared, const bf16* global) {
-            if (global)
-                std::memcpy(shared, global, 16);
-            else
-                std::memset(shared, 0, 16);
-        });
+        for_each_chunk(tile, from, rows, row, copy_chunk, emulated::shared_window, col);
         Barrier{barrier}.complete(Tile::kBytes);
     });
+}
+
+template <int kParts, class Tile>
+void load_part_of_rows(Tile tile, uint32_t barrier, const SequenceMap& from, SequenceRows rows, int row, int part) {
+    for (int rank = 0; rank < kParts; ++rank)
+        emulated::block->copies.push_back([=] {
+            emulated::Block& other = emulated::neighbour(rank);
+            for_each_chunk(tile, from, rows, row, copy_chunk, emulated::memory_of(other), 0, part, kParts);
+            Barrier{barrier}.complete(Tile::kBytes / kParts, other);
+        });
 }
 
 template <int kRows, class Tile>
