@@ -68,20 +68,35 @@ __device__ __forceinline__ void backward_q_block(const BackwardParams& p, BlockO
         __syncthreads();
         if (t + 1 < walk.tiles) load_kv(t + 1);
         cute::cp_async_fence();
-        typename ScoreGrid::Acc s, dp;
-        s.clear();
-        dp.clear();
-        matmul<T, kHeadDim / 16>(s, q, RightRows<KTile>(shared.k(t & 1), 0));
-        matmul<T, kHeadDim / 16>(dp, dout, RightRows<KTile>(shared.v(t & 1), 0));
-        if constexpr (Bias::kKind == BiasKind::kRelative)
-            differentiate_relative<ScoreGrid, false>(s, dp, mask, bias, p.alpha, nullptr, nullptr, row0, kRows, walk[t],
-                                                     kCols);
-        else
+        if constexpr (Bias::kKind == BiasKind::kRelative) {
+            const bool full = mask.is_full(row0, kRows, walk[t], kCols);
+            const auto times = bias.times_of(row0, walk[t]);
+#pragma unroll 1
+            for (int piece = 0; piece < kCols / 16; ++piece) {
+                const KTile keys{shared.k(t & 1).address + piece * 16 * KTile::kRowBytes};
+                Accumulator<ScoreGrid::kM, 2> s, dp;
+                s.clear();
+                dp.clear();
+                matmul<T, kHeadDim / 16>(s, q, RightRows<KTile>(keys, 0));
+                matmul<T, kHeadDim / 16>(dp, dout, RightRows<KTile>(shared.v(t & 1), piece * 16));
+                differentiate_piece<ScoreGrid, false>(s, dp, mask, full, bias, p.alpha, times, nullptr, nullptr, 0,
+                                                      row0, walk[t], piece);
+                Registers<ScoreGrid::kM, 1> g;
+                convert_step<T>(g, dp, 0);
+                matmul_by_rows<T>(dq, g, RightColumns<KTile>(keys, 0));
+            }
+        } else {
+            typename ScoreGrid::Acc s, dp;
+            s.clear();
+            dp.clear();
+            matmul<T, kHeadDim / 16>(s, q, RightRows<KTile>(shared.k(t & 1), 0));
+            matmul<T, kHeadDim / 16>(dp, dout, RightRows<KTile>(shared.v(t & 1), 0));
             differentiate<T, ScoreGrid>(s, dp, mask, bias, p, Dense{}, b, head, row0, kRows, walk[t], kCols);
-        Registers<ScoreGrid::kM, kCols / 16> g;
+            Registers<ScoreGrid::kM, kCols / 16> g;
 #pragma unroll
-        for (int step = 0; step < kCols / 16; ++step) convert_step<T>(g, dp, step);
-        matmul_by_rows<T>(dq, g, RightColumns<KTile>(shared.k(t & 1), 0));
+            for (int step = 0; step < kCols / 16; ++step) convert_step<T>(g, dp, step);
+            matmul_by_rows<T>(dq, g, RightColumns<KTile>(shared.k(t & 1), 0));
+        }
     }
 
     cute::cp_async_wait<0>();
