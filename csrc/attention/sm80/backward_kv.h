@@ -195,16 +195,19 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
             // Piece by piece in a loop: the code for one is long and needs many registers.
             const bool full = mask.is_full(row0, kRows, col0, kCols);
             const auto times = bias.times_of(row0, col0);
+            const LeftRows<QTile> queries(shared.q(t % kStages), ScoreGrid::row());
+            const LeftRows<QTile> douts(shared.dout(t % kStages), ScoreGrid::row());
+            RightRows<KTile> keys(shared.k(), ScoreGrid::col()), values(shared.v(), ScoreGrid::col());
 #pragma unroll 1
             for (int piece = 0; piece < ScoreGrid::kN / 2; ++piece) {
                 const int col = ScoreGrid::col() + piece * 16;
                 Accumulator<ScoreGrid::kM, 2> s, dp;
                 s.clear();
                 dp.clear();
-                matmul<T, kHeadDim / 16>(s, LeftRows<QTile>(shared.q(t % kStages), ScoreGrid::row()),
-                                         RightRows<KTile>(shared.k(), col));
-                matmul<T, kHeadDim / 16>(dp, LeftRows<QTile>(shared.dout(t % kStages), ScoreGrid::row()),
-                                         RightRows<KTile>(shared.v(), col));
+                matmul<T, kHeadDim / 16>(s, queries, keys);
+                matmul<T, kHeadDim / 16>(dp, douts, values);
+                keys.base += 16 * KTile::kRowBytes;
+                values.base += 16 * KTile::kRowBytes;
                 const BucketColumns<STile, ScoreGrid::kM> columns(shared.p(), shared.ds(), ScoreGrid::row(), col);
                 differentiate_piece<ScoreGrid, true>(s, dp, mask, full, bias, p.alpha, times, &table_gradients,
                                                      &time_sums, columns, row0, col0, piece);

@@ -63,27 +63,42 @@ __device__ __forceinline__ void backward_q_block(const BackwardParams& p, BlockO
     const LeftRows<QTile> q(shared.q(), ScoreGrid::row()), dout(shared.dout(), ScoreGrid::row());
     typename QueryGrid::Acc dq;
     dq.clear();
+    // A relative bias takes few keys at a time: where registers allow it, Q and dO are not read again for each of them.
+    constexpr bool kInRegisters = Bias::kKind == BiasKind::kRelative && kHeadDim <= 128;
+    Registers<ScoreGrid::kM, kHeadDim / 16> q_registers, dout_registers;
     for (int t = 0; t < walk.tiles; ++t) {
         cute::cp_async_wait<0>();
         __syncthreads();
+        if constexpr (kInRegisters) {
+            if (t == 0) q_registers.read(q), dout_registers.read(dout);
+        }
         if (t + 1 < walk.tiles) load_kv(t + 1);
         cute::cp_async_fence();
         if constexpr (Bias::kKind == BiasKind::kRelative) {
             const bool full = mask.is_full(row0, kRows, walk[t], kCols);
             const auto times = bias.times_of(row0, walk[t]);
+            RightRows<KTile> keys(shared.k(t & 1), 0), values(shared.v(t & 1), 0);
+            RightColumns<KTile> products(shared.k(t & 1), 0);
 #pragma unroll 1
             for (int piece = 0; piece < kCols / 16; ++piece) {
-                const KTile keys{shared.k(t & 1).address + piece * 16 * KTile::kRowBytes};
                 Accumulator<ScoreGrid::kM, 2> s, dp;
                 s.clear();
                 dp.clear();
-                matmul<T, kHeadDim / 16>(s, q, RightRows<KTile>(keys, 0));
-                matmul<T, kHeadDim / 16>(dp, dout, RightRows<KTile>(shared.v(t & 1), piece * 16));
+                if constexpr (kInRegisters) {
+                    matmul_by_rows<T>(s, q_registers, keys);
+                    matmul_by_rows<T>(dp, dout_registers, values);
+                } else {
+                    matmul<T, kHeadDim / 16>(s, q, keys);
+                    matmul<T, kHeadDim / 16>(dp, dout, values);
+                }
                 differentiate_piece<ScoreGrid, false>(s, dp, mask, full, bias, p.alpha, times, nullptr, nullptr, 0,
                                                       row0, walk[t], piece);
                 Registers<ScoreGrid::kM, 1> g;
                 convert_step<T>(g, dp, 0);
-                matmul_by_rows<T>(dq, g, RightColumns<KTile>(keys, 0));
+                matmul_by_rows<T>(dq, g, products);
+                keys.base += 16 * KTile::kRowBytes;
+                values.base += 16 * KTile::kRowBytes;
+                products.base += 16 * KTile::kRowBytes;
             }
         } else {
             typename ScoreGrid::Acc s, dp;

@@ -86,15 +86,17 @@ __device__ __forceinline__ void attend_relative(Out& out, const Q& q, KTile k, K
     constexpr int kPieces = Config::q_in_registers ? 1 : 2, kSteps = kHeadDim / 16;
     const bool full = mask.is_full(row0, Config::rows, col0, Config::cols);
     const auto times = bias.times_of(row0, col0);
+    RightRows<KTile> keys(k, 0);
+    RightColumns<KTile> values(v, 0);
 #pragma unroll 1
     for (int first = 0; first < Bias::kPieces; first += kPieces) {
-        const KTile keys{k.address + first * 16 * KTile::kRowBytes}, values{v.address + first * 16 * KTile::kRowBytes};
         Accumulator<Grid::kM, 2 * kPieces> s;
         s.clear();
         if constexpr (Config::q_in_registers)
-            matmul_by_rows<T>(s, q, RightRows<KTile>(keys, 0));
+            matmul_by_rows<T>(s, q, keys);
         else
-            matmul<T, kSteps>(s, q, RightRows<KTile>(keys, 0));
+            matmul<T, kSteps>(s, q, keys);
+        keys.base += kPieces * 16 * KTile::kRowBytes;
         Registers<Grid::kM, kPieces> weights;
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
@@ -115,7 +117,8 @@ __device__ __forceinline__ void attend_relative(Out& out, const Q& q, KTile k, K
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) convert_step<T>(weights, s, piece);
         if (first == 0) values_ready();
-        matmul_by_rows<T>(out, weights, RightColumns<KTile>(values, 0));
+        matmul_by_rows<T>(out, weights, values);
+        values.base += kPieces * 16 * KTile::kRowBytes;
     }
 }
 

@@ -111,69 +111,6 @@ struct RelativeTiles : RelativeBias<float> {
         return {of_piece & 255, of_piece >> 8 & 255, of_piece >> 16 != 0};
     }
 
-    // Calls emit(i, the time bias of element i) for a piece's elements; with kKeep their buckets are left in `bucket`,
-    // unless there is only one.
-    template <bool kKeep, class Emit>
-    __device__ __forceinline__ void piece_times(const TileTimes& times, const PieceBuckets& in, int piece, int row0,
-                                                int col0, int (&bucket)[kPieceSize], const Emit& emit) const {
-        const int col = col0 + Grid::col() + piece * 16 + lane() % 4 * 2;
-        const auto key_of = [&](int i) { return key_times + min_of(col + n(i) * 8 + c(i), len_k - 1); };
-        if (in.first == in.last) {
-            const float constant = time == nullptr ? 0.0f : __ldg(time + in.first);
-#pragma unroll
-            for (int i = 0; i < kPieceSize; ++i) emit(i, constant);
-        } else if (!in.wide) {
-            uint32_t x[kPieceSize];
-            uint32_t keys[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) keys[i] = low_word(key_of(i));
-#pragma unroll
-            for (int i = 0; i < kPieceSize; ++i)
-                x[i] = static_cast<uint32_t>(abs(static_cast<int>(times.queries[i / 4] - keys[i % 4])));
-            if (!kKeep && in.last - in.first <= kMaxEdges) {
-                float value[kPieceSize];
-                const float constant = __ldg(time + in.first);
-#pragma unroll
-                for (int i = 0; i < kPieceSize; ++i) value[i] = constant;
-#pragma unroll 1
-                for (int b = in.first + 1; b <= in.last; ++b) {
-                    const uint32_t edge = __ldg(kEdgesOfTime.at + b);
-                    const float above = __ldg(time + b);
-#pragma unroll
-                    for (int i = 0; i < kPieceSize; ++i) value[i] = x[i] >= edge ? above : value[i];
-                }
-#pragma unroll
-                for (int i = 0; i < kPieceSize; ++i) emit(i, value[i]);
-            } else {
-#pragma unroll
-                for (int i = 0; i < kPieceSize; ++i) {
-                    const int found = min_of(bucket_of(x[i]), num_buckets);
-                    if constexpr (kKeep) bucket[i] = found;
-                    emit(i, __ldg(time + found));
-                }
-            }
-        } else {
-            // Seldom: row by row in a loop, which keeps the code small.
-            float value[kPieceSize] = {};
-#pragma unroll 1
-            for (int r = 0; r < kPieceSize; r += 4) {
-                const int64_t query_time = __ldg(query_of(row0, r / 4));
-                int found[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    found[i] = min_of(bucket_of(time_difference(query_time, __ldg(key_of(i)))), num_buckets);
-#pragma unroll
-                for (int i = 0; i < kPieceSize; ++i) {
-                    if (i / 4 * 4 != r) continue;
-                    value[i] = __ldg(time + found[i % 4]);
-                    if constexpr (kKeep) bucket[i] = found[i % 4];
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < kPieceSize; ++i) emit(i, value[i]);
-        }
-    }
-
     // Half the position table along the diagonals of 8 x 8 blocks that a piece touches. at[k][c] is for row block m, half
     // and column block n with 2 m + half - n + 1 = k.
     struct Band {
@@ -198,20 +135,75 @@ struct RelativeTiles : RelativeBias<float> {
         }
     }
 
-    // S -> (alpha S + bias) / 2 on a piece, which is in the accumulator's column blocks from n0 on; see piece_times() for
-    // kKeep.
+    // S -> (alpha S + bias) / 2 on a piece, which is in the accumulator's column blocks from n0 on; with kKeep the buckets
+    // of its elements are left in `bucket`, unless there is only one.
     template <bool kKeep, class Acc>
     __device__ __forceinline__ void add(Acc& s, int n0, const TileTimes& times, const PieceBuckets& in, int piece,
                                         int row0, int col0, float half_alpha, int (&bucket)[kPieceSize]) const {
+        const auto element = [&](int i) -> float& { return s.x[m(i)][n0 + n(i)][half(i) * 2 + c(i)]; };
         Band band = {};
         read_band(band, piece, row0, col0);
-        piece_times<kKeep>(times, in, piece, row0, col0, bucket, [&](int i, float of_time) {
-            float& x = s.x[m(i)][n0 + n(i)][half(i) * 2 + c(i)];
-            x = fmaf(half_alpha, x, fmaf(0.5f, of_time, band.at[2 * m(i) + half(i) - n(i) + 1][c(i)]));
-        });
+        const bool few = in.first == in.last || (!kKeep && !in.wide && in.last - in.first <= kMaxEdges);
+        const float constant = few && time != nullptr ? __ldg(time + in.first) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < kPieceSize; ++i)
+            element(i) =
+                fmaf(half_alpha, element(i), fmaf(0.5f, constant, band.at[2 * m(i) + half(i) - n(i) + 1][c(i)]));
+        if (in.first == in.last) return;
+
+        const int col = col0 + Grid::col() + piece * 16 + lane() % 4 * 2;
+        const auto key_of = [&](int i) { return key_times + min_of(col + n(i) * 8 + c(i), len_k - 1); };
+        if (in.wide) return add_wide<kKeep>(s, n0, row0, key_of, bucket);
+        uint32_t keys[4], x[kPieceSize];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) keys[i] = low_word(key_of(i));
+#pragma unroll
+        for (int i = 0; i < kPieceSize; ++i)
+            x[i] = static_cast<uint32_t>(abs(static_cast<int>(times.queries[i / 4] - keys[i % 4])));
+        if (!kKeep && few) {
+            float below = constant;
+#pragma unroll 1
+            for (int b = in.first + 1; b <= in.last; ++b) {
+                const uint32_t edge = __ldg(kEdgesOfTime.at + b);
+                const float above = __ldg(time + b), step = 0.5f * (above - below);
+                below = above;
+#pragma unroll
+                for (int i = 0; i < kPieceSize; ++i)
+                    if (x[i] >= edge) element(i) += step;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kPieceSize; ++i) {
+                const int found = min_of(bucket_of(x[i]), num_buckets);
+                if constexpr (kKeep) bucket[i] = found;
+                element(i) = fmaf(0.5f, __ldg(time + found), element(i));
+            }
+        }
     }
 
   private:
+    // The times of a piece whose differences need 64 bits. Seldom: row by row in a loop, which keeps the code small.
+    template <bool kKeep, class Acc, class KeyOf>
+    __device__ __forceinline__ void add_wide(Acc& s, int n0, int row0, const KeyOf& key_of,
+                                             int (&bucket)[kPieceSize]) const {
+#pragma unroll 1
+        for (int r = 0; r < kPieceSize; r += 4) {
+            const int64_t query_time = __ldg(query_of(row0, r / 4));
+            int found[4];
+            float half_time[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                found[i] = min_of(bucket_of(time_difference(query_time, __ldg(key_of(i)))), num_buckets);
+                half_time[i] = 0.5f * __ldg(time + found[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < kPieceSize; ++i) {
+                if (i / 4 * 4 != r) continue;
+                s.x[m(i)][n0 + n(i)][half(i) * 2 + c(i)] += half_time[i % 4];
+                if constexpr (kKeep) bucket[i] = found[i % 4];
+            }
+        }
+    }
     __device__ __forceinline__ const int64_t* query_of(int row0, int r) const {
         return query_times + min_of(row0 + Grid::row() + r * 8 + lane() / 4, len_q - 1);
     }

@@ -184,9 +184,19 @@ __device__ __forceinline__ void add_distances(const Piece& grad, const TableGrad
     gather(sum, 2, 1);  // lanes with q = 0, 2 get those with q = 1, 3
     gather(sum, 4, 2);
     if (q != 0) return;
+    const int first = corner + r - 8 * Piece::kN;
+    if (to.exact_position == nullptr && corner - 8 * Piece::kN >= -reach && corner + 16 * Piece::kM <= reach) {
 #pragma unroll
-    for (int k = 0; k < kDiagonals; ++k)
-        to.add(to.position, to.exact_position, clamp_to(corner + r + 8 * (k - Piece::kN), -reach, reach), sum[k]);
+        for (int k = 0; k < kDiagonals; ++k) atomicAdd(to.position + first + 8 * k, to.scale * sum[k]);
+        return;
+    }
+#pragma unroll 1
+    for (int k = 0; k < kDiagonals; ++k) {
+        float x = 0.0f;
+#pragma unroll
+        for (int other = 0; other < kDiagonals; ++other) x = other == k ? sum[other] : x;
+        to.add(to.position, to.exact_position, clamp_to(first + 8 * k, -reach, reach), x);
+    }
 }
 
 }  // namespace hstu::attention::sm80
