@@ -164,8 +164,7 @@ void check_tile(Problem& problem, int head, int row0, int col0) {
             tiles.template add<true>(s, 0, times, in, piece, row0, col0, 0.75f, bucket);
             for (int i = 0; i < Tiles::kPieceSize; ++i)
                 looked_up[place_of(i)] = s.x[Tiles::m(i)][Tiles::n(i)][Tiles::half(i) * 2 + Tiles::c(i)];
-            const STile tile{0}, other{STile::kBytes};
-            const BucketColumns<STile, G::kM> columns(tile, other, G::row(), G::col() + piece * 16);
+            const BucketColumns<STile, G::kM> columns(STile{0}, G::row(), G::col() + piece * 16);
             if (gradients.time != nullptr) sums.add_piece(in, of_piece, bucket, columns);
             add_distances(g, gradients, row0 + G::row() + tiles.offset - col0 - G::col() - piece * 16, tiles.reach);
         }

@@ -208,7 +208,7 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
                 matmul<T, kHeadDim / 16>(dp, douts, values);
                 keys.base += 16 * KTile::kRowBytes;
                 values.base += 16 * KTile::kRowBytes;
-                const BucketColumns<STile, ScoreGrid::kM> columns(shared.p(), shared.ds(), ScoreGrid::row(), col);
+                const BucketColumns<STile, ScoreGrid::kM> columns(shared.p(), ScoreGrid::row(), col);
                 differentiate_piece<ScoreGrid, true>(s, dp, mask, full, bias, p.alpha, times, &table_gradients,
                                                      &time_sums, columns, row0, col0, piece);
                 ScoreGrid::template store<T>(s, shared.p(), piece * 16);

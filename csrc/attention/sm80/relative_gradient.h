@@ -50,27 +50,26 @@ struct TableGradients {
 };
 
 // Sums by bucket over one piece of a warp, in a column of shared memory for each lane: no other lane adds to it. The
-// memory is that which the piece's P and G will be stored to: of kM * 16 rows and 16 columns of either tile. A bucket has
-// one of its 16-byte chunks in 8 rows, so that the lanes meet no bank conflict.
+// memory is that which the piece's P and G will be stored to, kM * 16 rows and 16 columns of two tiles one after the other.
+// A bucket has one 16-byte chunk in each of 8 rows, so that the lanes meet no bank conflict.
 template <class Tile, int kM>
 struct BucketColumns {
     static constexpr int kBuckets = 8 * kM, kGroups = 2 * kM;  // groups of 8 rows
     static constexpr int kLanes = 32 / kBuckets;               // that add up the columns of one bucket
 
-    uint32_t corner;
-    int row, col, to_other_tile;
     uint32_t mine;  // this lane's place for bucket 0
 
-    __device__ __forceinline__ BucketColumns(Tile p, Tile ds, int row, int col)
-        : corner(p.address), row(row), col(col), to_other_tile(static_cast<int>(ds.address - p.address)),
-          mine(place(0, lane() / 4) + lane() % 4 * 4) {}
-    __device__ __forceinline__ uint32_t place(int bucket, int row_of_8) const {
-        return corner + Tile::chunk_offset(row + bucket % kGroups * 8 + row_of_8, col + bucket / kGroups % 2 * 8) +
-               bucket / (2 * kGroups) * to_other_tile;
+    __device__ __forceinline__ explicit BucketColumns(uint32_t mine) : mine(mine) {}
+    // The piece's first row and column in the tiles.
+    __device__ __forceinline__ BucketColumns(Tile p, int row, int col)
+        : mine(p.address + Tile::chunk_offset(row + lane() / 4, col) + lane() % 4 * 4) {}
+
+    __device__ __forceinline__ static uint32_t offset(int bucket) {
+        return bucket % kGroups * (8 * Tile::kRowBytes) + bucket / (2 * kGroups) * Tile::kBytes;
     }
+    // A chunk and its right neighbour differ in one bit of their address.
     __device__ __forceinline__ uint32_t mine_of(int bucket) const {
-        return (mine ^ bucket / kGroups % 2 << 4) + bucket % kGroups * 8 * Tile::kRowBytes +
-               bucket / (2 * kGroups) * to_other_tile;
+        return (mine ^ bucket / kGroups % 2 << 4) + offset(bucket);
     }
     __device__ __forceinline__ void clear() const {
 #pragma unroll
@@ -88,7 +87,10 @@ struct BucketColumns {
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
-            const float4 x = load_shared4(place(bucket, part * kChunks + (i + bucket) % kChunks));
+            // The chunk that lane 4 * row has its column in.
+            const int row = part * kChunks + (i + bucket) % kChunks;
+            const BucketColumns others(__shfl_sync(~0u, mine, 4 * row));
+            const float4 x = load_shared4(others.mine_of(bucket));
             sum += (x.x + x.y) + (x.z + x.w);
         }
         for (int step = kBuckets; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
