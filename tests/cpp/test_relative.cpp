@@ -151,17 +151,18 @@ void check_tile(Problem& problem, int head, int row0, int col0) {
                 of_piece[i] = grad[place_of(i)];
                 g.x[Tiles::m(i)][Tiles::n(i)][Tiles::half(i) * 2 + Tiles::c(i)] = of_piece[i];
             }
-            const PieceBuckets in = Tiles::unpack(times, piece);
+            const auto of_tables = tiles.piece(times, piece, row0, col0);
+            const PieceBuckets& in = of_tables.in;
             if (lane() == 0)
                 ++paths[in.first == in.last ? 0 : in.wide ? 3 : in.last - in.first <= Tiles::kMaxEdges ? 1 : 2];
             int bucket[Tiles::kPieceSize];
-            tiles.template add<false>(s, 0, times, in, piece, row0, col0, 0.75f, bucket);
+            tiles.template add<false>(s, 0, of_tables, times, row0, col0, 0.75f, bucket);
             for (int i = 0; i < Tiles::kPieceSize; ++i)
                 got[place_of(i)] = s.x[Tiles::m(i)][Tiles::n(i)][Tiles::half(i) * 2 + Tiles::c(i)];
             // The other way to the same bias: no edges are compared.
             for (int i = 0; i < Tiles::kPieceSize; ++i)
                 s.x[Tiles::m(i)][Tiles::n(i)][Tiles::half(i) * 2 + Tiles::c(i)] = score[place_of(i)];
-            tiles.template add<true>(s, 0, times, in, piece, row0, col0, 0.75f, bucket);
+            tiles.template add<true>(s, 0, of_tables, times, row0, col0, 0.75f, bucket);
             for (int i = 0; i < Tiles::kPieceSize; ++i)
                 looked_up[place_of(i)] = s.x[Tiles::m(i)][Tiles::n(i)][Tiles::half(i) * 2 + Tiles::c(i)];
             const BucketColumns<STile, G::kM> columns(STile{0}, G::row(), G::col() + piece * 16);

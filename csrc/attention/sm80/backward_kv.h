@@ -78,15 +78,14 @@ __device__ __forceinline__ void differentiate(typename Grid::Acc& s, typename Gr
 
 // The same with a relative bias on a piece of 16 columns; with kSums the sums of G by bucket and distance are taken.
 // `columns`: memory for them.
-template <class Grid, bool kSums, class Piece, class Mask, class Bias, class Times, class Columns>
-__device__ __forceinline__ void differentiate_piece(Piece& s, Piece& dp, const Mask& mask, bool full, const Bias& bias,
-                                                    float alpha, const Times& times, const TableGradients* gradients,
-                                                    TimeSums* time_sums, const Columns& columns, int row0, int col0,
-                                                    int piece) {
+template <class Grid, bool kSums, class Acc, class Mask, class Bias, class Columns>
+__device__ __forceinline__ void differentiate_piece(Acc& s, Acc& dp, const Mask& mask, bool full, const Bias& bias,
+                                                    float alpha, const typename Bias::TileTimes& times,
+                                                    const typename Bias::Piece& piece, const TableGradients* gradients,
+                                                    TimeSums* time_sums, const Columns& columns, int row0, int col0) {
     constexpr int kSize = Bias::kPieceSize;
-    const PieceBuckets in = Bias::unpack(times, piece);
     int bucket[kSize];
-    bias.template add<kSums>(s, 0, times, in, piece, row0, col0, 0.5f * alpha, bucket);
+    bias.template add<kSums>(s, 0, piece, times, row0, col0, 0.5f * alpha, bucket);
     float grad[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
@@ -97,7 +96,7 @@ __device__ __forceinline__ void differentiate_piece(Piece& s, Piece& dp, const M
         g *= silu.slope;
         if (!full) {
             const int row = row0 + Grid::row() + Bias::m(i) * 16 + Bias::half(i) * 8 + lane() / 4;
-            const int col = col0 + Grid::col() + piece * 16 + Bias::n(i) * 8 + lane() % 4 * 2 + Bias::c(i);
+            const int col = col0 + Grid::col() + piece.number * 16 + Bias::n(i) * 8 + lane() % 4 * 2 + Bias::c(i);
             const bool kept = mask.row(row).keeps(col);
             x = kept ? x : 0.0f;
             g = kept ? g : 0.0f;
@@ -105,8 +104,9 @@ __device__ __forceinline__ void differentiate_piece(Piece& s, Piece& dp, const M
         grad[i] = g;
     }
     if constexpr (kSums) {
-        if (gradients->time != nullptr) time_sums->add_piece(in, grad, bucket, columns);
-        add_distances(dp, *gradients, row0 + Grid::row() + bias.offset - col0 - Grid::col() - piece * 16, bias.reach);
+        if (gradients->time != nullptr) time_sums->add_piece(piece.in, grad, bucket, columns);
+        add_distances(dp, *gradients, row0 + Grid::row() + bias.offset - col0 - Grid::col() - piece.number * 16,
+                      bias.reach);
     }
 }
 
@@ -199,8 +199,8 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
             const LeftRows<QTile> douts(shared.dout(t % kStages), ScoreGrid::row());
             RightRows<KTile> keys(shared.k(), ScoreGrid::col()), values(shared.v(), ScoreGrid::col());
 #pragma unroll 1
-            for (int piece = 0; piece < ScoreGrid::kN / 2; ++piece) {
-                const int col = ScoreGrid::col() + piece * 16;
+            for (int n = 0; n < ScoreGrid::kN / 2; ++n) {
+                const auto piece = bias.piece(times, n, row0, col0);
                 Accumulator<ScoreGrid::kM, 2> s, dp;
                 s.clear();
                 dp.clear();
@@ -208,11 +208,12 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
                 matmul<T, kHeadDim / 16>(dp, douts, values);
                 keys.base += 16 * KTile::kRowBytes;
                 values.base += 16 * KTile::kRowBytes;
-                const BucketColumns<STile, ScoreGrid::kM> columns(shared.p(), ScoreGrid::row(), col);
-                differentiate_piece<ScoreGrid, true>(s, dp, mask, full, bias, p.alpha, times, &table_gradients,
-                                                     &time_sums, columns, row0, col0, piece);
-                ScoreGrid::template store<T>(s, shared.p(), piece * 16);
-                ScoreGrid::template store<T>(dp, shared.ds(), piece * 16);
+                const BucketColumns<STile, ScoreGrid::kM> columns(shared.p(), ScoreGrid::row(),
+                                                                  ScoreGrid::col() + n * 16);
+                differentiate_piece<ScoreGrid, true>(s, dp, mask, full, bias, p.alpha, times, piece, &table_gradients,
+                                                     &time_sums, columns, row0, col0);
+                ScoreGrid::template store<T>(s, shared.p(), n * 16);
+                ScoreGrid::template store<T>(dp, shared.ds(), n * 16);
             }
         } else {
             typename ScoreGrid::Acc s, dp;

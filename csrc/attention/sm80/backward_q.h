@@ -80,7 +80,8 @@ __device__ __forceinline__ void backward_q_block(const BackwardParams& p, BlockO
             RightRows<KTile> keys(shared.k(t & 1), 0), values(shared.v(t & 1), 0);
             RightColumns<KTile> products(shared.k(t & 1), 0);
 #pragma unroll 1
-            for (int piece = 0; piece < kCols / 16; ++piece) {
+            for (int n = 0; n < kCols / 16; ++n) {
+                const auto piece = bias.piece(times, n, row0, walk[t]);
                 Accumulator<ScoreGrid::kM, 2> s, dp;
                 s.clear();
                 dp.clear();
@@ -91,8 +92,8 @@ __device__ __forceinline__ void backward_q_block(const BackwardParams& p, BlockO
                     matmul<T, kHeadDim / 16>(s, q, keys);
                     matmul<T, kHeadDim / 16>(dp, dout, values);
                 }
-                differentiate_piece<ScoreGrid, false>(s, dp, mask, full, bias, p.alpha, times, nullptr, nullptr, 0,
-                                                      row0, walk[t], piece);
+                differentiate_piece<ScoreGrid, false>(s, dp, mask, full, bias, p.alpha, times, piece, nullptr, nullptr,
+                                                      0, row0, walk[t]);
                 Registers<ScoreGrid::kM, 1> g;
                 convert_step<T>(g, dp, 0);
                 matmul_by_rows<T>(dq, g, products);

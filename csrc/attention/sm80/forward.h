@@ -90,6 +90,9 @@ __device__ __forceinline__ void attend_relative(Out& out, const Q& q, KTile k, K
     RightColumns<KTile> values(v, 0);
 #pragma unroll 1
     for (int first = 0; first < Bias::kPieces; first += kPieces) {
+        typename Bias::Piece pieces[kPieces];
+#pragma unroll
+        for (int n = 0; n < kPieces; ++n) pieces[n] = bias.piece(times, first + n, row0, col0);
         Accumulator<Grid::kM, 2 * kPieces> s;
         s.clear();
         if constexpr (Config::q_in_registers)
@@ -99,10 +102,9 @@ __device__ __forceinline__ void attend_relative(Out& out, const Q& q, KTile k, K
         keys.base += kPieces * 16 * KTile::kRowBytes;
         Registers<Grid::kM, kPieces> weights;
 #pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) {
+        for (int n = 0; n < kPieces; ++n) {
             int unused[Bias::kPieceSize];
-            bias.template add<false>(s, 2 * piece, times, Bias::unpack(times, first + piece), first + piece, row0, col0,
-                                     0.5f * alpha, unused);
+            bias.template add<false>(s, 2 * n, pieces[n], times, row0, col0, 0.5f * alpha, unused);
         }
         if (!full) {
 #pragma unroll
@@ -221,10 +223,9 @@ __device__ __forceinline__ void add_relative(typename Grid::Acc& s, const Mask& 
                                              int col0, float half_alpha) {
     const auto times = bias.times_of(row0, col0);
 #pragma unroll
-    for (int piece = 0; piece < Bias::kPieces; ++piece) {
+    for (int n = 0; n < Bias::kPieces; ++n) {
         int unused[Bias::kPieceSize];
-        bias.template add<false>(s, 2 * piece, times, Bias::unpack(times, piece), piece, row0, col0, half_alpha,
-                                 unused);
+        bias.template add<false>(s, 2 * n, bias.piece(times, n, row0, col0), times, row0, col0, half_alpha, unused);
     }
     if (mask.is_full(row0, Config::rows, col0, Config::cols)) return;
     Grid::for_each(

@@ -61,6 +61,8 @@ struct TimeRange {
 struct PieceBuckets {
     int first, last;
     bool wide;
+
+    __device__ __forceinline__ bool one() const { return first == last; }
 };
 
 // The bias on tiles of a block whose query rows (kRowsStay) or keys stay the same.
@@ -106,11 +108,6 @@ struct RelativeTiles : RelativeBias<float> {
         for (int r = 0; r < kM * 2; ++r) of.queries[r] = low_word(query_of(row0, r));
         return of;
     }
-    static __device__ __forceinline__ PieceBuckets unpack(const TileTimes& times, int piece) {
-        const int of_piece = __shfl_sync(~0u, times.packed, 8 * piece);
-        return {of_piece & 255, of_piece >> 8 & 255, of_piece >> 16 != 0};
-    }
-
     // Half the position table along the diagonals of 8 x 8 blocks that a piece touches. at[k][c] is for row block m, half
     // and column block n with 2 m + half - n + 1 = k.
     struct Band {
@@ -135,41 +132,59 @@ struct RelativeTiles : RelativeBias<float> {
         }
     }
 
+    // What a piece needs of tables and times, read before the products that make its scores.
+    struct Piece {
+        int number;
+        PieceBuckets in;
+        Band band;
+        uint32_t keys[4];  // the low words of the times of this thread's keys, with more than one bucket
+    };
+    __device__ __forceinline__ Piece piece(const TileTimes& times, int number, int row0, int col0) const {
+        Piece piece{number, {}, {}, {}};
+        read_band(piece.band, number, row0, col0);
+        const int packed = __shfl_sync(~0u, times.packed, 8 * number);
+        piece.in = {packed & 255, packed >> 8 & 255, packed >> 16 != 0};
+        if (!piece.in.one()) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) piece.keys[i] = low_word(key_of(number, col0, i));
+        }
+        return piece;
+    }
+
     // S -> (alpha S + bias) / 2 on a piece, which is in the accumulator's column blocks from n0 on; with kKeep the buckets
     // of its elements are left in `bucket`, unless there is only one.
     template <bool kKeep, class Acc>
-    __device__ __forceinline__ void add(Acc& s, int n0, const TileTimes& times, const PieceBuckets& in, int piece,
-                                        int row0, int col0, float half_alpha, int (&bucket)[kPieceSize]) const {
+    __device__ __forceinline__ void add(Acc& s, int n0, const Piece& piece, const TileTimes& times, int row0, int col0,
+                                        float half_alpha, int (&bucket)[kPieceSize]) const {
         const auto element = [&](int i) -> float& { return s.x[m(i)][n0 + n(i)][half(i) * 2 + c(i)]; };
-        Band band = {};
-        read_band(band, piece, row0, col0);
-        const bool few = in.first == in.last || (!kKeep && !in.wide && in.last - in.first <= kMaxEdges);
+        const PieceBuckets& in = piece.in;
+        const bool few = in.one() || (!kKeep && !in.wide && in.last - in.first <= kMaxEdges);
         const float constant = few && time != nullptr ? __ldg(time + in.first) : 0.0f;
 #pragma unroll
         for (int i = 0; i < kPieceSize; ++i)
             element(i) =
-                fmaf(half_alpha, element(i), fmaf(0.5f, constant, band.at[2 * m(i) + half(i) - n(i) + 1][c(i)]));
-        if (in.first == in.last) return;
+                fmaf(half_alpha, element(i), fmaf(0.5f, constant, piece.band.at[2 * m(i) + half(i) - n(i) + 1][c(i)]));
+        if (in.one()) return;
+        if (in.wide) return add_wide<kKeep>(s, n0, piece.number, row0, col0, bucket);
 
-        const int col = col0 + Grid::col() + piece * 16 + lane() % 4 * 2;
-        const auto key_of = [&](int i) { return key_times + min_of(col + n(i) * 8 + c(i), len_k - 1); };
-        if (in.wide) return add_wide<kKeep>(s, n0, row0, key_of, bucket);
-        uint32_t keys[4], x[kPieceSize];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) keys[i] = low_word(key_of(i));
+        uint32_t x[kPieceSize];
 #pragma unroll
         for (int i = 0; i < kPieceSize; ++i)
-            x[i] = static_cast<uint32_t>(abs(static_cast<int>(times.queries[i / 4] - keys[i % 4])));
+            x[i] = static_cast<uint32_t>(abs(static_cast<int>(times.queries[i / 4] - piece.keys[i % 4])));
         if (!kKeep && few) {
-            float below = constant;
+            // Each edge is read while the one before it is compared with.
+            const auto edge_of = [&](int b) { return __ldg(kEdgesOfTime.at + min_of(b, in.last)); };
+            const auto time_of = [&](int b) { return __ldg(time + min_of(b, in.last)); };
+            uint32_t edge = edge_of(in.first + 1);
+            float below = constant, above = time_of(in.first + 1);
 #pragma unroll 1
             for (int b = in.first + 1; b <= in.last; ++b) {
-                const uint32_t edge = __ldg(kEdgesOfTime.at + b);
-                const float above = __ldg(time + b), step = 0.5f * (above - below);
-                below = above;
+                const uint32_t next_edge = edge_of(b + 1);
+                const float next = time_of(b + 1), step = 0.5f * (above - below);
 #pragma unroll
                 for (int i = 0; i < kPieceSize; ++i)
                     if (x[i] >= edge) element(i) += step;
+                edge = next_edge, below = above, above = next;
             }
         } else {
 #pragma unroll
@@ -183,8 +198,8 @@ struct RelativeTiles : RelativeBias<float> {
 
   private:
     // The times of a piece whose differences need 64 bits. Seldom: row by row in a loop, which keeps the code small.
-    template <bool kKeep, class Acc, class KeyOf>
-    __device__ __forceinline__ void add_wide(Acc& s, int n0, int row0, const KeyOf& key_of,
+    template <bool kKeep, class Acc>
+    __device__ __forceinline__ void add_wide(Acc& s, int n0, int number, int row0, int col0,
                                              int (&bucket)[kPieceSize]) const {
 #pragma unroll 1
         for (int r = 0; r < kPieceSize; r += 4) {
@@ -193,7 +208,7 @@ struct RelativeTiles : RelativeBias<float> {
             float half_time[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                found[i] = min_of(bucket_of(time_difference(query_time, __ldg(key_of(i)))), num_buckets);
+                found[i] = min_of(bucket_of(time_difference(query_time, __ldg(key_of(number, col0, i)))), num_buckets);
                 half_time[i] = 0.5f * __ldg(time + found[i]);
             }
 #pragma unroll
@@ -206,6 +221,10 @@ struct RelativeTiles : RelativeBias<float> {
     }
     __device__ __forceinline__ const int64_t* query_of(int row0, int r) const {
         return query_times + min_of(row0 + Grid::row() + r * 8 + lane() / 4, len_q - 1);
+    }
+    __device__ __forceinline__ const int64_t* key_of(int number, int col0, int i) const {
+        const int col = col0 + Grid::col() + number * 16 + n(i) * 8 + lane() % 4 * 2 + c(i);
+        return key_times + min_of(col, len_k - 1);
     }
     static __device__ __forceinline__ uint32_t low_word(const int64_t* t) {
         return __ldg(reinterpret_cast<const uint32_t*>(t));
