@@ -21,7 +21,6 @@ from hstu_ext.models import (
     L2NormEmbeddingPostprocessor,
     RetrievalGR,
     SASRecLayer,
-    hstu,
 )
 from hstu_ext.training import Config
 
@@ -347,30 +346,6 @@ def test_the_time_of_the_request_is_that_of_the_last_query() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(found, by_default)
     assert torch.equal(model(**later)[:3], model(**inputs)[:3])
-
-
-@pytest.mark.parametrize("bias", ["position", "time", "time+position"])
-def test_the_dense_bias_is_the_bias_of_the_kernels(bias: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """dense() takes the place of the tables where a GPU build has no kernels for them."""
-    model = model_of(bias=bias, contexts=["age"])
-    inputs = inputs_of(LENGTHS["ragged"], model)
-    parameters = list(model.parameters())
-    loss = model.loss(**inputs)
-    gradients = torch.autograd.grad(loss, parameters)
-
-    def with_rab(*arguments: Any, bias: Any, rab: Any, has_drab: bool, **options: Any) -> Tensor:
-        layer, layout = layers.pop(0)
-        return attention(*arguments, rab=layer.bias.dense(layout, layer.alpha, torch.float64), has_drab=True, **options)
-
-    attention = hstu.hstu_attn_qkvpacked_func
-    layers: list[Any] = []
-    for layer in model.encoder.layers:
-        layer.register_forward_pre_hook(lambda module, arguments: layers.append((module, arguments[1])))
-    monkeypatch.setattr(hstu, "hstu_attn_qkvpacked_func", with_rab)
-    dense = model.loss(**inputs)
-    torch.testing.assert_close(dense, loss, rtol=1e-10, atol=1e-12)
-    for ours, theirs in zip(torch.autograd.grad(dense, parameters), gradients):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-11)
 
 
 def test_encode_query_is_the_last_state() -> None:

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "attention/mask.h"
+#include "attention/shared_tile.h"
 #include "attention/tile_walk.h"
 
 namespace hstu::attention {
@@ -15,26 +16,26 @@ namespace hstu::attention {
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
-// A [kRows, kDim] tile of 16-bit elements at a 128-byte aligned shared-memory address. Columns are cut into panels of
-// 64 (or 32) that follow one another; within a panel the 16-byte chunks of a row are permuted by an exclusive or with
-// the row number, so that ldmatrix and fragment stores meet no bank conflict.
-template <int kRows_, int kDim_>
-struct Tile {
-    static constexpr int kRows = kRows_, kDim = kDim_;
-    static constexpr int kPanelCols = kDim % 64 == 0 ? 64 : 32, kPanels = kDim / kPanelCols;
-    static constexpr int kRowBytes = 2 * kPanelCols, kPanelBytes = kRows * kRowBytes, kBytes = kPanels * kPanelBytes;
-
-    uint32_t address;  // in the shared window
-
-    static __device__ __forceinline__ int swizzle(int row) { return kPanelCols == 64 ? row & 7 : (row >> 1) & 3; }
-    // Of the 16-byte chunk that holds columns [col, col + 8) of the first panel.
-    static __device__ __forceinline__ int chunk_offset(int row, int col) {
-        return row * kRowBytes + ((col / 8 ^ swizzle(row)) << 4);
-    }
-};
-
 __device__ __forceinline__ int lane() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp() { return threadIdx.x >> 5; }
+
+// At an address in the shared window.
+__device__ __forceinline__ float load_shared(uint32_t from) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
+    return x;
+}
+__device__ __forceinline__ float4 load_shared4(uint32_t from) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(from)
+                 : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_shared(uint32_t to, float x) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
+}
 
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {

@@ -54,6 +54,18 @@ struct ShortForwardTile<256> {
     static constexpr int up_to = 512;
 };
 
+// The same with a relative bias, which takes 16 keys at a time: fewer registers, more to wait for.
+template <class Tile>
+struct RelativeTile : Tile {};
+template <>
+struct RelativeTile<ForwardTile<64>> : ForwardTile<64> {
+    static constexpr int blocks = 3;
+};
+template <>
+struct RelativeTile<ShortForwardTile<64>> : ShortForwardTile<64> {
+    static constexpr int blocks = 3;
+};
+
 // The backward has two kinds of blocks with the same number of threads.
 // Key-stationary: a block owns `cols` keys and walks over the queries in steps of `rows`: dK, dV and, tile by tile, dQ.
 // Query-stationary: a block owns `q_rows` queries and walks over the keys in steps of `q_cols`: dQ alone.

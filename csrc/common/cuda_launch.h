@@ -73,22 +73,4 @@ void launch_early(int64_t blocks, int threads, int shared_bytes, int device, cud
     check_cuda(cudaLaunchKernelEx(&config, kKernel, args...), "a kernel launch");
 }
 
-// The same for blocks that wait for one another: they start together or, while other kernels hold the GPU, not at all.
-// There must be no more than fit the GPU at a time.
-template <auto kKernel, class... Args>
-void launch_together(int blocks, int threads, int shared_bytes, int device, cudaStream_t stream, const Args&... args) {
-    reserve_shared<kKernel>(shared_bytes, device);
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    check_cuda(cudaLaunchKernelEx(&config, kKernel, args...), "a kernel launch");
-}
-
 }  // namespace hstu

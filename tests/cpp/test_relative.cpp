@@ -27,11 +27,14 @@ namespace {
 template <int kRowBlocks, int kColBlocks, int kRow, int kCol>
 struct Grid {
     static constexpr int kM = kRowBlocks, kN = kColBlocks;
-    struct Acc {
-        float x[kM][kN][4];
-    };
     static int row() { return kRow; }
     static int col() { return kCol; }
+};
+
+template <int kRowBlocks>
+struct Piece {
+    static constexpr int kM = kRowBlocks, kN = 2;
+    float x[kM][kN][4];
 };
 
 struct Problem {
@@ -108,8 +111,9 @@ void check_tile(Problem& problem, int head, int row0, int col0) {
     const int len_q = static_cast<int>(problem.query_times.size()), len_k = static_cast<int>(problem.key_times.size());
     const Sequence sequence(problem.p, 0);
     using Tiles = RelativeTiles<G, kRowsStay>;
+    using STile = Tile<64, G::kN == 2 ? 32 : 64>;
     constexpr int kRows = G::kM * 16, kCols = G::kN * 8;
-    std::vector<float> score(kRows * kCols), grad(kRows * kCols), got(kRows * kCols), half_times(kRows * kCols);
+    std::vector<float> score(kRows * kCols), grad(kRows * kCols), got(kRows * kCols), looked_up(kRows * kCols);
     for (float& x : score) x = static_cast<float>(uniform() - 0.5);
     for (int r = 0; r < kRows; ++r)
         for (int c = 0; c < kCols; ++c) {
@@ -132,35 +136,39 @@ void check_tile(Problem& problem, int head, int row0, int col0) {
         const auto place = [&](int m, int n, int e) {
             return (m * 16 + e / 2 * 8 + lane() / 4) * kCols + n * 8 + lane() % 4 * 2 + e % 2;
         };
-        typename G::Acc s, g;
-        for (int m = 0; m < G::kM; ++m)
-            for (int n = 0; n < G::kN; ++n)
-                for (int e = 0; e < 4; ++e) s.x[m][n][e] = score[place(m, n, e)], g.x[m][n][e] = grad[place(m, n, e)];
-        tiles.add(s, row0, col0, 0.75f);
-        for (int m = 0; m < G::kM; ++m)
-            for (int n = 0; n < G::kN; ++n)
-                for (int e = 0; e < 4; ++e) got[place(m, n, e)] = s.x[m][n][e];
-
-        // As in differentiate_relative().
         const TableGradients gradients(p, head);
         TimeSums sums;
-        const int packed = tiles.buckets(row0, col0);
+        const auto times = tiles.times_of(row0, col0);
+        // As in differentiate_piece(), and without gradients beside it.
         for (int piece = 0; piece < Tiles::kPieces; ++piece) {
-            const PieceBuckets in = Tiles::unpack(packed, piece);
+            Piece<G::kM> s, g;
+            float of_piece[Tiles::kPieceSize];
+            const auto place_of = [&](int i) {
+                return place(Tiles::m(i), 2 * piece + Tiles::n(i), Tiles::half(i) * 2 + Tiles::c(i));
+            };
+            for (int i = 0; i < Tiles::kPieceSize; ++i) {
+                s.x[Tiles::m(i)][Tiles::n(i)][Tiles::half(i) * 2 + Tiles::c(i)] = score[place_of(i)];
+                of_piece[i] = grad[place_of(i)];
+                g.x[Tiles::m(i)][Tiles::n(i)][Tiles::half(i) * 2 + Tiles::c(i)] = of_piece[i];
+            }
+            const auto of_tables = tiles.piece(times, piece, row0, col0);
+            const PieceBuckets& in = of_tables.in;
             if (lane() == 0)
                 ++paths[in.first == in.last ? 0 : in.wide ? 3 : in.last - in.first <= Tiles::kMaxEdges ? 1 : 2];
-            float of_piece[Tiles::kPieceSize];
             int bucket[Tiles::kPieceSize];
-            tiles.template half_times<true>(in, piece, row0, col0, bucket, [&](int i, float half_time) {
-                // The other way to the same bias: no edges are compared.
-                const int at = place(Tiles::m(i), 2 * piece + Tiles::n(i), Tiles::half(i) * 2 + Tiles::c(i));
-                half_times[at] = half_time;
-            });
+            tiles.template add<false>(s, 0, of_tables, times, row0, col0, 0.75f, bucket);
             for (int i = 0; i < Tiles::kPieceSize; ++i)
-                of_piece[i] = g.x[Tiles::m(i)][2 * piece + Tiles::n(i)][Tiles::half(i) * 2 + Tiles::c(i)];
-            if (gradients.time != nullptr) sums.add_piece(in, of_piece, bucket);
+                got[place_of(i)] = s.x[Tiles::m(i)][Tiles::n(i)][Tiles::half(i) * 2 + Tiles::c(i)];
+            // The other way to the same bias: no edges are compared.
+            for (int i = 0; i < Tiles::kPieceSize; ++i)
+                s.x[Tiles::m(i)][Tiles::n(i)][Tiles::half(i) * 2 + Tiles::c(i)] = score[place_of(i)];
+            tiles.template add<true>(s, 0, of_tables, times, row0, col0, 0.75f, bucket);
+            for (int i = 0; i < Tiles::kPieceSize; ++i)
+                looked_up[place_of(i)] = s.x[Tiles::m(i)][Tiles::n(i)][Tiles::half(i) * 2 + Tiles::c(i)];
+            const BucketColumns<STile, G::kM> columns(STile{0}, G::row(), G::col() + piece * 16);
+            if (gradients.time != nullptr) sums.add_piece(in, of_piece, bucket, columns);
+            add_distances(g, gradients, row0 + G::row() + tiles.offset - col0 - G::col() - piece * 16, tiles.reach);
         }
-        add_distances<G>(g, gradients, row0 + G::row() + tiles.offset - col0 - G::col(), tiles.reach);
         sums.flush(gradients, tiles.num_buckets);
     });
 
@@ -173,12 +181,11 @@ void check_tile(Problem& problem, int head, int row0, int col0) {
             if (p.relative.position) bias += problem.position_at(head, i, j);
             const float time_bias =
                 p.relative.time ? problem.time[head * p.relative.time_head_stride + problem.bucket_at(i, j)] : 0.0f;
-            REQUIRE(half_times[r * kCols + c] == 0.5f * time_bias, "row %d key %d: %g, expected %g", i, j,
-                    half_times[r * kCols + c], 0.5f * time_bias);
             bias += time_bias;
             const float expected = 0.75f * score[r * kCols + c] + 0.5f * bias;
-            REQUIRE(std::fabs(got[r * kCols + c] - expected) <= 1e-3f, "row %d key %d: %g, expected %g", i, j,
-                    got[r * kCols + c], expected);
+            for (float result : {got[r * kCols + c], looked_up[r * kCols + c]})
+                REQUIRE(std::fabs(result - expected) <= 1e-3f, "row %d key %d: %g, expected %g", i, j, result,
+                        expected);
             const int offset = len_k - len_q, reach = p.relative.reach;
             if (p.relative.position)
                 position[head * p.dposition_head_stride + reach + clamp_to(i + offset - j, -reach, reach)] +=

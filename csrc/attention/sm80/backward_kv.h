@@ -76,43 +76,38 @@ __device__ __forceinline__ void differentiate(typename Grid::Acc& s, typename Gr
     }
 }
 
-// The same with a relative bias, piece by piece; with kSums the sums of G by bucket and distance are taken.
-template <class Grid, bool kSums, class Mask, class Bias>
-__device__ __forceinline__ void differentiate_relative(typename Grid::Acc& s, typename Grid::Acc& dp, const Mask& mask,
-                                                       const Bias& bias, float alpha, const TableGradients* gradients,
-                                                       TimeSums* time_sums, int row0, int rows, int col0, int cols) {
+// The same with a relative bias on a piece of 16 columns; with kSums the sums of G by bucket and distance are taken.
+// `columns`: memory for them.
+template <class Grid, bool kSums, class Acc, class Mask, class Bias, class Columns>
+__device__ __forceinline__ void differentiate_piece(Acc& s, Acc& dp, const Mask& mask, bool full, const Bias& bias,
+                                                    float alpha, const typename Bias::TileTimes& times,
+                                                    const typename Bias::Piece& piece, const TableGradients* gradients,
+                                                    TimeSums* time_sums, const Columns& columns, int row0, int col0) {
     constexpr int kSize = Bias::kPieceSize;
-    const bool full = mask.is_full(row0, rows, col0, cols), sum_times = kSums && gradients->time != nullptr;
-    const int packed = bias.buckets(row0, col0);
-    typename Bias::Band band = {};
+    int bucket[kSize];
+    bias.template add<kSums>(s, 0, piece, times, row0, col0, 0.5f * alpha, bucket);
+    float grad[kSize];
 #pragma unroll
-    for (int piece = 0; piece < Bias::kPieces; ++piece) {
-        const PieceBuckets in = Bias::unpack(packed, piece);
-        float grad[kSize];
-        int bucket[kSize];
-        bias.template add_piece<kSums>(s, in, piece, band, row0, col0, 0.5f * alpha, bucket);
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-            float& x = s.x[Bias::m(i)][2 * piece + Bias::n(i)][Bias::half(i) * 2 + Bias::c(i)];
-            float& g = dp.x[Bias::m(i)][2 * piece + Bias::n(i)][Bias::half(i) * 2 + Bias::c(i)];
-            const SiluAndSlope silu = silu_and_slope_of_twice(x);
-            x = silu.value;
-            g *= silu.slope;
-            if (!full) {
-                const int row = row0 + Grid::row() + Bias::m(i) * 16 + Bias::half(i) * 8 + lane() / 4;
-                const int col = col0 + Grid::col() + (2 * piece + Bias::n(i)) * 8 + lane() % 4 * 2 + Bias::c(i);
-                const bool kept = mask.row(row).keeps(col);
-                x = kept ? x : 0.0f;
-                g = kept ? g : 0.0f;
-            }
-            grad[i] = g;
+    for (int i = 0; i < kSize; ++i) {
+        float& x = s.x[Bias::m(i)][Bias::n(i)][Bias::half(i) * 2 + Bias::c(i)];
+        float& g = dp.x[Bias::m(i)][Bias::n(i)][Bias::half(i) * 2 + Bias::c(i)];
+        const SiluAndSlope silu = silu_and_slope_of_twice(x);
+        x = silu.value;
+        g *= silu.slope;
+        if (!full) {
+            const int row = row0 + Grid::row() + Bias::m(i) * 16 + Bias::half(i) * 8 + lane() / 4;
+            const int col = col0 + Grid::col() + piece.number * 16 + Bias::n(i) * 8 + lane() % 4 * 2 + Bias::c(i);
+            const bool kept = mask.row(row).keeps(col);
+            x = kept ? x : 0.0f;
+            g = kept ? g : 0.0f;
         }
-        if constexpr (kSums) {
-            if (sum_times) time_sums->add_piece(in, grad, bucket);
-        }
+        grad[i] = g;
     }
-    if constexpr (kSums)
-        add_distances<Grid>(dp, *gradients, row0 + Grid::row() + bias.offset - col0 - Grid::col(), bias.reach);
+    if constexpr (kSums) {
+        if (gradients->time != nullptr) time_sums->add_piece(piece.in, grad, bucket, columns);
+        add_distances(dp, *gradients, row0 + Grid::row() + bias.offset - col0 - Grid::col() - piece.number * 16,
+                      bias.reach);
+    }
 }
 
 // First scratch tile of a sequence: sequences own whole tiles, at most total_q / rows + batch in all.
@@ -196,7 +191,31 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
         __syncthreads();
         if (kStages == 2 && t + 1 < walk.tiles) load_q(t + 1);
         cute::cp_async_fence();
-        {
+        if constexpr (Bias::kKind == BiasKind::kRelative) {
+            // Piece by piece in a loop: the code for one is long and needs many registers.
+            const bool full = mask.is_full(row0, kRows, col0, kCols);
+            const auto times = bias.times_of(row0, col0);
+            const LeftRows<QTile> queries(shared.q(t % kStages), ScoreGrid::row());
+            const LeftRows<QTile> douts(shared.dout(t % kStages), ScoreGrid::row());
+            RightRows<KTile> keys(shared.k(), ScoreGrid::col()), values(shared.v(), ScoreGrid::col());
+#pragma unroll 1
+            for (int n = 0; n < ScoreGrid::kN / 2; ++n) {
+                const auto piece = bias.piece(times, n, row0, col0);
+                Accumulator<ScoreGrid::kM, 2> s, dp;
+                s.clear();
+                dp.clear();
+                matmul<T, kHeadDim / 16>(s, queries, keys);
+                matmul<T, kHeadDim / 16>(dp, douts, values);
+                keys.base += 16 * KTile::kRowBytes;
+                values.base += 16 * KTile::kRowBytes;
+                const BucketColumns<STile, ScoreGrid::kM> columns(shared.p(), ScoreGrid::row(),
+                                                                  ScoreGrid::col() + n * 16);
+                differentiate_piece<ScoreGrid, true>(s, dp, mask, full, bias, p.alpha, times, piece, &table_gradients,
+                                                     &time_sums, columns, row0, col0);
+                ScoreGrid::template store<T>(s, shared.p(), n * 16);
+                ScoreGrid::template store<T>(dp, shared.ds(), n * 16);
+            }
+        } else {
             typename ScoreGrid::Acc s, dp;
             s.clear();
             dp.clear();
@@ -204,11 +223,7 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
                                      RightRows<KTile>(shared.k(), ScoreGrid::col()));
             matmul<T, kHeadDim / 16>(dp, LeftRows<QTile>(shared.dout(t % kStages), ScoreGrid::row()),
                                      RightRows<KTile>(shared.v(), ScoreGrid::col()));
-            if constexpr (Bias::kKind == BiasKind::kRelative)
-                differentiate_relative<ScoreGrid, true>(s, dp, mask, bias, p.alpha, &table_gradients, &time_sums, row0,
-                                                        kRows, col0, kCols);
-            else
-                differentiate<T, ScoreGrid>(s, dp, mask, bias, p, p.drab, b, head, row0, kRows, col0, kCols);
+            differentiate<T, ScoreGrid>(s, dp, mask, bias, p, p.drab, b, head, row0, kRows, col0, kCols);
             ScoreGrid::template store<T>(s, shared.p());
             ScoreGrid::template store<T>(dp, shared.ds());
         }

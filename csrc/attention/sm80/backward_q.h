@@ -63,25 +63,56 @@ __device__ __forceinline__ void backward_q_block(const BackwardParams& p, BlockO
     const LeftRows<QTile> q(shared.q(), ScoreGrid::row()), dout(shared.dout(), ScoreGrid::row());
     typename QueryGrid::Acc dq;
     dq.clear();
+    // A relative bias takes few keys at a time: where registers allow it, Q and dO are not read again for each of them.
+    constexpr bool kInRegisters = Bias::kKind == BiasKind::kRelative && kHeadDim <= 128;
+    Registers<ScoreGrid::kM, kHeadDim / 16> q_registers, dout_registers;
     for (int t = 0; t < walk.tiles; ++t) {
         cute::cp_async_wait<0>();
         __syncthreads();
+        if constexpr (kInRegisters) {
+            if (t == 0) q_registers.read(q), dout_registers.read(dout);
+        }
         if (t + 1 < walk.tiles) load_kv(t + 1);
         cute::cp_async_fence();
-        typename ScoreGrid::Acc s, dp;
-        s.clear();
-        dp.clear();
-        matmul<T, kHeadDim / 16>(s, q, RightRows<KTile>(shared.k(t & 1), 0));
-        matmul<T, kHeadDim / 16>(dp, dout, RightRows<KTile>(shared.v(t & 1), 0));
-        if constexpr (Bias::kKind == BiasKind::kRelative)
-            differentiate_relative<ScoreGrid, false>(s, dp, mask, bias, p.alpha, nullptr, nullptr, row0, kRows, walk[t],
-                                                     kCols);
-        else
+        if constexpr (Bias::kKind == BiasKind::kRelative) {
+            const bool full = mask.is_full(row0, kRows, walk[t], kCols);
+            const auto times = bias.times_of(row0, walk[t]);
+            RightRows<KTile> keys(shared.k(t & 1), 0), values(shared.v(t & 1), 0);
+            RightColumns<KTile> products(shared.k(t & 1), 0);
+#pragma unroll 1
+            for (int n = 0; n < kCols / 16; ++n) {
+                const auto piece = bias.piece(times, n, row0, walk[t]);
+                Accumulator<ScoreGrid::kM, 2> s, dp;
+                s.clear();
+                dp.clear();
+                if constexpr (kInRegisters) {
+                    matmul_by_rows<T>(s, q_registers, keys);
+                    matmul_by_rows<T>(dp, dout_registers, values);
+                } else {
+                    matmul<T, kHeadDim / 16>(s, q, keys);
+                    matmul<T, kHeadDim / 16>(dp, dout, values);
+                }
+                differentiate_piece<ScoreGrid, false>(s, dp, mask, full, bias, p.alpha, times, piece, nullptr, nullptr,
+                                                      0, row0, walk[t]);
+                Registers<ScoreGrid::kM, 1> g;
+                convert_step<T>(g, dp, 0);
+                matmul_by_rows<T>(dq, g, products);
+                keys.base += 16 * KTile::kRowBytes;
+                values.base += 16 * KTile::kRowBytes;
+                products.base += 16 * KTile::kRowBytes;
+            }
+        } else {
+            typename ScoreGrid::Acc s, dp;
+            s.clear();
+            dp.clear();
+            matmul<T, kHeadDim / 16>(s, q, RightRows<KTile>(shared.k(t & 1), 0));
+            matmul<T, kHeadDim / 16>(dp, dout, RightRows<KTile>(shared.v(t & 1), 0));
             differentiate<T, ScoreGrid>(s, dp, mask, bias, p, Dense{}, b, head, row0, kRows, walk[t], kCols);
-        Registers<ScoreGrid::kM, kCols / 16> g;
+            Registers<ScoreGrid::kM, kCols / 16> g;
 #pragma unroll
-        for (int step = 0; step < kCols / 16; ++step) convert_step<T>(g, dp, step);
-        matmul_by_rows<T>(dq, g, RightColumns<KTile>(shared.k(t & 1), 0));
+            for (int step = 0; step < kCols / 16; ++step) convert_step<T>(g, dp, step);
+            matmul_by_rows<T>(dq, g, RightColumns<KTile>(shared.k(t & 1), 0));
+        }
     }
 
     cute::cp_async_wait<0>();

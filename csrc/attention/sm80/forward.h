@@ -75,16 +75,53 @@ struct Activation {
     }
 };
 
-// S -> (alpha S + bias) / 2 with a relative bias, 0 where masked: the activation after it tests nothing, so that this long
-// piece of code stands in a kernel once.
-template <class Grid, class Config, class Mask, class Bias>
-__device__ __forceinline__ void add_relative(typename Grid::Acc& s, const Mask& mask, const Bias& bias, int row0,
-                                             int col0, float half_alpha) {
-    bias.add(s, row0, col0, half_alpha);
-    if (mask.is_full(row0, Config::rows, col0, Config::cols)) return;
-    Grid::for_each(
-        s, [&](int row) { return mask.row(row0 + row); },
-        [&](const auto& rule, int, int col, float& x) { x = rule.keeps(col0 + col) ? x : 0.0f; });
+// out += P V for one tile of keys with a relative bias, a few pieces of 16 keys at a time in a loop: the code for a piece
+// is long, and a loop that outgrows the instruction cache costs more than products that wait for one another.
+template <class T, int kHeadDim, class Config, class KTile, class Q, class Out, class Mask, class Bias, class Ready>
+__device__ __forceinline__ void attend_relative(Out& out, const Q& q, KTile k, KTile v, const Mask& mask,
+                                                const Bias& bias, int row0, int col0, float alpha,
+                                                const Ready& values_ready) {
+    using Grid = typename ForwardGrids<kHeadDim, Config>::Score;
+    // Where Q is read from shared memory, twice as many keys share what is read.
+    constexpr int kPieces = Config::q_in_registers ? 1 : 2, kSteps = kHeadDim / 16;
+    const bool full = mask.is_full(row0, Config::rows, col0, Config::cols);
+    const auto times = bias.times_of(row0, col0);
+    RightRows<KTile> keys(k, 0);
+    RightColumns<KTile> values(v, 0);
+#pragma unroll 1
+    for (int first = 0; first < Bias::kPieces; first += kPieces) {
+        typename Bias::Piece pieces[kPieces];
+#pragma unroll
+        for (int n = 0; n < kPieces; ++n) pieces[n] = bias.piece(times, first + n, row0, col0);
+        Accumulator<Grid::kM, 2 * kPieces> s;
+        s.clear();
+        if constexpr (Config::q_in_registers)
+            matmul_by_rows<T>(s, q, keys);
+        else
+            matmul<T, kSteps>(s, q, keys);
+        keys.base += kPieces * 16 * KTile::kRowBytes;
+        Registers<Grid::kM, kPieces> weights;
+#pragma unroll
+        for (int n = 0; n < kPieces; ++n) {
+            int unused[Bias::kPieceSize];
+            bias.template add<false>(s, 2 * n, pieces[n], times, row0, col0, 0.5f * alpha, unused);
+        }
+        if (!full) {
+#pragma unroll
+            for (int i = 0; i < s.kSize; ++i) {
+                const int row = row0 + Grid::row() + i / (8 * kPieces) * 16 + i / 2 % 2 * 8 + lane() / 4;
+                const int col = col0 + first * 16 + i / 4 % (2 * kPieces) * 8 + lane() % 4 * 2 + i % 2;
+                s.flat(i) = mask.row(row).keeps(col) ? s.flat(i) : 0.0f;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < s.kSize; ++i) s.flat(i) = silu_of_twice(s.flat(i));
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) convert_step<T>(weights, s, piece);
+        if (first == 0) values_ready();
+        matmul_by_rows<T>(out, weights, values);
+        values.base += kPieces * 16 * KTile::kRowBytes;
+    }
 }
 
 // out += P V for one tile of keys, P staying in registers; values_ready() is called before V is read. The activation of
@@ -107,7 +144,7 @@ __device__ __forceinline__ void attend(Out& out, const Q& q, KTile k, KTile v, c
     };
     const RightRows<KTile> keys(k, 0);
     const RightColumns<KTile> values(v, 0);
-    if constexpr (Config::q_in_registers && Bias::kKind != BiasKind::kRelative) {
+    if constexpr (Config::q_in_registers) {
         matmul_by_columns<T>(s, q, keys, [&](int step) {
             if (step >= kSteps) activate_piece(step / kSteps - 1, step % kSteps, kSteps);
         });
@@ -115,12 +152,7 @@ __device__ __forceinline__ void attend(Out& out, const Q& q, KTile k, KTile v, c
         values_ready();
         matmul_by_rows<T>(out, weights, values);
     } else {
-        if constexpr (Config::q_in_registers)
-            matmul_by_columns<T>(s, q, keys);
-        else
-            matmul<T, kSteps>(s, q, keys);
-        if constexpr (Bias::kKind == BiasKind::kRelative)
-            add_relative<Grid, Config>(s, mask, bias, row0, col0, 0.5f * alpha);
+        matmul<T, kSteps>(s, q, keys);
         activate_piece(0, 0, 1);
         values_ready();
         constexpr int kPairs = Out::kN / 2;
@@ -159,8 +191,12 @@ __device__ __forceinline__ void walk_keys(Out& out, const Shared& shared, const 
         if (t > 0 && warp_row0 >= mask.len_q) continue;
         const auto step = [&](auto masked) {
             const auto run = [&](const auto& q) {
-                attend<T, kHeadDim, Config, decltype(masked)::value>(out, q, shared.k(t & 1), shared.v(t & 1), mask,
-                                                                     bias, row0, walk[t], alpha, values_ready);
+                if constexpr (Bias::kKind == BiasKind::kRelative)
+                    attend_relative<T, kHeadDim, Config>(out, q, shared.k(t & 1), shared.v(t & 1), mask, bias, row0,
+                                                         walk[t], alpha, values_ready);
+                else
+                    attend<T, kHeadDim, Config, decltype(masked)::value>(out, q, shared.k(t & 1), shared.v(t & 1), mask,
+                                                                         bias, row0, walk[t], alpha, values_ready);
             };
             if constexpr (Config::q_in_registers)
                 run(q_registers);
@@ -179,6 +215,22 @@ __device__ __forceinline__ void walk_keys(Out& out, const Shared& shared, const 
             step(std::true_type{});
         }
     }
+}
+
+// S -> (alpha S + bias) / 2 with a relative bias, 0 where masked: the activation after it tests nothing.
+template <class Grid, class Config, class Mask, class Bias>
+__device__ __forceinline__ void add_relative(typename Grid::Acc& s, const Mask& mask, const Bias& bias, int row0,
+                                             int col0, float half_alpha) {
+    const auto times = bias.times_of(row0, col0);
+#pragma unroll
+    for (int n = 0; n < Bias::kPieces; ++n) {
+        int unused[Bias::kPieceSize];
+        bias.template add<false>(s, 2 * n, bias.piece(times, n, row0, col0), times, row0, col0, half_alpha, unused);
+    }
+    if (mask.is_full(row0, Config::rows, col0, Config::cols)) return;
+    Grid::for_each(
+        s, [&](int row) { return mask.row(row0 + row); },
+        [&](const auto& rule, int, int col, float& x) { x = rule.keeps(col0 + col) ? x : 0.0f; });
 }
 
 // The walk with P in shared memory, the scores one tile ahead of the values: while the tensor cores add P(t) V(t), the
@@ -302,8 +354,11 @@ void launch_forward(const Params& p, void* stream) {
 
 template <class T, int kHeadDim, class Mask, class Bias>
 void run_forward(const Params& p, void* stream) {
-    using Long = ForwardTile<kHeadDim>;
-    using Short = ShortForwardTile<kHeadDim>;
+    constexpr bool kRelative = Bias::kKind == BiasKind::kRelative;
+    using LongTile = ForwardTile<kHeadDim>;
+    using ShortTile = ShortForwardTile<kHeadDim>;
+    using Long = std::conditional_t<kRelative, RelativeTile<LongTile>, LongTile>;
+    using Short = std::conditional_t<kRelative, RelativeTile<ShortTile>, ShortTile>;
     if constexpr (Short::up_to > 0) {
         const bool is_short = p.total_q <= int64_t{Short::up_to} * p.batch;
         if (is_short || ForwardShared<kHeadDim, Long>::kBytes > max_shared_bytes(p.device))

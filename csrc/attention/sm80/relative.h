@@ -3,9 +3,10 @@
 //   bias_ij = position[clip(p_i - j)] + time[bucket(|t_i - t_j|)]
 //
 // Nothing is kept in shared memory: tables and times are small, and are read through the L1 cache.
+// A warp takes 16 columns of its share at a time, a piece: kernels loop over pieces, so that this code stands in them once.
 // Positions: 8 x 8 blocks of a fragment with the same (row block - column block) share a value in each thread, so a thread
 // reads two values a diagonal of blocks, not one an element.
-// Times: pieces of 16 columns. From the ranges of the times of the warp's rows and of a piece's keys come the first and
+// Times: From the ranges of the times of the warp's rows and of a piece's keys come the first and
 // the last bucket that can occur in it. One bucket: a constant. A few: compared with the edges between them. Else each
 // element looks up its quarter of an octave (time_bucket.h) and compares with the edge in it. Differences below 2^31 are
 // taken modulo 2^32.
@@ -60,12 +61,14 @@ struct TimeRange {
 struct PieceBuckets {
     int first, last;
     bool wide;
+
+    __device__ __forceinline__ bool one() const { return first == last; }
 };
 
 // The bias on tiles of a block whose query rows (kRowsStay) or keys stay the same.
 template <class Grid, bool kRowsStay>
 struct RelativeTiles : RelativeBias<float> {
-    static constexpr int kRows = Grid::kM * 16, kPieces = Grid::kN / 2, kPieceSize = Grid::kM * 8;
+    static constexpr int kM = Grid::kM, kRows = kM * 16, kPieces = Grid::kN / 2, kPieceSize = kM * 8;
     static constexpr int kMaxEdges = 4;  // with more edges in a piece the look-up is cheaper
     static_assert(kRows <= 32 && kPieces <= 4 && 4 % kPieces == 0);
 
@@ -84,9 +87,14 @@ struct RelativeTiles : RelativeBias<float> {
     static __device__ __forceinline__ int n(int i) { return i / 2 % 2; }
     static __device__ __forceinline__ int c(int i) { return i % 2; }
 
-    // What the pieces of this warp's share of a tile hold: lane 8 * piece has that piece's, see unpack().
-    __device__ __forceinline__ int buckets(int row0, int col0) const {
-        if (time == nullptr) return 0;
+    // What is known of a warp's share of a tile before its pieces are looked at.
+    struct TileTimes {
+        int packed;                // lane 8 * piece has the buckets of that piece
+        uint32_t queries[kM * 2];  // the low words of the times of this thread's rows
+    };
+    __device__ __forceinline__ TileTimes times_of(int row0, int col0) const {
+        TileTimes of = {};
+        if (time == nullptr) return of;
         const TimeRange rows = kRowsStay ? staying : rows_range(row0 + Grid::row());
         const TimeRange keys = kRowsStay ? keys_range(col0 + Grid::col()) : staying;
         const float largest = fmaxf(fmaxf(fabsf(rows.low), fabsf(rows.high)), fmaxf(fabsf(keys.low), fabsf(keys.high)));
@@ -95,122 +103,129 @@ struct RelativeTiles : RelativeBias<float> {
         const float high = fmaxf(rows.high - keys.low, keys.high - rows.low) + slack;
         const int first = min_of(bucket_of(static_cast<uint64_t>(__float2ull_rz(fmaxf(low, 0.0f)))), num_buckets);
         const int last = min_of(bucket_of(static_cast<uint64_t>(__float2ull_rz(high))), num_buckets);
-        return first | last << 8 | (high >= 0x1p31f ? 1 << 16 : 0);
+        of.packed = first | last << 8 | (high >= 0x1p31f ? 1 << 16 : 0);
+#pragma unroll
+        for (int r = 0; r < kM * 2; ++r) of.queries[r] = low_word(query_of(row0, r));
+        return of;
     }
-    static __device__ __forceinline__ PieceBuckets unpack(int packed, int piece) {
-        const int of_piece = __shfl_sync(~0u, packed, 8 * piece);
-        return {of_piece & 255, of_piece >> 8 & 255, of_piece >> 16 != 0};
-    }
-
-    // Calls emit(i, half the time bias of element i) for a piece's elements; with kKeep their buckets are left in `bucket`,
-    // unless there is only one.
-    template <bool kKeep, class Emit>
-    __device__ __forceinline__ void half_times(const PieceBuckets& in, int piece, int row0, int col0,
-                                               int (&bucket)[kPieceSize], const Emit& emit) const {
-        const int row = row0 + Grid::row() + lane() / 4, col = col0 + Grid::col() + piece * 16 + lane() % 4 * 2;
-        const auto query_of = [&](int i) { return query_times + min_of(row + i / 4 * 8, len_q - 1); };
-        const auto key_of = [&](int i) { return key_times + min_of(col + n(i) * 8 + c(i), len_k - 1); };
-        const auto difference = [&](int i) {
-            const uint32_t signed_x = low_word(query_of(i)) - low_word(key_of(i));
-            return static_cast<uint32_t>(abs(static_cast<int>(signed_x)));
-        };
-        const auto half_time = [&](int b) { return 0.5f * __ldg(time + b); };
-        if (in.first == in.last) {
-            const float constant = time == nullptr ? 0.0f : half_time(in.first);
-#pragma unroll
-            for (int i = 0; i < kPieceSize; ++i) emit(i, constant);
-        } else if (!kKeep && !in.wide && in.last - in.first <= kMaxEdges) {
-            uint32_t x[kPieceSize];
-            float value[kPieceSize];
-            const float constant = half_time(in.first);
-#pragma unroll
-            for (int i = 0; i < kPieceSize; ++i) x[i] = difference(i), value[i] = constant;
-#pragma unroll 1
-            for (int b = in.first + 1; b <= in.last; ++b) {
-                const uint32_t edge = __ldg(kEdgesOfTime.at + b);
-                const float above = half_time(b);
-#pragma unroll
-                for (int i = 0; i < kPieceSize; ++i) value[i] = x[i] >= edge ? above : value[i];
-            }
-#pragma unroll
-            for (int i = 0; i < kPieceSize; ++i) emit(i, value[i]);
-        } else if (!in.wide) {
-#pragma unroll
-            for (int i = 0; i < kPieceSize; ++i) {
-                const int found = min_of(bucket_of(difference(i)), num_buckets);
-                if constexpr (kKeep) bucket[i] = found;
-                emit(i, half_time(found));
-            }
-        } else {
-            // Seldom: row by row in a loop, which keeps the code small.
-            float value[kPieceSize] = {};
-#pragma unroll 1
-            for (int r = 0; r < kPieceSize; r += 4) {
-                const int64_t query_time = __ldg(query_of(r));
-                int found[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    found[i] = min_of(bucket_of(time_difference(query_time, __ldg(key_of(i)))), num_buckets);
-#pragma unroll
-                for (int i = 0; i < kPieceSize; ++i) {
-                    if (i / 4 * 4 != r) continue;
-                    value[i] = half_time(found[i % 4]);
-                    if constexpr (kKeep) bucket[i] = found[i % 4];
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < kPieceSize; ++i) emit(i, value[i]);
-        }
-    }
-
-    // The position table along the diagonals of 8 x 8 blocks that a piece touches. at[k][c] is for row block m, half and
-    // column block n with 2 m + half - n + 1 = k.
+    // Half the position table along the diagonals of 8 x 8 blocks that a piece touches. at[k][c] is for row block m, half
+    // and column block n with 2 m + half - n + 1 = k.
     struct Band {
         float at[2 * Grid::kM + 1][2];
     };
-    // Of the piece after the one that the band is at (first: of piece 0). A step of 8 rows is one of k.
-    __device__ __forceinline__ void next_band(Band& band, bool first, int piece, int row0, int col0) const {
+    __device__ __forceinline__ void read_band(Band& band, int piece, int row0, int col0) const {
         if (position == nullptr) return;
-        const int tile = row0 + Grid::row() + offset - col0 - Grid::col();  // of the warp's first row and column
-        const int distance = tile + lane() / 4 - lane() % 4 * 2 - (2 * piece + 1) * 8;
-        const bool inside = tile - (Grid::kN * 8 - 1) >= -reach && tile + kRows - 1 <= reach;
+        const int corner = row0 + Grid::row() + offset - col0 - Grid::col() - piece * 16;  // of the piece's first pair
+        const int distance = corner + lane() / 4 - lane() % 4 * 2 - 8;
+        if (corner - 15 >= -reach && corner + kRows - 1 <= reach) {
+            const float* from = position + distance;
 #pragma unroll
-        for (int k = 2 * Grid::kM; k >= 0; --k) {
+            for (int k = 0; k <= 2 * Grid::kM; ++k)
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                if (!first && k >= 2)
-                    band.at[k][c] = band.at[k - 2][c];
-                else if (inside)
-                    band.at[k][c] = __ldg(position + distance + 8 * k - c);
-                else
-                    band.at[k][c] = __ldg(position + clamp_to(distance + 8 * k - c, -reach, reach));
+                for (int c = 0; c < 2; ++c) band.at[k][c] = 0.5f * __ldg(from + 8 * k - c);
+        } else {
+#pragma unroll
+            for (int k = 0; k <= 2 * Grid::kM; ++k)
+#pragma unroll
+                for (int c = 0; c < 2; ++c)
+                    band.at[k][c] = 0.5f * __ldg(position + clamp_to(distance + 8 * k - c, -reach, reach));
+        }
+    }
+
+    // What a piece needs of tables and times, read before the products that make its scores.
+    struct Piece {
+        int number;
+        PieceBuckets in;
+        Band band;
+        uint32_t keys[4];  // the low words of the times of this thread's keys, with more than one bucket
+    };
+    __device__ __forceinline__ Piece piece(const TileTimes& times, int number, int row0, int col0) const {
+        Piece piece{number, {}, {}, {}};
+        read_band(piece.band, number, row0, col0);
+        const int packed = __shfl_sync(~0u, times.packed, 8 * number);
+        piece.in = {packed & 255, packed >> 8 & 255, packed >> 16 != 0};
+        if (!piece.in.one()) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) piece.keys[i] = low_word(key_of(number, col0, i));
+        }
+        return piece;
+    }
+
+    // S -> (alpha S + bias) / 2 on a piece, which is in the accumulator's column blocks from n0 on; with kKeep the buckets
+    // of its elements are left in `bucket`, unless there is only one.
+    template <bool kKeep, class Acc>
+    __device__ __forceinline__ void add(Acc& s, int n0, const Piece& piece, const TileTimes& times, int row0, int col0,
+                                        float half_alpha, int (&bucket)[kPieceSize]) const {
+        const auto element = [&](int i) -> float& { return s.x[m(i)][n0 + n(i)][half(i) * 2 + c(i)]; };
+        const PieceBuckets& in = piece.in;
+        const bool few = in.one() || (!kKeep && !in.wide && in.last - in.first <= kMaxEdges);
+        const float constant = few && time != nullptr ? __ldg(time + in.first) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < kPieceSize; ++i)
+            element(i) =
+                fmaf(half_alpha, element(i), fmaf(0.5f, constant, piece.band.at[2 * m(i) + half(i) - n(i) + 1][c(i)]));
+        if (in.one()) return;
+        if (in.wide) return add_wide<kKeep>(s, n0, piece.number, row0, col0, bucket);
+
+        uint32_t x[kPieceSize];
+#pragma unroll
+        for (int i = 0; i < kPieceSize; ++i)
+            x[i] = static_cast<uint32_t>(abs(static_cast<int>(times.queries[i / 4] - piece.keys[i % 4])));
+        if (!kKeep && few) {
+            // Each edge is read while the one before it is compared with.
+            const auto edge_of = [&](int b) { return __ldg(kEdgesOfTime.at + min_of(b, in.last)); };
+            const auto time_of = [&](int b) { return __ldg(time + min_of(b, in.last)); };
+            uint32_t edge = edge_of(in.first + 1);
+            float below = constant, above = time_of(in.first + 1);
+#pragma unroll 1
+            for (int b = in.first + 1; b <= in.last; ++b) {
+                const uint32_t next_edge = edge_of(b + 1);
+                const float next = time_of(b + 1), step = 0.5f * (above - below);
+#pragma unroll
+                for (int i = 0; i < kPieceSize; ++i)
+                    if (x[i] >= edge) element(i) += step;
+                edge = next_edge, below = above, above = next;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kPieceSize; ++i) {
+                const int found = min_of(bucket_of(x[i]), num_buckets);
+                if constexpr (kKeep) bucket[i] = found;
+                element(i) = fmaf(0.5f, __ldg(time + found), element(i));
             }
         }
     }
 
-    // S -> (alpha S + bias) / 2 on this warp's share of a tile.
-    __device__ __forceinline__ void add(typename Grid::Acc& s, int row0, int col0, float half_alpha) const {
-        const int packed = buckets(row0, col0);
-        Band band = {};
+  private:
+    // The times of a piece whose differences need 64 bits. Seldom: row by row in a loop, which keeps the code small.
+    template <bool kKeep, class Acc>
+    __device__ __forceinline__ void add_wide(Acc& s, int n0, int number, int row0, int col0,
+                                             int (&bucket)[kPieceSize]) const {
+#pragma unroll 1
+        for (int r = 0; r < kPieceSize; r += 4) {
+            const int64_t query_time = __ldg(query_of(row0, r / 4));
+            int found[4];
+            float half_time[4];
 #pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) {
-            int unused[kPieceSize];
-            add_piece<false>(s, unpack(packed, piece), piece, band, row0, col0, half_alpha, unused);
+            for (int i = 0; i < 4; ++i) {
+                found[i] = min_of(bucket_of(time_difference(query_time, __ldg(key_of(number, col0, i)))), num_buckets);
+                half_time[i] = 0.5f * __ldg(time + found[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < kPieceSize; ++i) {
+                if (i / 4 * 4 != r) continue;
+                s.x[m(i)][n0 + n(i)][half(i) * 2 + c(i)] += half_time[i % 4];
+                if constexpr (kKeep) bucket[i] = found[i % 4];
+            }
         }
     }
-
-    // The same on one piece, the pieces in order; see half_times() for kKeep.
-    template <bool kKeep>
-    __device__ __forceinline__ void add_piece(typename Grid::Acc& s, const PieceBuckets& in, int piece, Band& band,
-                                              int row0, int col0, float half_alpha, int (&bucket)[kPieceSize]) const {
-        next_band(band, piece == 0, piece, row0, col0);
-        half_times<kKeep>(in, piece, row0, col0, bucket, [&](int i, float half_time) {
-            float& x = s.x[m(i)][2 * piece + n(i)][half(i) * 2 + c(i)];
-            x = fmaf(half_alpha, x, fmaf(0.5f, band.at[2 * m(i) + half(i) - n(i) + 1][c(i)], half_time));
-        });
+    __device__ __forceinline__ const int64_t* query_of(int row0, int r) const {
+        return query_times + min_of(row0 + Grid::row() + r * 8 + lane() / 4, len_q - 1);
     }
-
-  private:
+    __device__ __forceinline__ const int64_t* key_of(int number, int col0, int i) const {
+        const int col = col0 + Grid::col() + number * 16 + n(i) * 8 + lane() % 4 * 2 + c(i);
+        return key_times + min_of(col, len_k - 1);
+    }
     static __device__ __forceinline__ uint32_t low_word(const int64_t* t) {
         return __ldg(reinterpret_cast<const uint32_t*>(t));
     }

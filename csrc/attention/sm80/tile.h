@@ -118,15 +118,15 @@ struct WarpGrid {
         }
     }
 
-    // Converts to T and writes into a shared-memory tile.
-    template <class T, class Tile>
-    static __device__ __forceinline__ void store(const Acc& acc, Tile tile) {
+    // Converts to T and writes into a shared-memory tile; `from`: where some of the columns of a share begin in it.
+    template <class T, class Tile, int kBlocks>
+    static __device__ __forceinline__ void store(const Accumulator<kM, kBlocks>& acc, Tile tile, int from = 0) {
         static_assert(Tile::kRows == kRows && Tile::kDim == kCols);
         const int r = row() + lane() / 4;
         const uint32_t base = tile.address + r * Tile::kRowBytes + lane() % 4 * 4;
 #pragma unroll
-        for (int n = 0; n < kN; ++n) {
-            const int c = col() + n * 8;
+        for (int n = 0; n < kBlocks; ++n) {
+            const int c = col() + from + n * 8;
             const uint32_t to =
                 base + c / Tile::kPanelCols * Tile::kPanelBytes + ((c % Tile::kPanelCols / 8 ^ Tile::swizzle(r)) << 4);
 #pragma unroll

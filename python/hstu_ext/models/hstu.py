@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hstu_ext.models.bias import RelativeTimePositionBias, gpu_kernels
+from hstu_ext.models.bias import RelativeTimePositionBias
 from hstu_ext.models.sequence import Layout, SequenceBlock
 from hstu_ext.ops._shared import product_dtype
 from hstu_ext.ops.attention import hstu_attn_qkvpacked_func
@@ -70,11 +70,6 @@ class HSTULayer(nn.Module):
         qkv, gate = torch.split(projected, [3 * self.heads * width, self.heads * self.head_dim], dim=1)
         if qkv.is_cuda and qkv.dtype == torch.float32:
             qkv = qkv.to(torch.bfloat16)
-        bias, rab = None, None
-        if self.bias is not None and (not qkv.is_cuda or gpu_kernels()):
-            bias = self.bias(layout)
-        elif self.bias is not None:
-            rab = self.bias.dense(layout, self.alpha, qkv.dtype)
         attended = hstu_attn_qkvpacked_func(
             qkv.view(-1, 3, self.heads, width),
             layout.cu_seqlens,
@@ -82,10 +77,8 @@ class HSTULayer(nn.Module):
             layout.num_contexts,
             window_size=(-1, 0),
             alpha=self.alpha,
-            rab=rab,
-            has_drab=rab is not None,
             scaling_seqlen=self.max_tokens,
-            bias=bias,
+            bias=None if self.bias is None else self.bias(layout),
         )
         update: Tensor = self.out(self.dropout(gated_norm(attended, gate)))
         return x + update

@@ -23,6 +23,9 @@ struct uint2 {
 struct uint4 {
     uint32_t x, y, z, w;
 };
+struct float4 {
+    float x, y, z, w;
+};
 
 namespace warp_on_host {
 
@@ -128,6 +131,18 @@ inline unsigned long long __float2ull_rz(float x) {
     return x <= 0 ? 0 : x >= 0x1p64f ? ~0ull : static_cast<unsigned long long>(x);
 }
 
+inline void __syncwarp() { warp_on_host::next(); }
+
+#include "attention/shared_tile.h"
+
 namespace hstu::attention {
 inline int lane() { return warp_on_host::warp.lane; }
+
+inline float shared_memory[1 << 14];
+inline float load_shared(uint32_t from) { return shared_memory[from / 4]; }
+inline float4 load_shared4(uint32_t from) {
+    const float* x = shared_memory + from / 4;
+    return {x[0], x[1], x[2], x[3]};
+}
+inline void store_shared(uint32_t to, float x) { shared_memory[to / 4] = x; }
 }  // namespace hstu::attention
