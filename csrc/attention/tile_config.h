@@ -54,16 +54,16 @@ struct ShortForwardTile<256> {
     static constexpr int up_to = 512;
 };
 
-// The same with a relative bias, which takes 16 keys at a time: fewer registers, more to wait for.
+// The same with a relative bias, for which a tile has 4 bytes of shared memory a score.
 template <class Tile>
 struct RelativeTile : Tile {};
 template <>
-struct RelativeTile<ForwardTile<64>> : ForwardTile<64> {
-    static constexpr int blocks = 3;
+struct RelativeTile<ForwardTile<128>> : ForwardTile<128> {
+    static constexpr int cols = 32;
 };
 template <>
-struct RelativeTile<ShortForwardTile<64>> : ShortForwardTile<64> {
-    static constexpr int blocks = 3;
+struct RelativeTile<ShortForwardTile<256>> : ShortForwardTile<256> {
+    static constexpr int cols = 16;
 };
 
 // The backward has two kinds of blocks with the same number of threads.

@@ -196,6 +196,42 @@ struct RelativeTiles : RelativeBias<float> {
         }
     }
 
+    // bias / alpha on this warp's share of a tile, in fp32 in the order of fragments: each thread reads what it wrote. The
+    // loop keeps this long piece of code out of the instruction cache's way.
+    __device__ __forceinline__ void write_tile(uint32_t to, int row0, int col0, float alpha) const {
+        const TileTimes times = times_of(row0, col0);
+        const float scale = 2.0f / alpha;
+        to += lane() * 16;
+#pragma unroll 1
+        for (int number = 0; number < kPieces; ++number) {
+            struct {
+                float x[kM][2][4];
+            } half_bias = {};
+            int unused[kPieceSize];
+            add<false>(half_bias, 0, piece(times, number, row0, col0), times, row0, col0, 0.0f, unused);
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                for (int m = 0; m < kM; ++m) {
+                    const float (&x)[4] = half_bias.x[m][n];
+                    store_shared4(to + ((2 * number + n) * kM + m) * 512,
+                                  float4{scale * x[0], scale * x[1], scale * x[2], scale * x[3]});
+                }
+            }
+        }
+    }
+    template <class Acc>
+    __device__ __forceinline__ void read_tile(Acc& s, uint32_t from) const {
+#pragma unroll
+        for (int n = 0; n < Acc::kN; ++n) {
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+                const float4 x = load_shared4(from + lane() * 16 + (n * kM + m) * 512);
+                s.x[m][n][0] = x.x, s.x[m][n][1] = x.y, s.x[m][n][2] = x.z, s.x[m][n][3] = x.w;
+            }
+        }
+    }
+
   private:
     // The times of a piece whose differences need 64 bits. Seldom: row by row in a loop, which keeps the code small.
     template <bool kKeep, class Acc>
