@@ -1,7 +1,7 @@
 """Runs the GPU kernels of the installed hstu_ext under NVIDIA's compute-sanitizer and prints what each tool found.
 
 The kernels are the attention cells, jagged_join (concat, split and their interleaved forms), jagged_dense, l2norm,
-topk_dot, sampled_softmax, in_batch_softmax and gated_norm.
+topk_dot (of both families on Hopper), sampled_softmax, in_batch_softmax and gated_norm.
 
     python tests/run_sanitizer.py [--tools memcheck,racecheck] [--match bf16_d64] [--limit 600] [--jobs 4]
 
@@ -34,12 +34,14 @@ OPTIONS = {
     "synccheck": OURS,
 }
 JAGGED = ("jagged_join", "jagged_dense")
-SIMILARITY = ("l2norm", "topk_dot", "sampled_softmax", "in_batch_softmax")
+SIMILARITY = ("l2norm", "topk_dot", "topk_dot_sm80", "sampled_softmax", "in_batch_softmax")
 NORM = ("gated_norm",)
 EXIT_CODE = 77
 BEGIN, END = "@@ begin ", "@@ end "
 # The first line of a finding: the tool's prefix and a line that is neither indented nor a frame of the report.
 FINDING = re.compile(r"^========= (?!COMPUTE-SANITIZER|ERROR SUMMARY|RACECHECK SUMMARY|Target application)(\S.*)")
+# How torch's threads may end the process once all cells are through; no finding then.
+ABORTED = "Error: process didn't terminate successfully"
 
 
 @dataclass
@@ -100,7 +102,7 @@ def run_similarity(name: str) -> None:
             if name == "l2norm":
                 out = hstu_ext.l2norm(query)
                 check(out, *torch.autograd.grad(out.float().sum(), (query,)))
-            elif name == "topk_dot":
+            elif name.startswith("topk_dot"):
                 exclude, valid = torch.randint(-1, 1500, (140, 5), device="cuda"), torch.rand(1500, device="cuda") < 0.9
                 for rows, k in ((140, 10), (140, 300), (140, 700), (20, 300)):
                     found = hstu_ext.topk_dot(query[:rows], items.repeat(6, 1), k, exclude[:rows], valid.repeat(6))
@@ -199,8 +201,8 @@ def watch(tool: str, cells: list[str], sanitizer: str, deadline: float) -> Run:
         if time.monotonic() > deadline:
             break
         # A Hopper GPU runs the cells of sm80 only where it is told to: a process for each family.
-        of_sm80 = "_sm80_" in remaining[0]
-        remaining = [cell for cell in remaining if ("_sm80_" in cell) == of_sm80]
+        of_sm80 = "_sm80" in remaining[0]
+        remaining = [cell for cell in remaining if ("_sm80" in cell) == of_sm80]
         environment["HSTU_EXT_GPU"] = "sm80" if of_sm80 else ""
         command = [
             sanitizer, "--tool", tool, "--error-exitcode", str(EXIT_CODE), *OPTIONS[tool],
@@ -219,7 +221,7 @@ def watch(tool: str, cells: list[str], sanitizer: str, deadline: float) -> Run:
             elif line.startswith(END):
                 finished.append(current)
                 killed = time.monotonic() > deadline
-            elif (match := FINDING.match(line)) and current:
+            elif (match := FINDING.match(line)) and current and not (match[1] == ABORTED and finished == remaining):
                 run.findings[current].append(match[1])
         if killed:
             process.kill()
@@ -230,7 +232,7 @@ def watch(tool: str, cells: list[str], sanitizer: str, deadline: float) -> Run:
             run.findings[remaining[0]] = [f"the process ended before this cell with code {code}"]
         elif current not in finished:
             run.findings[current].append(f"the process ended in this cell with code {code}")
-        elif code and not any(run.findings[cell] for cell in finished):
+        elif code == EXIT_CODE and not any(run.findings[cell] for cell in finished):
             run.findings[current].append(f"code {code} without a finding")
     run.seconds = time.monotonic() - started
     return run

@@ -1,13 +1,12 @@
 #include "attention/cell_table.h"
 
 #include <array>
-#include <cstdlib>
-#include <cstring>
 #include <string>
 
 #include "attention/api.h"
 #include "build_info.h"
 #include "common/check.h"
+#include "common/family.h"
 
 namespace hstu::attention {
 namespace {
@@ -43,12 +42,6 @@ std::string cell_name(Direction direction, DType dtype, int head_dim, MaskKind m
     return std::string("attn_") + (direction == Direction::kForward ? "fwd" : "bwd") + "_sm80_" +
            (dtype == DType::kBFloat16 ? "bf16" : "fp16") + "_d" + std::to_string(head_dim_bucket(head_dim)) + "_" +
            kMaskNames[static_cast<int>(mask)] + kBiasSuffixes[static_cast<int>(bias)];
-}
-
-// HSTU_EXT_GPU=sm80 makes a Hopper GPU run the sm80 family, to compare the two.
-bool sm90_wanted() {
-    static const char* const family = std::getenv("HSTU_EXT_GPU");
-    return !family || std::strcmp(family, "sm80") != 0;
 }
 
 [[noreturn]] void fail_missing(const std::string& name) {
