@@ -128,7 +128,17 @@ __device__ __forceinline__ void walk_keys(Out& out, const Shared& shared, const 
     const LeftRows<typename Shared::QTile> q_shared(shared.q(), ForwardGrids<kHeadDim, Config>::Score::row());
     Registers<Out::kM, kHeadDim / 16> q_registers;
     const int warp_row0 = row0 + ForwardGrids<kHeadDim, Config>::Score::row();
+    const auto is_full = [&](int t) { return mask.is_full(row0, Config::rows, walk[t], Config::cols); };
+    // Of a tile that the block needs in part, this warp's rows may need nothing.
+    const auto is_needed = [&](int t) {
+        return is_full(t) || t == 0 || !Mask::kCheapRanges ||
+               overlaps(mask.kv_range(warp_row0, Out::kM * 16), walk[t], Config::cols);
+    };
     for (int t = 0; t < walk.tiles; ++t) {
+        // Made while the first keys are on their way.
+        if constexpr (Bias::kKind == BiasKind::kRelative) {
+            if (is_needed(t)) bias.write_tile(shared.bias(), row0, walk[t], alpha);
+        }
         // The first scores need not wait for the first values.
         if (t == 0)
             cute::cp_async_wait<1>();
@@ -157,18 +167,10 @@ __device__ __forceinline__ void walk_keys(Out& out, const Shared& shared, const 
             else
                 run(q_shared);
         };
-        // Of a tile that the block needs in part, this warp's rows may need nothing.
-        const bool full = mask.is_full(row0, Config::rows, walk[t], Config::cols);
-        const bool needed = full || t == 0 || !Mask::kCheapRanges ||
-                            overlaps(mask.kv_range(warp_row0, Out::kM * 16), walk[t], Config::cols);
-        if constexpr (Bias::kKind == BiasKind::kRelative) {
-            if (needed) bias.write_tile(shared.bias(), row0, walk[t], alpha);
-        }
-        if (full) {
+        if (is_full(t))
             step(std::false_type{});
-        } else if (needed) {
+        else if (is_needed(t))
             step(std::true_type{});
-        }
     }
 }
 
