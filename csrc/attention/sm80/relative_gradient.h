@@ -77,6 +77,7 @@ struct BucketColumns {
 #pragma unroll
         for (int bucket = 0; bucket < kBuckets; ++bucket) store_shared(mine_of(bucket), 0.0f);
     }
+    __device__ __forceinline__ void set(int bucket, float x) const { store_shared(mine_of(bucket), x); }
     __device__ __forceinline__ void add(int bucket, float x) const {
         const uint32_t at = mine_of(bucket);
         store_shared(at, load_shared(at) + x);
@@ -143,6 +144,20 @@ struct TimeSums {
 #pragma unroll
             for (int i = 0; i < kSize; ++i) sum += grad[i];
             return add(in.first, sum);
+        }
+        if (in.last - in.first <= Columns::kBuckets / 2) {
+            // What lies in a bucket or a later one, bucket by bucket: no addition waits for memory.
+            columns.clear();
+#pragma unroll 1
+            for (int b = in.first; b <= in.last; ++b) {
+                float sum[2] = {};
+#pragma unroll
+                for (int i = 0; i < kSize; ++i)
+                    if (of[i] >= b) sum[i % 2] += grad[i];
+                columns.set(b - in.first, sum[0] + sum[1]);
+            }
+            const float sum = columns.sum(), later = __shfl_sync(~0u, sum, lane() + 1);
+            return keep(in.first, in.last - in.first + 1, __shfl_sync(~0u, sum - later, (lane() - in.first) & 31));
         }
         for (int first = in.first & -Columns::kBuckets; first <= in.last; first += Columns::kBuckets) {
             columns.clear();
