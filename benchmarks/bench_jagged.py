@@ -7,10 +7,14 @@
 Lengths are as in bench_attention.py: 4096xjag400 is a heavy-tailed batch of 4096 sequences up to 400 long. For concat
 and split a uniform draw (seed 1) cuts each sequence into two parts; for interleave they are its items and its actions,
 one fewer where the length is odd. Values are bf16, offsets int64, and sizes are given, so nothing waits for a device.
-Every op is timed on a small batch too, d64:8xu64 of 64 KB, once on the device and once by the host's time a call.
+Every op is timed on a small batch too, d64:8xu64 of 64 KB: on the device (fwd, bwd), and as calls one after the other
+(host_op, host_autograd), where p50_ms is the host's time a call and total_ms the wall time a call until the device has
+done the last one. add_ms is the host's time of x.add_(1) with one element, for hosts differ by half.
 
 GB/s counts every row once for its read and once for its write, and a dense tensor whole where it is written. Efficiency
 is the time of copying as many bytes, at this run's own copy rate, over the time.
+
+On a CPU the providers take turns, three each: its rates change from minute to minute.
 
 eager_views cuts tensors into views by lengths that are Python lists already, and puts them together with torch.cat,
 torch.stack or pad_sequence. eager_index computes row numbers from the offsets and gathers.
@@ -20,16 +24,31 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import hstu_ext
-from harness import RESULTS, CpuTimer, CudaTimer, Rates, Row, Timer, append_rows, draw_lengths, machine, row_time
+from harness import (
+    RESULTS,
+    CpuTimer,
+    CudaTimer,
+    Rates,
+    Row,
+    Timer,
+    Times,
+    append_rows,
+    draw_lengths,
+    machine,
+    row_time,
+    without_garbage_collection,
+)
 
 DIMS = (64, 256, 512)
 LENGTHS = ("4096xjag400", "256xjag8192")
@@ -38,7 +57,9 @@ OPS = ("concat", "split", "interleave", "to_dense", "to_jagged")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LARGEST_DENSE = 1 << 30  # bytes
 LARGEST_GRADIENT = {"cuda": 1 << 36, "cpu": 1 << 33}  # bytes; that of pad_sequence copies a dense tensor a sequence
-LONGEST_CALL = {"cuda": 0.1, "cpu": 5.0}  # seconds; eager forms that take longer are left out
+TURNS = {"cuda": 1, "cpu": 3}
+HOST_TURNS = 5  # a host's clock changes within seconds
+LONGEST_CALL = {"cuda": 0.1, "cpu": 1.0}  # seconds; eager forms that take longer are left out
 Call = Callable[..., Sequence[Tensor]]
 
 
@@ -184,13 +205,16 @@ def parse_cases(text: str) -> list[Case]:
 def seconds(call: Callable[[], object], device: str) -> float:
     """One call that is not the first."""
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     start = time.perf_counter()
     call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def measure(
@@ -204,6 +228,7 @@ def measure(
         )
         return
     expected: list[Tensor] | None = None
+    timed: list[tuple[str, str, Callable[[], object]]] = []
     with timer.context():
         inputs = problem.inputs()
     for name in providers:
@@ -231,36 +256,69 @@ def measure(
             if name != "hstu_ext" and took > LONGEST_CALL[device]:
                 print(f"    {name} skipped at {op} {direction} d{case.dim} {case.lengths}: {took:.2f} s a call")
                 continue
-            times = timer.measure(call)
-            yield row_of(op, direction, name, dtype_name, case, problem.rows) | {
-                "p20_ms": times.p20,
-                "p50_ms": times.p50,
-                "p80_ms": times.p80,
-                "graph_ms": times.graph,
-                "gbps": problem.nbytes(direction) / (times.best * 1e6),
-                "efficiency": rates.roof_ms(0.0, problem.nbytes(direction)) / times.best,
-                "matmul_tflops": rates.matmul_tflops,
-                "copy_gbps": rates.copy_gbps,
-                "extra_mib": timer.extra_mib(call),
-            }
-        del outs, douts, calls
+            timed.append((name, direction, call))
+    turns = [[timer.measure(call) for _, _, call in timed] for _ in range(TURNS[device])]
+    for i, (name, direction, call) in enumerate(timed):
+        times = median([turn[i] for turn in turns])
+        yield row_of(op, direction, name, dtype_name, case, problem.rows) | {
+            "p20_ms": times.p20,
+            "p50_ms": times.p50,
+            "p80_ms": times.p80,
+            "graph_ms": times.graph,
+            "gbps": problem.nbytes(direction) / (times.best * 1e6),
+            "efficiency": rates.roof_ms(0.0, problem.nbytes(direction)) / times.best,
+            "matmul_tflops": rates.matmul_tflops,
+            "copy_gbps": rates.copy_gbps,
+            "extra_mib": timer.extra_mib(call),
+        }
+
+
+def median(times: Sequence[Times]) -> Times:
+    def of(name: str) -> float:
+        return statistics.median(getattr(x, name) for x in times)
+
+    return Times(of("p20"), of("p50"), of("p80"), None if times[0].graph is None else of("graph"))
+
+
+def total_ms(call: Callable[[], object], device: str, timer: Timer) -> float:
+    """Wall time a call of calls one after the other, until the device has done the last one."""
+    calls, samples = 100, []
+    with timer.context(), without_garbage_collection():
+        for _ in range(20):
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            synchronize(device)
+            samples.append((time.perf_counter() - start) * 1e3 / calls)
+    return statistics.median(samples[5:])
 
 
 def host_overhead(op: str, providers: Sequence[str], dtype_name: str, device: str, timer: Timer) -> Iterator[Row]:
-    """Host time of a call under 1 MB: the bare op, and with autograd recording."""
+    """What a call under 1 MB costs: the bare op, and with autograd recording."""
     case = Case(64, SMALL)
     problem = Problem(op, case, DTYPES[dtype_name], device)
+    with timer.context():
+        one = torch.zeros(1, device=device)
     for name in providers:
         with timer.context():
             inputs = problem.inputs()
             function = PROVIDERS[name](problem)
         for direction, given in (("host_op", [x.detach() for x in inputs]), ("host_autograd", inputs)):
-            times = timer.host_overhead(lambda function=function, given=given: function(*given))
+            call = partial(function, *given)
+            hosts, totals, adds = [], [], []
+            for _ in range(HOST_TURNS if name == "hstu_ext" else 1):
+                hosts.append(timer.host_overhead(call))
+                totals.append(total_ms(call, device, timer))
+                adds.append(timer.host_overhead(lambda: one.add_(1)).p50)
+            times = median(hosts)
             yield row_of(op, direction, name, dtype_name, case, problem.rows) | {
                 "p20_ms": times.p20,
                 "p50_ms": times.p50,
                 "p80_ms": times.p80,
                 "graph_ms": None,
+                "total_ms": statistics.median(totals),
+                "add_ms": statistics.median(adds),
             }
 
 
@@ -306,7 +364,10 @@ def print_table(rows: Sequence[Row]) -> None:
         if ours is None:
             continue
         others = [f"{name} {row_time(row) / row_time(ours):5.2f}x" for name, row in found.items() if row is not ours]
-        rate = f"{ours['gbps']:8.4g} GB/s {ours['efficiency']:4.0%}" if "gbps" in ours else " " * 18
+        if "gbps" in ours:
+            rate = f"{ours['gbps']:8.4g} GB/s {ours['efficiency']:4.0%}"
+        else:
+            rate = f"in all {ours['total_ms'] * 1e3:8.1f} us"
         line = f"{op:17} {direction:13} d{dim:<3} {lengths:>11} {row_time(ours) * 1e3:10.1f} us {rate}"
         print(" | ".join([line, *others]))
 
@@ -335,7 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     scale = 0.25 if options.quick else 1.0
-    timer: Timer = CpuTimer(1000.0 * scale) if device == "cpu" else CudaTimer(100.0 * scale)
+    timer: Timer = CpuTimer(200.0 * scale) if device == "cpu" else CudaTimer(100.0 * scale)
     rows: list[Row] = []
     for row in run(options.ops, cases, options.providers, options.dtype, device, timer):
         append_rows(options.out, [row])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 class GuardedAllocations:
-    """Stands in for Tensor.new_empty, new_zeros and torch.empty_like, with which the ops allocate all they allocate.
+    """Stands in for Tensor.new_empty, new_zeros, torch.empty_like, and what _C allocates small results with.
 
     A buffer lies between two guards of NaN. An empty one is filled with NaN too, so that an element that is never
     written, or is read before it is written, shows up in the results.
@@ -56,6 +57,11 @@ class GuardedAllocations:
 
     def new_empty(self, like: Tensor, *size: object, **options: object) -> Tensor:
         return self._allocate(like, None, size, options)
+
+    def empty_strided(self, device: str, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if tuple(stride) != torch.empty(size, device="meta").stride():
+            return torch.empty_strided(size, stride, dtype=dtype, device=device)
+        return self.new_empty(torch.empty(0, dtype=dtype, device=device), *size)
 
     def new_zeros(self, like: Tensor, *size: object, **options: object) -> Tensor:
         return self._allocate(like, 0, size, options)
@@ -98,6 +104,9 @@ def guarded_allocations(
     monkeypatch.setattr(Tensor, "new_empty", lambda self, *size, **kw: allocations.new_empty(self, *size, **kw))
     monkeypatch.setattr(torch, "empty_like", lambda like, **kw: allocations.new_empty(like, like.shape))
     monkeypatch.setattr(Tensor, "new_zeros", lambda self, *size, **kw: allocations.new_zeros(self, *size, **kw))
+    for device in ("cpu", "cuda"):
+        allocate = partial(allocations.empty_strided, device)
+        monkeypatch.setattr(torch._C._dynamo.guards, f"_empty_strided_{device}", allocate, raising=False)
     yield allocations
     monkeypatch.undo()
     allocations.check()

@@ -30,6 +30,9 @@ class GpuTensor:
     def get_device(self) -> int:
         return 63
 
+    def new_empty(self, *shape: int) -> GpuTensor:
+        return replace(self, shape=shape, strides=torch.empty(shape, device="meta").stride())
+
 
 ROWS = GpuTensor((4, 2, 64), (128, 64, 1))
 OFFSETS = GpuTensor((2,), (1,), dtype=torch.int32)
@@ -63,11 +66,14 @@ def test_strides_of_one_element_dimensions_do_not_matter() -> None:
 
 @pytest.mark.skipif(bool(build_info()["cuda"]), reason="this build has GPU kernels")
 def test_gpu_tensors_in_a_cpu_build() -> None:
-    rows, offsets = GpuTensor((4, 64), (64, 1)), OFFSETS
+    count = 1 << 20  # more than what _C allocates by other means than new_empty
+    rows, offsets = GpuTensor((count, 64), (64, 1)), OFFSETS
     for call in (
         forward,
-        lambda: _C.jagged_join(False, False, rows, offsets, [rows], [offsets], 0, 1),
-        lambda: _C.jagged_dense(True, replace(rows, shape=(1, 4, 64), strides=(256, 64, 1)), rows, offsets, 0, 0, 1),
+        lambda: _C.jagged_join(None, False, [rows], [offsets], None, offsets),
+        lambda: _C.jagged_separate(None, False, rows, [offsets], [count]),
+        lambda: _C.jagged_dense(None, False, rows, offsets, count, 0),
+        lambda: _C.jagged_dense(None, True, rows.new_empty(1, count, 64), offsets, count, 0),
     ):
         with pytest.raises(MissingKernelError, match=r"CPU kernels only.*HSTU_EXT_CUDA=on"):
             call()

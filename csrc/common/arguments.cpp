@@ -171,10 +171,11 @@ Tensor read_tensor(const char* op, const char* name, py::handle object) {
 }
 
 int64_t read_size(const char* op, const char* name, py::handle source, Py_ssize_t index) {
-    const std::string full = index < 0 ? name : std::string(name) + '[' + std::to_string(index) + ']';
-    if (!PyLong_Check(source.ptr()) || PyBool_Check(source.ptr())) fail_type(op, full.c_str(), "an int", source.ptr());
+    const auto full = [&] { return index < 0 ? name : std::string(name) + '[' + std::to_string(index) + ']'; };
+    if (!PyLong_Check(source.ptr()) || PyBool_Check(source.ptr()))
+        fail_type(op, full().c_str(), "an int", source.ptr());
     const int64_t value = to_int64(source.ptr());
-    if (value < 0) fail<std::invalid_argument>("hstu_ext.", op, ": ", full, " must be 0 or more, got ", value);
+    if (value < 0) fail<std::invalid_argument>("hstu_ext.", op, ": ", full(), " must be 0 or more, got ", value);
     return value;
 }
 

@@ -6,6 +6,7 @@
 
 #include "common/arguments.h"
 #include "common/check.h"
+#include "common/torch_calls.h"
 #include "jagged/jagged.h"
 
 namespace py = pybind11;
@@ -16,35 +17,6 @@ namespace {
 const char* op_of(bool split, bool interleave) {
     if (split) return interleave ? "jagged_deinterleave" : "jagged_split";
     return interleave ? "jagged_interleave" : "jagged_concat";
-}
-
-void jagged_join(bool split, bool interleave, py::args values) {
-    JoinInputs inputs;
-    inputs.op = op_of(split, interleave);
-    Arguments args(inputs.op, std::move(values));
-    inputs.order = interleave ? Order::kInterleave : Order::kConcat;
-    inputs.split = split;
-    inputs.joined = args.tensor("values");
-    inputs.joined_offsets = args.tensor("offsets");
-    inputs.parts = args.tensors("values");
-    inputs.offsets = args.tensors("offsets");
-    const Execution execution = args.execution();
-    const py::gil_scoped_release no_gil;
-    join(inputs, execution);
-}
-
-void jagged_dense(bool to_jagged, py::args values) {
-    DenseInputs inputs;
-    inputs.op = to_jagged ? "dense_to_jagged" : "jagged_to_dense";
-    Arguments args(inputs.op, std::move(values));
-    inputs.to_jagged = to_jagged;
-    inputs.dense = args.tensor("dense");
-    inputs.values = args.tensor("values");
-    inputs.offsets = args.tensor("offsets");
-    inputs.padding = args.integer("padding_value");
-    const Execution execution = args.execution();
-    const py::gil_scoped_release no_gil;
-    dense(inputs, execution);
 }
 
 // [(end, longest)] of every offsets tensor.
@@ -59,11 +31,14 @@ py::list jagged_sizes(const char* op, int64_t rows, bool is_list, py::args value
     return result;
 }
 
-// Plans: (the shapes of what a call allocates, whether an input requires a gradient), or None where the type of a tensor
-// is not in the set `plain`. In Python, each look at a tensor takes as long as all of a plan.
+// A call of an op: it allocates the results, runs and returns them. In Python, each look at a tensor takes as long as all
+// that is done here before the copy. With a set of tensor types `plain`, a call may return what to do instead:
+//   None: a tensor is of another type, and torch.library must see the call
+//   True: autograd must record it
+// Without (None) it is past both questions.
 
 bool is_plain(py::handle plain, py::handle tensor) {
-    return PySet_Contains(plain.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()))) == 1;
+    return plain.is_none() || PySet_Contains(plain.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()))) == 1;
 }
 
 bool are_plain(py::handle plain, const List& tensors) {
@@ -72,76 +47,136 @@ bool are_plain(py::handle plain, const List& tensors) {
     return true;
 }
 
-bool requires_gradient(py::handle tensor) {
-    static PyObject* const name = PyUnicode_InternFromString("requires_grad");
-    return tensor.attr(name).ptr() == Py_True;
+bool is_recorded(py::handle plain, py::handle tensor) {
+    return !plain.is_none() && torch_calls::requires_grad(tensor) && torch_calls::is_grad_enabled();
+}
+
+bool are_recorded(py::handle plain, const List& tensors) {
+    for (Py_ssize_t i = 0; i < tensors.size(); ++i)
+        if (is_recorded(plain, tensors[i])) return true;
+    return false;
+}
+
+std::vector<Tensor> read_tensors(const char* op, const char* name, const List& list) {
+    std::vector<Tensor> found(static_cast<size_t>(list.size()));
+    for (Py_ssize_t i = 0; i < list.size(); ++i) found[i] = read_tensor(op, name, list[i]);
+    return found;
 }
 
 // The sizes, then the dimensions of x from `first` on.
-py::tuple shape_of(std::initializer_list<int64_t> sizes, const Tensor& x, int first) {
-    py::tuple shape(sizes.size() + static_cast<size_t>(std::max(x.rank - first, 0)));
-    size_t i = 0;
-    for (const int64_t size : sizes) shape[i++] = size;
-    for (int dim = first; dim < x.rank; ++dim) shape[i++] = x.shape[dim];
+std::vector<int64_t> shape_of(std::initializer_list<int64_t> sizes, const Tensor& x, int first) {
+    std::vector<int64_t> shape(sizes);
+    for (int dim = first; dim < x.rank; ++dim) shape.push_back(x.shape[dim]);
     return shape;
 }
 
-py::object jagged_join_plan(bool interleave, py::handle plain, py::handle values, py::handle offsets,
-                            py::handle total) {
+void run(const JoinInputs& inputs, int device) {
+    const Execution execution = torch_calls::execution_on(device);
+    const py::gil_scoped_release no_gil;
+    join(inputs, execution);
+}
+
+void run(const DenseInputs& inputs) {
+    const Execution execution = torch_calls::execution_on(inputs.values.device);
+    const py::gil_scoped_release no_gil;
+    dense(inputs, execution);
+}
+
+py::object jagged_join(py::handle plain, bool interleave, py::handle values, py::handle offsets, py::handle total,
+                       py::object joined_offsets) {
     const char* const op = op_of(false, interleave);
     const List parts(op, "values", "a list of tensors", values);
     const List own_offsets(op, "offsets", "a list of tensors", offsets);
     check_part_count(op, "values", parts.size());
     check_offsets_count(op, parts.size(), own_offsets.size());
     if (!are_plain(plain, parts) || !are_plain(plain, own_offsets)) return py::none();
-    const Tensor first = read_tensor(op, "values", parts[0]);
-    py::tuple rows(parts.size());
-    int64_t sum = 0;
-    bool is_recorded = false;
-    for (Py_ssize_t i = 0; i < parts.size(); ++i) {
-        const Tensor x = read_tensor(op, "values", parts[i]);
-        rows[i] = x.shape[0];
-        sum += x.shape[0];
-        is_recorded |= requires_gradient(parts[i]);
+    if (are_recorded(plain, parts)) return py::bool_(true);
+
+    JoinInputs inputs;
+    inputs.op = op;
+    inputs.order = interleave ? Order::kInterleave : Order::kConcat;
+    inputs.split = false;
+    inputs.parts = read_tensors(op, "values", parts);
+    inputs.offsets = read_tensors(op, "offsets", own_offsets);
+    int64_t rows = 0;
+    for (const Tensor& x : inputs.parts) rows += x.shape[0];
+    if (!total.is_none()) rows = read_size(op, "total", total);
+    const auto joined = torch_calls::new_empty(parts[0], inputs.parts[0], shape_of({rows}, inputs.parts[0], 1));
+    inputs.joined = joined.tensor;
+    if (joined_offsets.is_none()) {
+        const Tensor& model = inputs.offsets[0];
+        auto sums = torch_calls::new_empty(own_offsets[0], model, shape_of({}, model, 0));
+        joined_offsets = std::move(sums.object);
+        inputs.joined_offsets = sums.tensor;
+    } else {
+        inputs.joined_offsets = read_tensor(op, "joined offsets", joined_offsets);
     }
-    if (!total.is_none()) sum = read_size(op, "total", total);
-    return py::make_tuple(shape_of({sum}, first, 1), rows, is_recorded);
+    run(inputs, inputs.joined.device);
+    return py::make_tuple(joined.object, joined_offsets);
 }
 
-py::object jagged_separate_plan(bool interleave, py::handle plain, py::handle values, py::handle offsets,
-                                py::handle totals) {
-    const char* const op = op_of(true, interleave);
-    const List parts(op, "offsets", "a list of tensors", offsets);
-    if (!is_plain(plain, values) || !are_plain(plain, parts)) return py::none();
-    const std::string expected = "a list of " + std::to_string(parts.size()) + " sizes like offsets";
+[[noreturn]] void fail_totals(const char* op, Py_ssize_t parts, py::handle totals) {
+    const std::string expected = "a list of " + std::to_string(parts) + " sizes like offsets";
     const List sizes(op, "totals", expected.c_str(), totals);
-    if (sizes.size() != parts.size())
-        fail<std::invalid_argument>("hstu_ext.", op, ": totals must be ", expected, ", got ", sizes.size());
-    const Tensor x = read_tensor(op, "values", values);
-    py::tuple shapes(sizes.size());
-    for (Py_ssize_t i = 0; i < sizes.size(); ++i) shapes[i] = shape_of({read_size(op, "totals", sizes[i], i)}, x, 1);
-    return py::make_tuple(shapes, requires_gradient(values));
+    fail<std::invalid_argument>("hstu_ext.", op, ": totals must be ", expected, ", got ", sizes.size());
+}
+
+py::object jagged_separate(py::handle plain, bool interleave, py::handle values, py::handle offsets,
+                           py::handle totals) {
+    const char* const op = op_of(true, interleave);
+    const List own_offsets(op, "offsets", "a list of tensors", offsets);
+    if (!is_plain(plain, values) || !are_plain(plain, own_offsets)) return py::none();
+    const bool is_list = PyList_Check(totals.ptr()) || PyTuple_Check(totals.ptr());
+    if (!is_list || PySequence_Fast_GET_SIZE(totals.ptr()) != own_offsets.size())
+        fail_totals(op, own_offsets.size(), totals);
+    const List sizes(op, "totals", "a list", totals);
+    if (is_recorded(plain, values)) return py::bool_(true);
+
+    JoinInputs inputs;
+    inputs.op = op;
+    inputs.order = interleave ? Order::kInterleave : Order::kConcat;
+    inputs.split = true;
+    inputs.joined = read_tensor(op, "values", values);
+    inputs.offsets = read_tensors(op, "offsets", own_offsets);
+    py::list parts(sizes.size());
+    for (Py_ssize_t i = 0; i < sizes.size(); ++i) {
+        const int64_t rows = read_size(op, "totals", sizes[i], i);
+        auto part = torch_calls::new_empty(values, inputs.joined, shape_of({rows}, inputs.joined, 1));
+        parts[i] = std::move(part.object);
+        inputs.parts.push_back(part.tensor);
+    }
+    run(inputs, inputs.joined.device);
+    return parts;
 }
 
 // `size` is the total of the jagged rows or the length of the dense ones.
-py::object jagged_dense_plan(bool to_jagged, py::handle plain, py::handle input, py::handle offsets, py::handle size) {
+py::object jagged_dense(py::handle plain, bool to_jagged, py::handle input, py::handle offsets, py::handle size,
+                        int64_t padding) {
     if (!is_plain(plain, input) || !is_plain(plain, offsets)) return py::none();
-    const char* const op = to_jagged ? "dense_to_jagged" : "jagged_to_dense";
-    const Tensor x = read_tensor(op, to_jagged ? "dense" : "values", input);
-    const int64_t rows = read_size(op, to_jagged ? "total" : "max_len", size);
-    const int64_t batch = std::max<int64_t>(read_tensor(op, "offsets", offsets).shape[0] - 1, 0);
-    return py::make_tuple(to_jagged ? shape_of({rows}, x, 2) : shape_of({batch, rows}, x, 1), requires_gradient(input));
+    if (is_recorded(plain, input)) return py::bool_(true);
+
+    DenseInputs inputs;
+    inputs.op = to_jagged ? "dense_to_jagged" : "jagged_to_dense";
+    inputs.to_jagged = to_jagged;
+    inputs.padding = padding;
+    const Tensor x = read_tensor(inputs.op, to_jagged ? "dense" : "values", input);
+    const int64_t rows = read_size(inputs.op, to_jagged ? "total" : "max_len", size);
+    inputs.offsets = read_tensor(inputs.op, "offsets", offsets);
+    const int64_t batch = std::max<int64_t>(inputs.offsets.shape[0] - 1, 0);
+    auto out = torch_calls::new_empty(input, x, to_jagged ? shape_of({rows}, x, 2) : shape_of({batch, rows}, x, 1));
+    inputs.dense = to_jagged ? x : out.tensor;
+    inputs.values = to_jagged ? out.tensor : x;
+    run(inputs);
+    return out.object;
 }
 
 }  // namespace
 
 void register_jagged(py::module_& m) {
     m.def("jagged_join", &jagged_join);
+    m.def("jagged_separate", &jagged_separate);
     m.def("jagged_dense", &jagged_dense);
     m.def("jagged_sizes", &jagged_sizes);
-    m.def("jagged_join_plan", &jagged_join_plan);
-    m.def("jagged_separate_plan", &jagged_separate_plan);
-    m.def("jagged_dense_plan", &jagged_dense_plan);
 }
 
 }  // namespace hstu::jagged

@@ -1,18 +1,21 @@
 // The jagged copies on the CPU.
 //
-// The rows that are written, or for a split those that are read, are cut into blocks of about kBlockBytes, however they
-// are spread over sequences and parts, and the threads take one block after the other. Inside of a block whatever is
-// contiguous on both sides is one memcpy.
+// The rows that are written, or for a split those that are read, are cut into blocks, however they are spread over
+// sequences and parts, and the threads take one block after the other. Inside of a block whatever is contiguous on both
+// sides is one memcpy. Fresh memory costs more than the copy, a page at a time, so large results ask for huge pages; blocks
+// are as large as these where there are enough, so that two threads seldom meet in one.
 #include <cstring>
 
 #include "common/host_device.h"
+#include "common/huge_pages.h"
 #include "common/parallel.h"
 #include "jagged/jagged.h"
 
 namespace hstu::jagged::cpu {
 namespace {
 
-constexpr int64_t kBlockBytes = 256 << 10;
+constexpr int64_t kLeastBlockBytes = 256 << 10, kMostBlockBytes = kHugePageBytes;
+constexpr int kBlocksOfThread = 8;
 constexpr int64_t kRoundBytes = 8 << 10;  // of interleaved rows written part by part: stays in the first cache
 
 template <int kRowBytes>
@@ -58,6 +61,10 @@ void fill_rows(char* to, int64_t stride, int64_t rows, int64_t row_bytes, uint64
     for (int64_t i = 0; i < rows; ++i) fill_bytes(to + i * stride, row_bytes, pattern);
 }
 
+void advise(const Rows& rows, int64_t row_bytes) {
+    if (rows.stride == row_bytes) advise_huge_pages(rows.data, rows.count * row_bytes);
+}
+
 // Rows outside of [begin, end) become 0.
 void zero_outside(const Rows& rows, int64_t begin, int64_t end, int64_t row_bytes) {
     fill_rows(rows.data, rows.stride, begin, row_bytes, 0);
@@ -78,7 +85,8 @@ int64_t sequence_of(const IndexArray& offsets, int64_t batch, int64_t row) {
 template <class Body>
 void for_blocks(int64_t begin, int64_t end, int64_t row_bytes, int num_threads, const Body& body) {
     if (row_bytes == 0) return;
-    const int64_t rows = max_of<int64_t>(1, kBlockBytes / row_bytes);
+    const int64_t share = (end - begin) * row_bytes / (kBlocksOfThread * max_of(1, num_threads));
+    const int64_t rows = max_of<int64_t>(1, clamp_to<int64_t>(share, kLeastBlockBytes, kMostBlockBytes) / row_bytes);
     parallel_for(ceil_div(end - begin, rows), num_threads, [&](int64_t block, int) {
         const int64_t first = begin + block * rows;
         body(first, min_of(first + rows, end));
@@ -181,6 +189,10 @@ void add_offsets(const JoinParams& p) {
 }  // namespace
 
 void join(const JoinParams& p) {
+    if (p.split)
+        for (const Part& part : p.parts) advise(part.rows, p.row_bytes);
+    else
+        advise(p.joined, p.row_bytes);
     p.offsets_are_int64 ? add_offsets<int64_t>(p) : add_offsets<int32_t>(p);
     const IndexArray offsets{p.joined_offsets, p.offsets_are_int64};
     if (p.split) {
@@ -202,6 +214,7 @@ void join(const JoinParams& p) {
 namespace {
 
 void copy_to_dense(const DenseParams& p) {
+    advise({p.dense, p.batch, p.batch_stride}, p.max_len * p.row_bytes);
     for_blocks(0, p.batch * p.max_len, p.row_bytes, p.num_threads, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last;) {
             const int64_t b = row / p.max_len, t = row % p.max_len;
@@ -217,6 +230,7 @@ void copy_to_dense(const DenseParams& p) {
 }
 
 void copy_to_jagged(const DenseParams& p) {
+    advise(p.jagged, p.row_bytes);
     const int64_t first_row = p.offsets[0], last_row = p.offsets[p.batch];
     zero_outside(p.jagged, first_row, last_row, p.row_bytes);
     for_blocks(first_row, last_row, p.row_bytes, p.num_threads, [&](int64_t first, int64_t last) {

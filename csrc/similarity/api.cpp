@@ -5,6 +5,7 @@
 
 #include "common/check.h"
 #include "common/execution.h"
+#include "common/large_pages.h"
 #include "similarity/cpu/similarity.h"
 #include "similarity/params.h"
 
@@ -107,7 +108,10 @@ void l2norm(const Tensor& x, const Tensor& out, double eps, Execution execution)
     checks.contiguous_rows("x", x);
     checks.positive("eps", eps);
     const L2NormParams p{x.shape[0], x.shape[1], eps, matrix(x), {}, matrix(out), execution.num_threads};
-    if (x.device < 0) return cpu::l2norm(p, x.dtype);
+    if (x.device < 0) {
+        prefer_large_pages(out);
+        return cpu::l2norm(p, x.dtype);
+    }
 #if HSTU_EXT_CUDA
     const DeviceGuard guard(x.device);
     sm80::l2norm(p, x.dtype, x.device, execution.stream);
@@ -123,7 +127,10 @@ void l2norm_backward(const Tensor& dout, const Tensor& x, const Tensor& dx, doub
     if (is_wide) model.dtype = dout.dtype;
     checks.like("dout", dout, "x", model);
     const L2NormParams p{x.shape[0], x.shape[1], eps, matrix(x), matrix(dout), matrix(dx), execution.num_threads};
-    if (x.device < 0) return cpu::l2norm_backward(p, x.dtype);
+    if (x.device < 0) {
+        prefer_large_pages(dx);
+        return cpu::l2norm_backward(p, x.dtype);
+    }
 #if HSTU_EXT_CUDA
     const DeviceGuard guard(x.device);
     sm80::l2norm_backward(p, x.dtype, dout.dtype, x.device, execution.stream);
@@ -182,10 +189,10 @@ sm80::TopkScan topk_params(const TopkInputs& in, const TopkState& state) {
     p.capacity = sm80::topk_capacity(in.k);
     p.query = matrix(in.query);
     p.catalogue = matrix(in.items);
-    p.keys = static_cast<uint64_t*>(state.keys.data);
-    p.counts = static_cast<int*>(state.counts.data);
-    p.kept = static_cast<int*>(state.kept.data);
-    p.thresholds = static_cast<uint64_t*>(state.thresholds.data);
+    p.thresholds = static_cast<uint64_t*>(state.scratch.data);
+    p.counts = reinterpret_cast<int*>(p.thresholds + p.rows);
+    p.kept = p.counts + p.rows;
+    p.keys = p.thresholds + 2 * p.rows;
     p.excluded = static_cast<const int64_t*>(in.exclude.data);
     p.excluded_offsets = static_cast<const int64_t*>(in.exclude_offsets.data);
     p.excluded_count = in.exclude ? in.exclude.shape[0] : 0;
@@ -202,19 +209,14 @@ bool has_contiguous_rows(const Tensor& x) { return x.shape[1] == 1 || x.stride[1
 
 int64_t topk_capacity(int64_t k) { return k <= sm80::kTopkMaxK ? sm80::topk_capacity(k) : 0; }
 
-int64_t topk_round(int64_t items, int64_t done, int64_t k, int64_t rows) {
-    return sm80::topk_round(items, done, k, rows);
-}
-
-bool topk_can_scan(const Tensor& query, const Tensor& items) {
-    const bool is_half = query.dtype == DType::kFloat16 || query.dtype == DType::kBFloat16;
-    if (!is_half || !has_contiguous_rows(query) || !has_contiguous_rows(items)) return false;
-    return sm80::topk_scan_rows(topk_params({query, items, 1, {}, {}, {}}, {})) > 0;
-}
-
-void topk_scan(const TopkInputs& in, const TopkState& state, Execution execution) {
-    const DeviceGuard guard(in.query.device);
-    sm80::topk_scan(topk_params(in, state), in.query.dtype, execution.stream);
+bool topk_scan(const TopkInputs& in, const TopkState& state, Execution execution) {
+    const bool is_half = in.query.dtype == DType::kFloat16 || in.query.dtype == DType::kBFloat16;
+    if (!is_half || !has_contiguous_rows(in.query) || !has_contiguous_rows(in.items)) return false;
+    const sm80::TopkScan p = topk_params(in, state);
+    if (sm80::topk_scan_rows(p) == 0) return false;
+    const DeviceGuard guard(p.device);
+    sm80::topk_scan(p, in.query.dtype, execution.stream);
+    return true;
 }
 
 void topk_merge_scores(const TopkInputs& in, const Tensor& scores, int64_t col0, bool last, const TopkState& state,
@@ -224,9 +226,7 @@ void topk_merge_scores(const TopkInputs& in, const Tensor& scores, int64_t col0,
 }
 #else
 int64_t topk_capacity(int64_t) { return 0; }
-int64_t topk_round(int64_t items, int64_t, int64_t, int64_t) { return items; }
-bool topk_can_scan(const Tensor&, const Tensor&) { return false; }
-void topk_scan(const TopkInputs&, const TopkState&, Execution) {}
+bool topk_scan(const TopkInputs&, const TopkState&, Execution) { return false; }
 void topk_merge_scores(const TopkInputs&, const Tensor&, int64_t, bool, const TopkState&, Execution) {}
 #endif
 

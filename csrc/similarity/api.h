@@ -31,10 +31,10 @@ struct TopkTile {
     int64_t k;
 };
 
-// Of the GPU: candidates and the result. counts, kept and thresholds begin as 0; see similarity/sm80/topk.h.
+// Of the GPU: candidates (similarity/sm80/topk.h) and the result.
 struct TopkState {
-    Tensor keys, counts, kept, thresholds;  // int64 [rows, capacity], int32 [rows], int32 [rows], int64 [rows]
-    Tensor values, indices;                 // fp32 [rows, k], int64 [rows, k]
+    Tensor scratch;          // int64 [rows * (capacity + 2)]
+    Tensor values, indices;  // fp32 [rows, k], int64 [rows, k]
 };
 
 void check_topk_dot(const TopkInputs& inputs);
@@ -44,13 +44,10 @@ void topk_finish(const Tensor& kept, const Tensor& counts, const Tensor& values,
 
 // Candidates that the GPU has room for, 0 where k is too large for it.
 int64_t topk_capacity(int64_t k);
-// Items of the round after `done` of them.
-int64_t topk_round(int64_t items, int64_t done, int64_t k, int64_t rows);
-// Whether topk_scan serves these rows: half precision, aligned to 16 bytes, not too long.
-bool topk_can_scan(const Tensor& query, const Tensor& items);
-// The whole result; inputs.exclude is sorted within rows and inputs.exclude_offsets given.
-void topk_scan(const TopkInputs& inputs, const TopkState& state, Execution execution);
-// One round: fp32 scores [rows, cols] of items [col0, col0 + cols). The last one writes the result.
+// The whole result; inputs.exclude is sorted within rows and inputs.exclude_offsets given. False, and nothing done, where
+// it does not serve these rows: half precision, aligned to 16 bytes, not too long.
+bool topk_scan(const TopkInputs& inputs, const TopkState& state, Execution execution);
+// The same over fp32 scores [rows, cols] of items [col0, col0 + cols), from the first to the last, which writes the result.
 void topk_merge_scores(const TopkInputs& inputs, const Tensor& scores, int64_t col0, bool last, const TopkState& state,
                        Execution execution);
 

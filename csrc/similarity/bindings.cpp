@@ -3,6 +3,7 @@
 #include "similarity/bindings.h"
 
 #include "common/arguments.h"
+#include "common/large_pages.h"
 #include "similarity/api.h"
 
 namespace py = pybind11;
@@ -36,6 +37,11 @@ void bind_l2norm_dot_check(py::args values) {
     check_l2norm_dot(q, items, args.number("eps"));
 }
 
+void bind_prefer_large_pages(py::args values) {
+    Arguments args("l2norm_dot", std::move(values));
+    prefer_large_pages(args.tensor("out"));
+}
+
 TopkInputs topk_inputs(Arguments& args) {
     TopkInputs in;
     in.query = args.tensor("query");
@@ -49,28 +55,19 @@ TopkInputs topk_inputs(Arguments& args) {
 
 TopkState topk_state(Arguments& args) {
     TopkState state;
-    state.keys = args.tensor("keys");
-    state.counts = args.tensor("counts");
-    state.kept = args.tensor("kept");
-    state.thresholds = args.tensor("thresholds");
+    state.scratch = args.tensor("scratch");
     state.values = args.tensor("values");
     state.indices = args.tensor("indices");
     return state;
 }
 
-bool bind_topk_can_scan(py::args values) {
-    Arguments args("topk_dot", std::move(values));
-    const Tensor query = args.tensor("query"), items = args.tensor("items");
-    return topk_can_scan(query, items);
-}
-
-void bind_topk_scan(py::args values) {
+bool bind_topk_scan(py::args values) {
     Arguments args("topk_dot", std::move(values));
     const TopkInputs in = topk_inputs(args);
     const TopkState state = topk_state(args);
     const Execution execution = args.execution();
     const py::gil_scoped_release no_gil;
-    topk_scan(in, state, execution);
+    return topk_scan(in, state, execution);
 }
 
 void bind_topk_merge_scores(py::args values) {
@@ -310,10 +307,9 @@ void register_similarity(py::module_& m) {
     m.def("l2norm", &bind_l2norm);
     m.def("l2norm_backward", &bind_l2norm_backward);
     m.def("l2norm_dot_check", &bind_l2norm_dot_check);
+    m.def("prefer_large_pages", &bind_prefer_large_pages);
     m.def("topk_check", &bind_topk_check);
     m.def("topk_capacity", &topk_capacity);
-    m.def("topk_round", &topk_round);
-    m.def("topk_can_scan", &bind_topk_can_scan);
     m.def("topk_scan", &bind_topk_scan);
     m.def("topk_merge_scores", &bind_topk_merge_scores);
     m.def("topk_merge", &bind_topk_merge);

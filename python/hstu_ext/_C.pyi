@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Literal, TypedDict, overload
 
 from torch import Tensor
 
@@ -98,52 +98,47 @@ def attention_backward_scratch(
 def attention_table_scratch(dposition: Tensor | None, dtime: Tensor | None, /) -> int:
     """Zeroed int64 elements of table_accum that attention_backward wants on a GPU; 0 for none."""
 
+# Calls of the jagged ops: the results. With plain, a set of tensor types, also what to do instead: None: a tensor is of
+# another type; True: autograd must record the call.
+@overload
 def jagged_join(
-    split: bool,
+    plain: None,
     interleave: bool,
-    joined: Tensor,
-    joined_offsets: Tensor | None,
-    values: Sequence[Tensor],
-    offsets: Sequence[Tensor],
-    stream: int,
-    num_threads: int,
-    /,
-) -> None:
-    """Writes joined and joined_offsets, or with split the values of the parts."""
-
-# Plans: what to allocate, and whether an input requires a gradient. None where the type of a tensor is not in plain.
-def jagged_join_plan(
-    interleave: bool,
-    plain: frozenset[type],
     values: Sequence[Tensor],
     offsets: Sequence[Tensor],
     total: int | None,
+    joined_offsets: Tensor | None,
     /,
-) -> tuple[tuple[int, ...], tuple[int, ...], bool] | None:
-    """The shape of the joined values, as many rows as the values have unless total says otherwise; the rows of each."""
+) -> tuple[Tensor, Tensor]:
+    """(joined, joined_offsets), as many rows as the values have unless total says otherwise."""
 
-def jagged_separate_plan(
-    interleave: bool, plain: frozenset[type], values: Tensor, offsets: Sequence[Tensor], totals: Sequence[int], /
-) -> tuple[tuple[tuple[int, ...], ...], bool] | None:
-    """The shape of every part."""
+@overload
+def jagged_join(
+    plain: frozenset[type],
+    interleave: bool,
+    values: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    total: int | None,
+    joined_offsets: Tensor | None,
+    /,
+) -> tuple[Tensor, Tensor] | Literal[True] | None: ...
+@overload
+def jagged_separate(
+    plain: None, interleave: bool, values: Tensor, offsets: Sequence[Tensor], totals: Sequence[int], /
+) -> list[Tensor]: ...
+@overload
+def jagged_separate(
+    plain: frozenset[type], interleave: bool, values: Tensor, offsets: Sequence[Tensor], totals: Sequence[int], /
+) -> list[Tensor] | Literal[True] | None: ...
+@overload
+def jagged_dense(plain: None, to_jagged: bool, x: Tensor, offsets: Tensor, size: int, padding: int, /) -> Tensor:
+    """The dense tensor of size rows for each sequence, or with to_jagged the size jagged rows. padding: the bits of one
+    element."""
 
-def jagged_dense_plan(
-    to_jagged: bool, plain: frozenset[type], x: Tensor, offsets: Tensor, size: int, /
-) -> tuple[tuple[int, ...], bool] | None:
-    """The shape of the dense tensor of size rows for each sequence, or with to_jagged of the size jagged rows."""
-
+@overload
 def jagged_dense(
-    to_jagged: bool,
-    dense: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    padding: int,
-    stream: int,
-    num_threads: int,
-    /,
-) -> None:
-    """Writes dense, or with to_jagged the values. padding: the bits of one element."""
-
+    plain: frozenset[type], to_jagged: bool, x: Tensor, offsets: Tensor, size: int, padding: int, /
+) -> Tensor | Literal[True] | None: ...
 def jagged_sizes(op: str, rows: int, is_list: bool, /, *offsets: Tensor) -> list[tuple[int, int]]:
     """The end of the last sequence and the length of the longest, of offsets on the CPU that must end within rows."""
 
@@ -179,6 +174,9 @@ def l2norm(x: Tensor, out: Tensor, eps: float, stream: int, num_threads: int, /)
 
 def l2norm_backward(dout: Tensor, x: Tensor, dx: Tensor, eps: float, stream: int, num_threads: int, /) -> None: ...
 def l2norm_dot_check(q: Tensor, items: Tensor, eps: float, /) -> None: ...
+def prefer_large_pages(out: Tensor, /) -> None:
+    """Before a matrix on the CPU is written for the first time: fewer page faults."""
+
 def topk_check(
     query: Tensor,
     items: Tensor,
@@ -191,10 +189,6 @@ def topk_check(
 def topk_capacity(k: int, /) -> int:
     """Candidates of a row on the GPU, 0 where k is too large for its kernels."""
 
-def topk_round(items: int, done: int, k: int, rows: int, /) -> int:
-    """Items of the round after `done` of them."""
-
-def topk_can_scan(query: Tensor, items: Tensor, /) -> bool: ...
 def topk_scan(
     query: Tensor,
     items: Tensor,
@@ -202,17 +196,14 @@ def topk_scan(
     exclude: Tensor | None,
     exclude_offsets: Tensor | None,
     valid: Tensor | None,
-    keys: Tensor,
-    counts: Tensor,
-    kept: Tensor,
-    thresholds: Tensor,
+    scratch: Tensor,
     values: Tensor,
     indices: Tensor,
     stream: int,
     num_threads: int,
     /,
-) -> None:
-    """The top k on a GPU. keys int64 [rows, capacity] is scratch; counts, kept (int32) and thresholds begin as 0."""
+) -> bool:
+    """The top k on a GPU, or False and nothing done for rows that it does not serve. scratch: capacity + 2 a row."""
 
 def topk_merge_scores(
     query: Tensor,
@@ -224,17 +215,14 @@ def topk_merge_scores(
     scores: Tensor,
     col0: int,
     last: bool,
-    keys: Tensor,
-    counts: Tensor,
-    kept: Tensor,
-    thresholds: Tensor,
+    scratch: Tensor,
     values: Tensor,
     indices: Tensor,
     stream: int,
     num_threads: int,
     /,
 ) -> None:
-    """One round of it over fp32 scores [rows, cols]; the last one writes the result."""
+    """The same over fp32 scores [rows, cols] of items from col0 on, tile after tile; the last writes the result."""
 
 def topk_merge(
     scores: Tensor,

@@ -230,6 +230,7 @@ __global__ void __launch_bounds__(kThreads) topk_write_kernel(const __grid_const
 template <class T>
 struct DotProducts {
     Round round;
+    int64_t most() const { return round.is_first ? (round.end - round.begin) * kTileItems : INT64_MAX; }
     __device__ __forceinline__ int64_t groups() const { return round.end - round.begin; }
     __device__ __forceinline__ int64_t first(int64_t group, const TopkScan&) const {
         return round[round.begin + group] * kTileItems;
@@ -248,6 +249,7 @@ struct DotProducts {
 
 struct TileScores {
     TopkScores tile;
+    int64_t most() const { return tile.col0 == 0 ? tile.cols : INT64_MAX; }
     __device__ __forceinline__ int64_t groups() const { return ceil_div<int64_t>(tile.cols, kTileItems); }
     __device__ __forceinline__ int64_t first(int64_t group, const TopkScan&) const {
         return tile.col0 + group * kTileItems;
@@ -310,11 +312,20 @@ __global__ void __launch_bounds__(kWideThreads)
     }
 }
 
+void clear(const TopkScan& p, cudaStream_t stream) {
+    const auto *const begin = reinterpret_cast<const char*>(p.thresholds), *end = reinterpret_cast<const char*>(p.keys);
+    check_cuda(cudaMemsetAsync(p.thresholds, 0, static_cast<size_t>(end - begin), stream), "clearing memory");
+}
+
 template <class Scores>
 void launch_select(const TopkScan& p, const Scores& scores, bool last, cudaStream_t stream) {
+    constexpr int64_t kNarrow = kKeys * kNarrowThreads;
+    const int64_t most = scores.most();  // of the candidates of a row, where that is known; then one kernel is enough
+    if (most <= kNarrow || most == INT64_MAX)
+        launch<topk_narrow_kernel>(p.rows, kNarrowThreads, 0, p.device, stream, p);
     const int shared_bytes = p.capacity * static_cast<int>(sizeof(uint64_t));
-    launch<topk_narrow_kernel>(p.rows, kNarrowThreads, 0, p.device, stream, p);
-    launch<topk_select_kernel<Scores>>(p.rows, kWideThreads, shared_bytes, p.device, stream, p, scores);
+    if (most > kNarrow)
+        launch<topk_select_kernel<Scores>>(p.rows, kWideThreads, shared_bytes, p.device, stream, p, scores);
     if (last) launch<topk_write_kernel>(p.rows, kThreads, 0, p.device, stream, p);
 }
 
@@ -344,6 +355,7 @@ void scan(const TopkScan& p, cudaStream_t stream) {
 
 int64_t topk_round(int64_t items, int64_t done, int64_t k, int64_t rows) {
     constexpr int kNarrow = kKeys * kNarrowThreads, kFewRows = 64;
+    if (items <= topk_capacity(k)) return ceil_div<int64_t>(items, kTileItems) * kTileItems;
     const int64_t first = clamp_to<int64_t>(9 * k / 2 / kTileItems * kTileItems, kNarrow, topk_capacity(k));
     if (done == 0) return first;
     const double count = static_cast<double>(k), deviation = 1 / std::sqrt(count);
@@ -367,20 +379,29 @@ int topk_scan_rows(const TopkScan& p) {
     return ScanShared<bf16, 32>::bytes(panels) <= limit ? 32 : 0;
 }
 
-void topk_scan(const TopkScan& p, DType dtype, void* stream) {
+void topk_scan(const TopkScan& p, DType dtype, void* stream_handle) {
+    const auto stream = static_cast<cudaStream_t>(stream_handle);
+    clear(p, stream);
     if (dtype == DType::kBFloat16)
-        scan<bf16>(p, static_cast<cudaStream_t>(stream));
+        scan<bf16>(p, stream);
     else
-        scan<fp16>(p, static_cast<cudaStream_t>(stream));
+        scan<fp16>(p, stream);
 }
 
 void topk_merge(const TopkScan& p, const TopkScores& tile, bool last, void* stream_handle) {
     const auto stream = static_cast<cudaStream_t>(stream_handle);
+    if (tile.col0 == 0) clear(p, stream);
     const int64_t wanted = ceil_div<int64_t>(8 * multiprocessors(p.device), p.rows);
-    const int64_t blocks = clamp_to<int64_t>(ceil_div<int64_t>(tile.cols, 4 * kThreads), 1, max_of<int64_t>(1, wanted));
-    launch_grid<topk_offer_kernel>(dim3(static_cast<unsigned>(p.rows), static_cast<unsigned>(blocks)), kThreads, 0,
-                                   p.device, stream, p, tile);
-    launch_select(p, TileScores{tile}, last, stream);
+    for (int64_t done = 0; done < tile.cols;) {
+        const int64_t cols = min_of(tile.cols - done, topk_round(p.items, tile.col0 + done, p.k, p.rows));
+        const Matrix scores{static_cast<float*>(tile.scores.data) + done, tile.scores.stride};
+        const TopkScores part{scores, tile.col0 + done, cols};
+        const int64_t blocks = clamp_to<int64_t>(ceil_div<int64_t>(cols, 4 * kThreads), 1, max_of<int64_t>(1, wanted));
+        launch_grid<topk_offer_kernel>(dim3(static_cast<unsigned>(p.rows), static_cast<unsigned>(blocks)), kThreads, 0,
+                                       p.device, stream, p, part);
+        done += cols;
+        launch_select(p, TileScores{part}, last && done == tile.cols, stream);
+    }
 }
 
 }  // namespace hstu::similarity::sm80

@@ -26,10 +26,10 @@ struct TopkScan {
     int64_t rows, items, dim;         // B, N < 2^32, D
     int k, capacity;                  // k <= kTopkMaxK
     Matrix query, catalogue;          // T [B, D] [N, D], half precision, rows aligned to 16 bytes
-    uint64_t* keys;                   // [B, capacity]
+    uint64_t* thresholds;             // [B]: a candidate must be above it
     int* counts;                      // [B]: candidates offered; past the capacity they are dropped
     int* kept;                        // [B]: how many the last selection kept
-    uint64_t* thresholds;             // [B]: a candidate must be above it
+    uint64_t* keys;                   // [B, capacity]
     const int64_t* excluded;          // item indices, ascending within a row; or nullptr
     const int64_t* excluded_offsets;  // [B + 1]
     int64_t excluded_count;
@@ -45,16 +45,16 @@ struct TopkScores {
     int64_t col0, cols;
 };
 
-// Items of the round after `done` of them, whole tiles: as few rounds as can be, each growing by the same factor. Growing by
-// g brings k (g - 1) new candidates, with a deviation of a share 1 / sqrt(k); they must fit, and where many queries share
+// Items of the round after `done` of them, whole tiles: one round where all items fit, else as few as can be, each growing
+// by the same factor. Growing by g brings k (g - 1) new candidates, with a deviation of a share 1 / sqrt(k); they must fit, and where many queries share
 // the time of a round, the cost of one more candidate for each is more than that of a further round.
 int64_t topk_round(int64_t items, int64_t done, int64_t k, int64_t rows);
 
 // Rows of the tile of queries that the fused scan would use, 0 where this D does not fit or is not aligned.
 int topk_scan_rows(const TopkScan& p);
-// All rounds and the result. keys, counts, kept and thresholds are scratch; the last three begin as 0.
+// All rounds and the result. thresholds, counts, kept and keys are scratch, one behind the other.
 void topk_scan(const TopkScan& p, DType dtype, void* stream);
-// One round over a tile of scores; the last one writes the result.
+// The rounds of a tile of scores; those of the last one write the result. Tiles come in order, the first at column 0.
 void topk_merge(const TopkScan& p, const TopkScores& tile, bool last, void* stream);
 
 }  // namespace hstu::similarity::sm80

@@ -3,8 +3,10 @@
 values [rows, ...] holds the sequences of a batch one after the other; sequence b has rows [offsets[b], offsets[b + 1]).
 Every op here is a copy of rows, so results and gradients are exact, and each op's gradient is another one of them.
 
-In eager mode a call is one autograd Function over hstu_ext._C. Under torch.compile and torch.export, and for tensors
-that are not plain, it is a custom op (hstu_ext::jagged_join, jagged_separate, jagged_to_dense, dense_to_jagged).
+In eager mode a call is one call of hstu_ext._C, in an autograd Function where a gradient is wanted. Under torch.compile
+and torch.export, and for tensors that are not plain, it is a custom op (hstu_ext::jagged_join, jagged_separate,
+jagged_to_dense, dense_to_jagged). _C tells which: given PLAIN, it returns None for a tensor that is not plain and True
+where autograd must record the call.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hstu_ext import _C
-from hstu_ext.ops._shared import PLAIN, apply_of, execution, is_transformed
+from hstu_ext.ops._shared import PLAIN, apply_of, is_transformed
 
 _NO_LIMIT = 2**63 - 1
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -157,15 +159,16 @@ def jagged_to_dense(values: Tensor, offsets: Tensor, max_len: int | None = None,
     """
     if max_len is None:
         max_len = _longest("jagged_to_dense", offsets, _rows("jagged_to_dense", "values", values))
-    plan = None if is_transformed() else _C.jagged_dense_plan(False, PLAIN, values, offsets, max_len)
-    if plan is None:
-        _check_tensor("jagged_to_dense", "values", values)
-        _check_tensor("jagged_to_dense", "offsets", offsets)
-        return _to_dense_by_op(values, offsets, max_len, padding_value)
-    shape, requires_grad = plan
-    if requires_grad and torch.is_grad_enabled():
-        return _to_dense_by_function(values, offsets, shape, padding_value)
-    return _to_dense(values, offsets, shape, padding_value)
+    if not is_transformed():
+        bits = _padding_bits(padding_value, values)
+        found = _C.jagged_dense(PLAIN, False, values, offsets, max_len, bits)
+        if found is True:
+            return _to_dense_by_function((offsets, max_len, bits), values)
+        if found is not None:
+            return found
+    _check_tensor("jagged_to_dense", "values", values)
+    _check_tensor("jagged_to_dense", "offsets", offsets)
+    return _to_dense_by_op(values, offsets, max_len, padding_value)
 
 
 def dense_to_jagged(dense: Tensor, offsets: Tensor, total: int | None = None) -> Tensor:
@@ -190,15 +193,15 @@ def dense_to_jagged(dense: Tensor, offsets: Tensor, total: int | None = None) ->
     """
     if total is None:
         (total,) = _ends("dense_to_jagged", [offsets], _NO_LIMIT, is_list=False)
-    plan = None if is_transformed() else _C.jagged_dense_plan(True, PLAIN, dense, offsets, total)
-    if plan is None:
-        _check_tensor("dense_to_jagged", "dense", dense)
-        _check_tensor("dense_to_jagged", "offsets", offsets)
-        return _to_jagged_by_op(dense, offsets, total)
-    shape, requires_grad = plan
-    if requires_grad and torch.is_grad_enabled():
-        return _to_jagged_by_function(dense, offsets, shape)
-    return _to_jagged(dense, offsets, shape)
+    if not is_transformed():
+        found = _C.jagged_dense(PLAIN, True, dense, offsets, total, 0)
+        if found is True:
+            return _to_jagged_by_function((offsets, total), dense)
+        if found is not None:
+            return found
+    _check_tensor("dense_to_jagged", "dense", dense)
+    _check_tensor("dense_to_jagged", "offsets", offsets)
+    return _to_jagged_by_op(dense, offsets, total)
 
 
 # _C checks what it is given. These checks are for what it does not see: offsets that sizes are read from, and what goes
@@ -273,10 +276,12 @@ def _longest(op: str, offsets: Tensor, rows: int) -> int:
     return int(lengths.max().item()) if lengths.shape[0] else 0
 
 
-def _padding_bits(padding_value: Padding, dtype: torch.dtype) -> int:
+def _padding_bits(padding_value: Padding, values: Tensor) -> int:
     if type(padding_value) is int and padding_value == 0:
         return 0
     op = "jagged_to_dense"
+    _check_tensor(op, "values", values)
+    dtype = values.dtype
     if not isinstance(padding_value, (int, float)):
         raise TypeError(f"hstu_ext.{op}: padding_value must be a number, got {type(padding_value).__name__}")
     if isinstance(padding_value, float) and not dtype.is_floating_point:
@@ -316,28 +321,18 @@ def _separate_name(interleave: bool) -> str:
 def _join(
     op: str, values: Sequence[Tensor], offsets: Sequence[Tensor], total: int | None, interleave: bool
 ) -> tuple[Tensor, Tensor]:
-    plan = None if is_transformed() else _C.jagged_join_plan(interleave, PLAIN, values, offsets, total)
-    if plan is None:
-        _check_tensors(op, "values", values)
-        _check_tensors(op, "offsets", offsets)
-        if total is None:
-            total = sum(_rows(op, f"values[{i}]", x) for i, x in enumerate(values))
-        return _join_by_op(values, offsets, total, interleave)
-    shape, totals, requires_grad = plan
-    joined_offsets = torch.empty_like(offsets[0])
-    if requires_grad and torch.is_grad_enabled():
-        out = _join_by_function((shape, totals, tuple(offsets), joined_offsets, interleave), *values)
-    else:
-        out = _run_join(shape, values, offsets, joined_offsets, interleave)
-    return out, joined_offsets
-
-
-def _run_join(
-    shape: Sequence[int], values: Sequence[Tensor], offsets: Sequence[Tensor], joined_offsets: Tensor, interleave: bool
-) -> Tensor:
-    out = values[0].new_empty(*shape)  # a tuple would cost half as much again
-    _C.jagged_join(False, interleave, out, joined_offsets, values, offsets, *execution(out))
-    return out
+    if not is_transformed():
+        found = _C.jagged_join(PLAIN, interleave, values, offsets, total, None)
+        if found is True:
+            joined_offsets = torch.empty_like(offsets[0])
+            return _join_by_function((interleave, tuple(offsets), total, joined_offsets), *values), joined_offsets
+        if found is not None:
+            return found
+    _check_tensors(op, "values", values)
+    _check_tensors(op, "offsets", offsets)
+    if total is None:
+        total = sum(_rows(op, f"values[{i}]", x) for i, x in enumerate(values))
+    return _join_by_op(values, offsets, total, interleave)
 
 
 def _separate(
@@ -346,23 +341,15 @@ def _separate(
     if totals is None:
         _check_tensors(op, "offsets", offsets)
         totals = _ends(op, offsets, _rows(op, "values", values))
-    plan = None if is_transformed() else _C.jagged_separate_plan(interleave, PLAIN, values, offsets, totals)
-    if plan is None:
-        _check_tensor(op, "values", values)
-        _check_tensors(op, "offsets", offsets)
-        return _separate_by_op(values, offsets, totals, interleave)
-    shapes, requires_grad = plan
-    if requires_grad and torch.is_grad_enabled():
-        return list(_separate_by_function((shapes, tuple(offsets), interleave), values))
-    return _run_separate(shapes, values, offsets, interleave)
-
-
-def _run_separate(
-    shapes: Sequence[Sequence[int]], values: Tensor, offsets: Sequence[Tensor], interleave: bool
-) -> list[Tensor]:
-    parts = [values.new_empty(*shape) for shape in shapes]
-    _C.jagged_join(True, interleave, values, None, parts, offsets, *execution(values))
-    return parts
+    if not is_transformed():
+        found = _C.jagged_separate(PLAIN, interleave, values, offsets, totals)
+        if found is True:
+            return list(_separate_by_function((interleave, tuple(offsets), totals), values))
+        if found is not None:
+            return found
+    _check_tensor(op, "values", values)
+    _check_tensors(op, "offsets", offsets)
+    return _separate_by_op(values, offsets, totals, interleave)
 
 
 # What a Function is given beside the tensors that it differentiates is one tuple: autograd passes what is in it by, and
@@ -372,27 +359,29 @@ def _run_separate(
 class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], *values: Tensor) -> Tensor:
-        ctx.call = call
-        shape, _, offsets, joined_offsets, interleave = call
-        return _run_join(shape, values, offsets, joined_offsets, interleave)
+        interleave, offsets, total, joined_offsets = call
+        out, _ = _C.jagged_join(None, interleave, values, offsets, total, joined_offsets)
+        ctx.call = interleave, offsets, [x.shape[0] for x in values]
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        _, totals, offsets, _, interleave = ctx.call
+        interleave, offsets, totals = ctx.call
         return None, *_separate(_separate_name(interleave), dout.contiguous(), offsets, totals, interleave)
 
 
 class _Separate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], values: Tensor) -> tuple[Tensor, ...]:
-        ctx.call, ctx.total = call, values.shape[0]
-        shapes, offsets, interleave = call
-        return tuple(_run_separate(shapes, values, offsets, interleave))
+        interleave, offsets, totals = call
+        parts = _C.jagged_separate(None, interleave, values, offsets, totals)
+        ctx.call = interleave, offsets, values.shape[0]
+        return tuple(parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        _, offsets, interleave = ctx.call
-        dvalues, _ = _join(_join_name(interleave), _contiguous(gradients), offsets, ctx.total, interleave)
+        interleave, offsets, total = ctx.call
+        dvalues, _ = _join(_join_name(interleave), _contiguous(gradients), offsets, total, interleave)
         return None, dvalues
 
 
@@ -408,8 +397,7 @@ _separate_by_function: Callable[..., tuple[Tensor, ...]] = apply_of(_Separate)
 def _join_op(
     values: Sequence[Tensor], offsets: Sequence[Tensor], total: int, interleave: bool
 ) -> tuple[Tensor, Tensor]:
-    joined_offsets = torch.empty_like(offsets[0])
-    return _run_join((total, *values[0].shape[1:]), values, offsets, joined_offsets, interleave), joined_offsets
+    return _C.jagged_join(None, interleave, values, offsets, total, None)
 
 
 @_join_op.register_fake
@@ -423,7 +411,7 @@ def _(values: Sequence[Tensor], offsets: Sequence[Tensor], total: int, interleav
     schema="(Tensor values, Tensor[] offsets, SymInt[] totals, bool interleave) -> Tensor[]",
 )
 def _separate_op(values: Tensor, offsets: Sequence[Tensor], totals: Sequence[int], interleave: bool) -> list[Tensor]:
-    return _run_separate([(total, *values.shape[1:]) for total in totals], values, offsets, interleave)
+    return _C.jagged_separate(None, interleave, values, offsets, totals)
 
 
 @_separate_op.register_fake
@@ -463,39 +451,30 @@ _separate_op.register_autograd(_backward_of_separate, setup_context=_setup_separ
 # Dense and jagged: each is the other's gradient.
 
 
-def _to_dense(values: Tensor, offsets: Tensor, shape: Sequence[int], padding_value: Padding) -> Tensor:
-    bits = _padding_bits(padding_value, values.dtype)
-    dense = values.new_empty(*shape)
-    _C.jagged_dense(False, dense, values, offsets, bits, *execution(values))
-    return dense
-
-
-def _to_jagged(dense: Tensor, offsets: Tensor, shape: Sequence[int]) -> Tensor:
-    values = dense.new_empty(*shape)
-    _C.jagged_dense(True, dense, values, offsets, 0, *execution(dense))
-    return values
-
-
 class _ToDense(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, offsets: Tensor, shape: Sequence[int], padding_value: Padding) -> Tensor:
-        ctx.offsets, ctx.rows = offsets, values.shape[0]
-        return _to_dense(values, offsets, shape, padding_value)
+    def forward(ctx: Any, call: tuple[Any, ...], values: Tensor) -> Tensor:
+        offsets, max_len, bits = call
+        dense = _C.jagged_dense(None, False, values, offsets, max_len, bits)
+        ctx.call = offsets, values.shape[0]
+        return dense
 
     @staticmethod
     def backward(ctx: Any, ddense: Tensor) -> tuple[Tensor | None, ...]:
-        return dense_to_jagged(ddense.contiguous(), ctx.offsets, ctx.rows), None, None, None
+        return None, dense_to_jagged(ddense.contiguous(), *ctx.call)
 
 
 class _ToJagged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dense: Tensor, offsets: Tensor, shape: Sequence[int]) -> Tensor:
-        ctx.offsets, ctx.max_len = offsets, dense.shape[1]
-        return _to_jagged(dense, offsets, shape)
+    def forward(ctx: Any, call: tuple[Any, ...], dense: Tensor) -> Tensor:
+        offsets, total = call
+        values = _C.jagged_dense(None, True, dense, offsets, total, 0)
+        ctx.call = offsets, dense.shape[1]
+        return values
 
     @staticmethod
     def backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
-        return jagged_to_dense(dvalues.contiguous(), ctx.offsets, ctx.max_len), None, None
+        return None, jagged_to_dense(dvalues.contiguous(), *ctx.call)
 
 
 _to_dense_by_function: Callable[..., Tensor] = apply_of(_ToDense)
@@ -508,8 +487,8 @@ _to_jagged_by_function: Callable[..., Tensor] = apply_of(_ToJagged)
     schema="(Tensor values, Tensor offsets, SymInt max_len, Scalar padding_value) -> Tensor",
 )
 def _to_dense_op(values: Tensor, offsets: Tensor, max_len: int, padding_value: Padding) -> Tensor:
-    batch = max(offsets.numel() - 1, 0)
-    return _to_dense(values, offsets, (batch, max_len, *values.shape[1:]), padding_value)
+    bits = _padding_bits(padding_value, values)
+    return _C.jagged_dense(None, False, values, offsets, max_len, bits)
 
 
 @_to_dense_op.register_fake
@@ -523,7 +502,7 @@ def _(values: Tensor, offsets: Tensor, max_len: int, padding_value: Padding) -> 
     schema="(Tensor dense, Tensor offsets, SymInt total) -> Tensor",
 )
 def _to_jagged_op(dense: Tensor, offsets: Tensor, total: int) -> Tensor:
-    return _to_jagged(dense, offsets, (total, *dense.shape[2:]))
+    return _C.jagged_dense(None, True, dense, offsets, total, 0)
 
 
 @_to_jagged_op.register_fake

@@ -83,7 +83,8 @@ def topk_dot(
     _check_tensors("topk_dot", query=query, items=items)
     _check_optional("topk_dot", exclude=values, valid=valid)
     run = _topk if _is_plain(query, items, values, offsets, valid) else _topk_op
-    return run(query.detach(), items.detach(), k, values, offsets, valid)
+    query, items = (x.detach() if x.requires_grad else x for x in (query, items))
+    return run(query, items, k, values, offsets, valid)
 
 
 def l2norm_dot(q: Tensor, items: Tensor, eps: float = 1e-6) -> Tensor:
@@ -499,49 +500,51 @@ def _topk(
 def _topk_on_gpu(
     query: Tensor, items: Tensor, k: int, excluded: Tensor | None, offsets: Tensor | None, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """excluded is sorted within rows. In half precision the scores stay inside of one kernel (topk_scan)."""
-    batch, capacity = query.shape[0], _C.topk_capacity(k)
+    """excluded is sorted within rows."""
+    batch = query.shape[0]
     values = query.new_empty((batch, k), dtype=torch.float32)
     indices = query.new_empty((batch, k), dtype=torch.int64)
+    if 0 < batch <= _GPU_TOPK_ROWS:  # small calls are as fast as the host
+        _topk_of_part(query, items, k, excluded, offsets, valid, values, indices)
+        return values, indices
     for rows in _spans(batch, _GPU_TOPK_ROWS):
-        part = query[rows]
         starts = None if offsets is None else offsets[rows.start : rows.stop + 1]
-        inputs: tuple[Any, ...] = (part, items, k, excluded, starts, valid)
-        if capacity == 0:
-            values[rows], indices[rows] = _topk_by_sorting(*inputs)
-            continue
-        state: tuple[Any, ...] = (
-            part.new_empty((part.shape[0], capacity), dtype=torch.int64),
-            *part.new_zeros((2, part.shape[0]), dtype=torch.int32).unbind(),
-            part.new_zeros(part.shape[0], dtype=torch.int64),
-            values[rows],
-            indices[rows],
-        )
-        if _C.topk_can_scan(part, items):
-            arguments: tuple[Any, ...] = (*inputs, *state, *execution(part))
-            _C.topk_scan(*arguments)
-            continue
-        for cols, scores in _scores_in_rounds(part, items, k):
-            arguments = (*inputs, scores, cols.start, cols.stop == items.shape[0], *state, *execution(part))
-            _C.topk_merge_scores(*arguments)
+        _topk_of_part(query[rows], items, k, excluded, starts, valid, values[rows], indices[rows])
     return values, indices
 
 
-def _scores_in_rounds(query: Tensor, items: Tensor, k: int) -> Iterator[tuple[slice, Tensor]]:
-    """float32 scores of all items, each round as long as its candidates are expected to fit (sm80/topk.h)."""
-    query, count = query.float(), items.shape[0]
-    step = _GPU_TILE_ELEMENTS // query.shape[0]
+def _topk_of_part(
+    query: Tensor,
+    items: Tensor,
+    k: int,
+    excluded: Tensor | None,
+    offsets: Tensor | None,
+    valid: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+) -> None:
+    """In half precision the scores stay inside of one kernel (topk_scan)."""
+    (batch, dim), count, capacity = query.shape, items.shape[0], _C.topk_capacity(k)
+    if capacity == 0:
+        best, places = _topk_by_sorting(query, items, k, excluded, offsets, valid)
+        values.copy_(best)
+        indices.copy_(places)
+        return
+    scratch = query.new_empty(batch * (capacity + 2), dtype=torch.int64)
+    state = (scratch, values, indices, *execution(query))
+    arguments: tuple[Any, ...] = (query, items, k, excluded, offsets, valid, *state)
+    if query.dtype != torch.float32 and _C.topk_scan(*arguments):
+        return
+    query, step = query.float(), max(1, _GPU_TILE_ELEMENTS // batch)
     if items.dtype != query.dtype:
-        step = min(step, _GPU_TILE_ITEM_ELEMENTS // items.shape[1])
-    step = max(step, _C.topk_round(count, 0, k, query.shape[0]))
-    buffer = query.new_empty((query.shape[0], min(step, count)))
-    for tile in _spans(count, step):
-        scores = torch.mm(query, items[tile].float().t(), out=buffer[:, : tile.stop - tile.start])
-        done = tile.start
-        while done < tile.stop:
-            cols = slice(done, min(tile.stop, done + _C.topk_round(count, done, k, query.shape[0])))
-            yield cols, scores[:, cols.start - tile.start : cols.stop - tile.start]
-            done = cols.stop
+        step = max(1, min(step, _GPU_TILE_ITEM_ELEMENTS // dim))
+    buffer = None if count <= step else query.new_empty((batch, step))
+    for cols in _spans(count, step):
+        part = items if buffer is None else items[cols]
+        out = None if buffer is None else buffer[:, : part.shape[0]]
+        scores = torch.mm(query, part.float().t(), out=out)
+        arguments = (query, items, k, excluded, offsets, valid, scores, cols.start, cols.stop == count, *state)
+        _C.topk_merge_scores(*arguments)
 
 
 def _topk_by_sorting(
@@ -758,6 +761,7 @@ def _dot_run(q: Tensor, items: Tensor, eps: float) -> Tensor:
     is_direct = q.dtype == _factor_dtype(q)
     rows_step, cols_step = _dot_tile_shape(q, items, is_direct)
     unit_q, out = _unit(q, eps), q.new_empty((q.shape[0], items.shape[0]))
+    _C.prefer_large_pages(out)
     wide = None if is_direct else unit_q.new_empty((rows_step, cols_step))
     for cols, unit_items in _tiles_of_units(items, cols_step, eps):
         if wide is None:
