@@ -146,18 +146,18 @@ struct TimeSums {
             return add(in.first, sum);
         }
         if (in.last - in.first <= Columns::kBuckets / 2) {
-            // What lies in a bucket or a later one, bucket by bucket: no addition waits for memory.
+            // Bucket by bucket: no addition waits for memory.
             columns.clear();
 #pragma unroll 1
             for (int b = in.first; b <= in.last; ++b) {
                 float sum[2] = {};
 #pragma unroll
                 for (int i = 0; i < kSize; ++i)
-                    if (of[i] >= b) sum[i % 2] += grad[i];
+                    if (of[i] == b) sum[i % 2] += grad[i];
                 columns.set(b - in.first, sum[0] + sum[1]);
             }
-            const float sum = columns.sum(), later = __shfl_sync(~0u, sum, lane() + 1);
-            return keep(in.first, in.last - in.first + 1, __shfl_sync(~0u, sum - later, (lane() - in.first) & 31));
+            const float sum = __shfl_sync(~0u, columns.sum(), (lane() - in.first) & 31);
+            return keep(in.first, in.last - in.first + 1, sum);
         }
         for (int first = in.first & -Columns::kBuckets; first <= in.last; first += Columns::kBuckets) {
             columns.clear();
