@@ -1,7 +1,7 @@
-// Large pages for an output that is about to be written for the first time. A system that hands out memory page by page
-// takes longer for the faults of a large output than the kernel for its elements; Linux makes pages of 2 MB where it is
-// asked to.
+// Large pages for a CPU result that is about to be written for the first time.
 #pragma once
+
+#include <cstdint>
 
 #include "common/tensor.h"
 
@@ -11,18 +11,24 @@
 
 namespace hstu {
 
-// out is [rows, dim] on the CPU, contiguous in dim. Only whole large pages inside of it are asked for: it takes no more
-// memory than without. Where the system has none, nothing changes.
-inline void prefer_large_pages([[maybe_unused]] const Tensor& out) {
+constexpr int64_t kLargePageBytes = 2 << 20;
+
+// 2 MB a page fault instead of 4 KB, where the system leaves the choice to the process
+// (transparent_hugepage/enabled is madvise): the faults of a large result take longer than writing it. Only whole large
+// pages inside of it are asked for, so no memory is added. A system that refuses does what it would have done.
+inline void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #ifdef __linux__
-    constexpr uintptr_t kPage = uintptr_t{1} << 21;
-    if (out.is_cuda() || out.shape[0] == 0 || out.shape[1] == 0) return;
-    const int64_t elements = (out.shape[0] - 1) * out.stride[0] + out.shape[1];
-    const auto begin = reinterpret_cast<uintptr_t>(out.data);
-    const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-    const uintptr_t end = (begin + static_cast<uintptr_t>(elements) * size_of(out.dtype)) / kPage * kPage;
+    const auto address = reinterpret_cast<uintptr_t>(data);
+    const uintptr_t first = (address + kLargePageBytes - 1) / kLargePageBytes * kLargePageBytes;
+    const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / kLargePageBytes * kLargePageBytes;
     if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
+}
+
+// out is [rows, dim], contiguous in dim.
+inline void prefer_large_pages(const Tensor& out) {
+    if (out.is_cuda() || out.shape[0] == 0 || out.shape[1] == 0) return;
+    prefer_large_pages(out.data, ((out.shape[0] - 1) * out.stride[0] + out.shape[1]) * size_of(out.dtype));
 }
 
 }  // namespace hstu

@@ -33,13 +33,15 @@ py::object owned(PyObject* value) {
 // Nothing where the result is not small, or this torch has no such function.
 py::object small_empty(py::handle tensor, const Tensor& like, const std::vector<int64_t>& shape) {
     static PyObject *functions = nullptr, *cuda = nullptr, *cpu = nullptr, *dtype = nullptr;
-    int64_t stride = 1, bytes = size_of(like.dtype);
+    const int64_t bytes = size_of(like.dtype);
+    int64_t stride = 1;
     py::tuple sizes(shape.size()), strides(shape.size());
     for (size_t i = shape.size(); i-- > 0;) {
+        const int64_t size = std::max<int64_t>(shape[i], 1);
+        if (size > kSmallBytes / (stride * bytes)) return {};
         sizes[i] = shape[i];
         strides[i] = stride;
-        stride *= std::max<int64_t>(shape[i], 1);
-        if (stride * bytes > kSmallBytes) return {};
+        stride *= size;
     }
     if (!functions) {
         try {
@@ -73,14 +75,14 @@ py::object method_empty(py::handle tensor, const std::vector<int64_t>& shape) {
 
 }  // namespace
 
-Allocated new_empty(py::handle tensor, const Tensor& like, const std::vector<int64_t>& shape) {
+Allocated new_empty(const char* op, py::handle tensor, const Tensor& like, const std::vector<int64_t>& shape) {
     py::object object = shape.size() <= Tensor::kMaxRank ? small_empty(tensor, like, shape) : py::object();
     if (object) {
-        const Tensor found = read_tensor("new_empty", "result", object);
+        const Tensor found = read_tensor(op, "out", object);
         if (found.device == like.device) return {object, found};  // it takes the current device
     }
     object = method_empty(tensor, shape);
-    return {object, read_tensor("new_empty", "result", object)};
+    return {object, read_tensor(op, "out", object)};
 }
 
 bool requires_grad(py::handle tensor) {

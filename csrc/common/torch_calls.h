@@ -18,7 +18,7 @@ struct Allocated {
 
 // tensor.new_empty(*shape), contiguous; `like` is what was read of the tensor. Up to 1 MB, where its time counts, it is the
 // function that torch.compile's own code allocates with, if this torch has it: half of the time of new_empty.
-Allocated new_empty(pybind11::handle tensor, const Tensor& like, const std::vector<int64_t>& shape);
+Allocated new_empty(const char* op, pybind11::handle tensor, const Tensor& like, const std::vector<int64_t>& shape);
 
 bool requires_grad(pybind11::handle tensor);
 bool is_grad_enabled();

@@ -101,11 +101,11 @@ py::object jagged_join(py::handle plain, bool interleave, py::handle values, py:
     int64_t rows = 0;
     for (const Tensor& x : inputs.parts) rows += x.shape[0];
     if (!total.is_none()) rows = read_size(op, "total", total);
-    const auto joined = torch_calls::new_empty(parts[0], inputs.parts[0], shape_of({rows}, inputs.parts[0], 1));
+    const auto joined = torch_calls::new_empty(op, parts[0], inputs.parts[0], shape_of({rows}, inputs.parts[0], 1));
     inputs.joined = joined.tensor;
     if (joined_offsets.is_none()) {
         const Tensor& model = inputs.offsets[0];
-        auto sums = torch_calls::new_empty(own_offsets[0], model, shape_of({}, model, 0));
+        auto sums = torch_calls::new_empty(op, own_offsets[0], model, shape_of({}, model, 0));
         joined_offsets = std::move(sums.object);
         inputs.joined_offsets = sums.tensor;
     } else {
@@ -141,7 +141,7 @@ py::object jagged_separate(py::handle plain, bool interleave, py::handle values,
     py::list parts(sizes.size());
     for (Py_ssize_t i = 0; i < sizes.size(); ++i) {
         const int64_t rows = read_size(op, "totals", sizes[i], i);
-        auto part = torch_calls::new_empty(values, inputs.joined, shape_of({rows}, inputs.joined, 1));
+        auto part = torch_calls::new_empty(op, values, inputs.joined, shape_of({rows}, inputs.joined, 1));
         parts[i] = std::move(part.object);
         inputs.parts.push_back(part.tensor);
     }
@@ -163,7 +163,8 @@ py::object jagged_dense(py::handle plain, bool to_jagged, py::handle input, py::
     const int64_t rows = read_size(inputs.op, to_jagged ? "total" : "max_len", size);
     inputs.offsets = read_tensor(inputs.op, "offsets", offsets);
     const int64_t batch = std::max<int64_t>(inputs.offsets.shape[0] - 1, 0);
-    auto out = torch_calls::new_empty(input, x, to_jagged ? shape_of({rows}, x, 2) : shape_of({batch, rows}, x, 1));
+    auto out =
+        torch_calls::new_empty(inputs.op, input, x, to_jagged ? shape_of({rows}, x, 2) : shape_of({batch, rows}, x, 1));
     inputs.dense = to_jagged ? x : out.tensor;
     inputs.values = to_jagged ? out.tensor : x;
     run(inputs);

@@ -7,14 +7,14 @@
 #include <cstring>
 
 #include "common/host_device.h"
-#include "common/huge_pages.h"
+#include "common/large_pages.h"
 #include "common/parallel.h"
 #include "jagged/jagged.h"
 
 namespace hstu::jagged::cpu {
 namespace {
 
-constexpr int64_t kLeastBlockBytes = 256 << 10, kMostBlockBytes = kHugePageBytes;
+constexpr int64_t kLeastBlockBytes = 256 << 10, kMostBlockBytes = kLargePageBytes;
 constexpr int kBlocksOfThread = 8;
 constexpr int64_t kRoundBytes = 8 << 10;  // of interleaved rows written part by part: stays in the first cache
 
@@ -62,7 +62,7 @@ void fill_rows(char* to, int64_t stride, int64_t rows, int64_t row_bytes, uint64
 }
 
 void advise(const Rows& rows, int64_t row_bytes) {
-    if (rows.stride == row_bytes) advise_huge_pages(rows.data, rows.count * row_bytes);
+    if (rows.stride == row_bytes) prefer_large_pages(rows.data, rows.count * row_bytes);
 }
 
 // Rows outside of [begin, end) become 0.

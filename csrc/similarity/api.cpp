@@ -5,7 +5,7 @@
 
 #include "common/check.h"
 #include "common/execution.h"
-#include "common/large_pages.h"
+#include "common/huge_pages.h"
 #include "similarity/cpu/similarity.h"
 #include "similarity/params.h"
 
@@ -102,6 +102,12 @@ struct Checks {
 
 }  // namespace
 
+void advise_huge_pages(const Tensor& out) {
+    if (out.is_cuda() || out.shape[0] == 0) return;
+    const int64_t elements = (out.shape[0] - 1) * out.stride[0] + out.shape[1];
+    hstu::advise_huge_pages(static_cast<char*>(out.data), elements * size_of(out.dtype));
+}
+
 void l2norm(const Tensor& x, const Tensor& out, double eps, Execution execution) {
     const Checks checks{"l2norm"};
     checks.rows("x", x, "[..., dim]");
@@ -109,7 +115,7 @@ void l2norm(const Tensor& x, const Tensor& out, double eps, Execution execution)
     checks.positive("eps", eps);
     const L2NormParams p{x.shape[0], x.shape[1], eps, matrix(x), {}, matrix(out), execution.num_threads};
     if (x.device < 0) {
-        prefer_large_pages(out);
+        advise_huge_pages(out);
         return cpu::l2norm(p, x.dtype);
     }
 #if HSTU_EXT_CUDA
@@ -128,7 +134,7 @@ void l2norm_backward(const Tensor& dout, const Tensor& x, const Tensor& dx, doub
     checks.like("dout", dout, "x", model);
     const L2NormParams p{x.shape[0], x.shape[1], eps, matrix(x), matrix(dout), matrix(dx), execution.num_threads};
     if (x.device < 0) {
-        prefer_large_pages(dx);
+        advise_huge_pages(dx);
         return cpu::l2norm_backward(p, x.dtype);
     }
 #if HSTU_EXT_CUDA

@@ -9,6 +9,9 @@
 
 namespace hstu::similarity {
 
+// Before a matrix on the CPU, contiguous in rows, is written for the first time (common/huge_pages.h).
+void advise_huge_pages(const Tensor& out);
+
 void l2norm(const Tensor& x, const Tensor& out, double eps, Execution execution);
 // On a GPU dout may be float32 where x is narrower.
 void l2norm_backward(const Tensor& dout, const Tensor& x, const Tensor& dx, double eps, Execution execution);

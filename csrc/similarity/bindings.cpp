@@ -3,7 +3,6 @@
 #include "similarity/bindings.h"
 
 #include "common/arguments.h"
-#include "common/large_pages.h"
 #include "similarity/api.h"
 
 namespace py = pybind11;
@@ -37,9 +36,9 @@ void bind_l2norm_dot_check(py::args values) {
     check_l2norm_dot(q, items, args.number("eps"));
 }
 
-void bind_prefer_large_pages(py::args values) {
+void bind_advise_huge_pages(py::args values) {
     Arguments args("l2norm_dot", std::move(values));
-    prefer_large_pages(args.tensor("out"));
+    advise_huge_pages(args.tensor("out"));
 }
 
 TopkInputs topk_inputs(Arguments& args) {
@@ -307,7 +306,7 @@ void register_similarity(py::module_& m) {
     m.def("l2norm", &bind_l2norm);
     m.def("l2norm_backward", &bind_l2norm_backward);
     m.def("l2norm_dot_check", &bind_l2norm_dot_check);
-    m.def("prefer_large_pages", &bind_prefer_large_pages);
+    m.def("advise_huge_pages", &bind_advise_huge_pages);
     m.def("topk_check", &bind_topk_check);
     m.def("topk_capacity", &topk_capacity);
     m.def("topk_scan", &bind_topk_scan);

@@ -174,7 +174,7 @@ def l2norm(x: Tensor, out: Tensor, eps: float, stream: int, num_threads: int, /)
 
 def l2norm_backward(dout: Tensor, x: Tensor, dx: Tensor, eps: float, stream: int, num_threads: int, /) -> None: ...
 def l2norm_dot_check(q: Tensor, items: Tensor, eps: float, /) -> None: ...
-def prefer_large_pages(out: Tensor, /) -> None:
+def advise_huge_pages(out: Tensor, /) -> None:
     """Before a matrix on the CPU is written for the first time: fewer page faults."""
 
 def topk_check(

@@ -355,7 +355,6 @@ void scan(const TopkScan& p, cudaStream_t stream) {
 
 int64_t topk_round(int64_t items, int64_t done, int64_t k, int64_t rows) {
     constexpr int kNarrow = kKeys * kNarrowThreads, kFewRows = 64;
-    if (items <= topk_capacity(k)) return ceil_div<int64_t>(items, kTileItems) * kTileItems;
     const int64_t first = clamp_to<int64_t>(9 * k / 2 / kTileItems * kTileItems, kNarrow, topk_capacity(k));
     if (done == 0) return first;
     const double count = static_cast<double>(k), deviation = 1 / std::sqrt(count);

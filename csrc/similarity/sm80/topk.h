@@ -45,8 +45,8 @@ struct TopkScores {
     int64_t col0, cols;
 };
 
-// Items of the round after `done` of them, whole tiles: one round where all items fit, else as few as can be, each growing
-// by the same factor. Growing by g brings k (g - 1) new candidates, with a deviation of a share 1 / sqrt(k); they must fit, and where many queries share
+// Items of the round after `done` of them, whole tiles: as few rounds as can be, each growing by the same factor. Growing by
+// g brings k (g - 1) new candidates, with a deviation of a share 1 / sqrt(k); they must fit, and where many queries share
 // the time of a round, the cost of one more candidate for each is more than that of a further round.
 int64_t topk_round(int64_t items, int64_t done, int64_t k, int64_t rows);
 
