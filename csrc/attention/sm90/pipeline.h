@@ -141,7 +141,9 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 x) {
 // ---- Between blocks ----
 
 // For kernels of launch_early(). Blocks of the next kernel may take the place of blocks that end from here on.
-__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void let_next_kernel_start() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 // Returns once the kernel before is over and what it wrote is visible.
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
