@@ -168,8 +168,7 @@ struct ShortForwardTile<128> {
 // with `split`, dV and dK of the same 64. cluster: blocks with neighbouring keys that share Q, dO and the columns of dQ.
 // stages: Q and dO tiles in flight; g_stages: tiles of G; works: K and V in shared memory; unit_cols: columns of dQ that
 // the query warpgroup has in registers at a time; keys_in_registers: K and V as left operands are read once a work.
-// *_registers: a thread, of 512 for two key warpgroups, the query warpgroup and the
-// loader's.
+// *_registers: a thread, of 512 for two key warpgroups, the query warpgroup and the loader's.
 template <int kHeadDim>
 struct BackwardTile;
 template <>

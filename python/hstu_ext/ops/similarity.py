@@ -761,7 +761,8 @@ def _dot_run(q: Tensor, items: Tensor, eps: float) -> Tensor:
     is_direct = q.dtype == _factor_dtype(q)
     rows_step, cols_step = _dot_tile_shape(q, items, is_direct)
     unit_q, out = _unit(q, eps), q.new_empty((q.shape[0], items.shape[0]))
-    _C.prefer_large_pages(out)
+    if not out.is_cuda:
+        _C.prefer_large_pages(out)
     wide = None if is_direct else unit_q.new_empty((rows_step, cols_step))
     for cols, unit_items in _tiles_of_units(items, cols_step, eps):
         if wide is None:
