@@ -212,7 +212,7 @@ def watch(tool: str, cells: list[str], sanitizer: str, deadline: float) -> Run:
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
         assert process.stdout is not None
-        current, finished, killed = "", [], False
+        current, finished, killed, aborted = "", [], False, False
         while not killed and (line := process.stdout.readline()):
             run.log.append(line)
             if line.startswith(BEGIN):
@@ -221,7 +221,9 @@ def watch(tool: str, cells: list[str], sanitizer: str, deadline: float) -> Run:
             elif line.startswith(END):
                 finished.append(current)
                 killed = time.monotonic() > deadline
-            elif (match := FINDING.match(line)) and current and not (match[1] == ABORTED and finished == remaining):
+            elif (match := FINDING.match(line)) and match[1] == ABORTED and finished == remaining:
+                aborted = True
+            elif match and current:
                 run.findings[current].append(match[1])
         if killed:
             process.kill()
@@ -232,7 +234,7 @@ def watch(tool: str, cells: list[str], sanitizer: str, deadline: float) -> Run:
             run.findings[remaining[0]] = [f"the process ended before this cell with code {code}"]
         elif current not in finished:
             run.findings[current].append(f"the process ended in this cell with code {code}")
-        elif code == EXIT_CODE and not any(run.findings[cell] for cell in finished):
+        elif code and not aborted and not any(run.findings[cell] for cell in finished):
             run.findings[current].append(f"code {code} without a finding")
     run.seconds = time.monotonic() - started
     return run
