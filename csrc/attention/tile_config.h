@@ -151,7 +151,7 @@ struct ShortForwardTile : ForwardTile<kHeadDim> {
 };
 template <>
 struct ShortForwardTile<32> {
-    static constexpr int consumers = 2, cols = 128, stages = 4, q_stages = 2;
+    static constexpr int consumers = 2, cols = 128, stages = 4, q_stages = 3;
     static constexpr int loader_registers = 56, consumer_registers = 224;
     static constexpr int up_to = 4096;
 };
@@ -161,7 +161,7 @@ template <>
 struct ShortForwardTile<128> {
     static constexpr int consumers = 2, cols = 64, stages = 4, q_stages = 2;
     static constexpr int loader_registers = 56, consumer_registers = 224;
-    static constexpr int up_to = 512;
+    static constexpr int up_to = 1024;
 };
 
 // A block owns `cols` keys and walks over the queries in steps of `rows`. Its two key warpgroups have 64 keys each or,
