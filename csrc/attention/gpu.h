@@ -33,10 +33,6 @@ __device__ __forceinline__ float4 load_shared4(uint32_t from) {
                  : "memory");
     return x;
 }
-__device__ __forceinline__ void store_shared4(uint32_t to, float4 x) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
-                 : "memory");
-}
 __device__ __forceinline__ void store_shared(uint32_t to, float x) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
 }

@@ -54,16 +54,16 @@ struct ShortForwardTile<256> {
     static constexpr int up_to = 512;
 };
 
-// The same with a relative bias, for which a tile has 4 bytes of shared memory a score.
+// The same with a relative bias, which takes 16 keys at a time: fewer registers, more to wait for.
 template <class Tile>
 struct RelativeTile : Tile {};
 template <>
-struct RelativeTile<ForwardTile<128>> : ForwardTile<128> {
-    static constexpr int cols = 32;
+struct RelativeTile<ForwardTile<64>> : ForwardTile<64> {
+    static constexpr int blocks = 3;
 };
 template <>
-struct RelativeTile<ShortForwardTile<256>> : ShortForwardTile<256> {
-    static constexpr int cols = 16;
+struct RelativeTile<ShortForwardTile<64>> : ShortForwardTile<64> {
+    static constexpr int blocks = 3;
 };
 
 // The backward has two kinds of blocks with the same number of threads.
@@ -168,8 +168,7 @@ struct ShortForwardTile<128> {
 // with `split`, dV and dK of the same 64. cluster: blocks with neighbouring keys that share Q, dO and the columns of dQ.
 // stages: Q and dO tiles in flight; g_stages: tiles of G; works: K and V in shared memory; unit_cols: columns of dQ that
 // the query warpgroup has in registers at a time; keys_in_registers: K and V as left operands are read once a work.
-// *_registers: a thread, of 512 for two key warpgroups, the query warpgroup and the
-// loader's.
+// *_registers: a thread, of 512 for two key warpgroups, the query warpgroup and the loader's.
 template <int kHeadDim>
 struct BackwardTile;
 template <>

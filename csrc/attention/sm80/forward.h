@@ -20,22 +20,19 @@
 
 namespace hstu::attention::sm80 {
 
-template <int kHeadDim, class Config, bool kRelative>
+template <int kHeadDim, class Config>
 struct ForwardShared {
     using QTile = Tile<Config::rows, kHeadDim>;
     using KTile = Tile<Config::cols, kHeadDim>;
     using PTile = Tile<Config::rows, Config::cols>;
     static constexpr int kP = QTile::kBytes + 4 * KTile::kBytes;
-    static constexpr int kBytes = kP + (Config::warps_n > 1 ? 2 * PTile::kBytes : 0) +
-                                  (kRelative && Config::warps_n == 1 ? 4 * Config::rows * Config::cols : 0);
+    static constexpr int kBytes = kP + (Config::warps_n > 1 ? 2 * PTile::kBytes : 0);
 
     uint32_t base;
     __device__ QTile q() const { return {base}; }  // O at the end
     __device__ KTile k(int stage) const { return {base + QTile::kBytes + stage * KTile::kBytes}; }
     __device__ KTile v(int stage) const { return {base + QTile::kBytes + (2 + stage) * KTile::kBytes}; }
     __device__ PTile p(int stage) const { return {base + kP + stage * PTile::kBytes}; }  // with warps_n > 1
-    // A relative bias of this warp's scores over alpha, with warps_n = 1: every thread reads what it wrote.
-    __device__ uint32_t bias() const { return base + kP + warp() * (4 * Config::rows * Config::cols / Config::warps); }
 };
 
 template <int kHeadDim, class Config>
@@ -45,9 +42,9 @@ struct ForwardGrids {
     using Out = WarpGrid<Config::rows, kHeadDim, kWarpsM, Config::warps_n>;
 };
 
-// S -> P N = silu(alpha (S + rab)), 0 where masked, in ranges of elements that can be interleaved with products. kHalved: S
-// comes as (alpha S + bias) / 2.
-template <class Grid, class Mask, class Bias, bool kMasked, bool kHalved = false>
+// S -> P N = silu(alpha (S + rab)), 0 where masked, in ranges of elements that can be interleaved with products. With a
+// relative bias, which is added to a whole tile, S comes as (alpha S + bias) / 2.
+template <class Grid, class Mask, class Bias, bool kMasked>
 struct Activation {
     static constexpr int kPiece = Grid::kM * 8;  // this thread's elements in 16 columns, numbered one after another
     static constexpr int kSize = Grid::Acc::kSize;
@@ -69,7 +66,7 @@ struct Activation {
                 if constexpr (Bias::kKind == BiasKind::kRab) x += static_cast<float>(bias.at(row, col));
                 if constexpr (kMasked) x = mask.row(row).keeps(col) ? x : 0.0f;
             }
-            x = silu_of_twice(kHalved ? x : half_alpha * x);
+            x = silu_of_twice(Bias::kKind == BiasKind::kRelative ? x : half_alpha * x);
         }
     }
     // Part `step` of `steps` of elements [from, to).
@@ -78,21 +75,67 @@ struct Activation {
     }
 };
 
+// out += P V for one tile of keys with a relative bias, a few pieces of 16 keys at a time in a loop: the code for a piece
+// is long, and a loop that outgrows the instruction cache costs more than products that wait for one another.
+template <class T, int kHeadDim, class Config, class KTile, class Q, class Out, class Mask, class Bias, class Ready>
+__device__ __forceinline__ void attend_relative(Out& out, const Q& q, KTile k, KTile v, const Mask& mask,
+                                                const Bias& bias, int row0, int col0, float alpha,
+                                                const Ready& values_ready) {
+    using Grid = typename ForwardGrids<kHeadDim, Config>::Score;
+    // Where Q is read from shared memory, twice as many keys share what is read.
+    constexpr int kPieces = Config::q_in_registers ? 1 : 2, kSteps = kHeadDim / 16;
+    const bool full = mask.is_full(row0, Config::rows, col0, Config::cols);
+    const auto times = bias.times_of(row0, col0);
+    RightRows<KTile> keys(k, 0);
+    RightColumns<KTile> values(v, 0);
+#pragma unroll 1
+    for (int first = 0; first < Bias::kPieces; first += kPieces) {
+        typename Bias::Piece pieces[kPieces];
+#pragma unroll
+        for (int n = 0; n < kPieces; ++n) pieces[n] = bias.piece(times, first + n, row0, col0);
+        Accumulator<Grid::kM, 2 * kPieces> s;
+        s.clear();
+        if constexpr (Config::q_in_registers)
+            matmul_by_rows<T>(s, q, keys);
+        else
+            matmul<T, kSteps>(s, q, keys);
+        keys.base += kPieces * 16 * KTile::kRowBytes;
+        Registers<Grid::kM, kPieces> weights;
+#pragma unroll
+        for (int n = 0; n < kPieces; ++n) {
+            int unused[Bias::kPieceSize];
+            bias.template add<false>(s, 2 * n, pieces[n], times, row0, col0, 0.5f * alpha, unused);
+        }
+        if (!full) {
+#pragma unroll
+            for (int i = 0; i < s.kSize; ++i) {
+                const int row = row0 + Grid::row() + i / (8 * kPieces) * 16 + i / 2 % 2 * 8 + lane() / 4;
+                const int col = col0 + first * 16 + i / 4 % (2 * kPieces) * 8 + lane() % 4 * 2 + i % 2;
+                s.flat(i) = mask.row(row).keeps(col) ? s.flat(i) : 0.0f;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < s.kSize; ++i) s.flat(i) = silu_of_twice(s.flat(i));
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) convert_step<T>(weights, s, piece);
+        if (first == 0) values_ready();
+        matmul_by_rows<T>(out, weights, values);
+        values.base += kPieces * 16 * KTile::kRowBytes;
+    }
+}
+
 // out += P V for one tile of keys, P staying in registers; values_ready() is called before V is read. The activation of
 // 16 keys runs among the products of the 16 keys before (or, where Q is in registers, already among the products that
 // compute the following scores), so that the tensor cores and the special-function units work at the same time.
 template <class T, int kHeadDim, class Config, bool kMasked, class KTile, class Q, class Out, class Mask, class Bias,
           class Ready>
 __device__ __forceinline__ void attend(Out& out, const Q& q, KTile k, KTile v, const Mask& mask, const Bias& bias,
-                                       uint32_t bias_tile, int row0, int col0, float alpha, const Ready& values_ready) {
+                                       int row0, int col0, float alpha, const Ready& values_ready) {
     using Grid = typename ForwardGrids<kHeadDim, Config>::Score;
     using Act = Activation<Grid, Mask, Bias, kMasked>;
     constexpr int kPieces = Grid::kN / 2, kPiece = Act::kPiece, kSteps = kHeadDim / 16;
     typename Grid::Acc s;
-    if constexpr (Bias::kKind == BiasKind::kRelative)
-        bias.read_tile(s, bias_tile);
-    else
-        s.clear();
+    s.clear();
     const Act activate{s, mask, bias, row0, col0, 0.5f * alpha};
     Registers<Grid::kM, kPieces> weights;
     const auto activate_piece = [&](int piece, int step, int steps) {
@@ -128,17 +171,7 @@ __device__ __forceinline__ void walk_keys(Out& out, const Shared& shared, const 
     const LeftRows<typename Shared::QTile> q_shared(shared.q(), ForwardGrids<kHeadDim, Config>::Score::row());
     Registers<Out::kM, kHeadDim / 16> q_registers;
     const int warp_row0 = row0 + ForwardGrids<kHeadDim, Config>::Score::row();
-    const auto is_full = [&](int t) { return mask.is_full(row0, Config::rows, walk[t], Config::cols); };
-    // Of a tile that the block needs in part, this warp's rows may need nothing.
-    const auto is_needed = [&](int t) {
-        return is_full(t) || t == 0 || !Mask::kCheapRanges ||
-               overlaps(mask.kv_range(warp_row0, Out::kM * 16), walk[t], Config::cols);
-    };
     for (int t = 0; t < walk.tiles; ++t) {
-        // Made while the first keys are on their way.
-        if constexpr (Bias::kKind == BiasKind::kRelative) {
-            if (is_needed(t)) bias.write_tile(shared.bias(), row0, walk[t], alpha);
-        }
         // The first scores need not wait for the first values.
         if (t == 0)
             cute::cp_async_wait<1>();
@@ -158,19 +191,29 @@ __device__ __forceinline__ void walk_keys(Out& out, const Shared& shared, const 
         if (t > 0 && warp_row0 >= mask.len_q) continue;
         const auto step = [&](auto masked) {
             const auto run = [&](const auto& q) {
-                attend<T, kHeadDim, Config, decltype(masked)::value>(out, q, shared.k(t & 1), shared.v(t & 1), mask,
-                                                                     bias, shared.bias(), row0, walk[t], alpha,
-                                                                     values_ready);
+                if constexpr (Bias::kKind == BiasKind::kRelative)
+                    attend_relative<T, kHeadDim, Config>(out, q, shared.k(t & 1), shared.v(t & 1), mask, bias, row0,
+                                                         walk[t], alpha, values_ready);
+                else
+                    attend<T, kHeadDim, Config, decltype(masked)::value>(out, q, shared.k(t & 1), shared.v(t & 1), mask,
+                                                                         bias, row0, walk[t], alpha, values_ready);
             };
             if constexpr (Config::q_in_registers)
                 run(q_registers);
             else
                 run(q_shared);
         };
-        if (is_full(t))
+        // Of a tile that the block needs in part, this warp's rows may need nothing.
+        const bool full = mask.is_full(row0, Config::rows, walk[t], Config::cols);
+        const bool needed = full || t == 0 || !Mask::kCheapRanges ||
+                            overlaps(mask.kv_range(warp_row0, Out::kM * 16), walk[t], Config::cols);
+        if constexpr (Bias::kKind == BiasKind::kRelative) {
+            if (needed) step(std::false_type{});
+        } else if (full) {
             step(std::false_type{});
-        else if (is_needed(t))
+        } else if (needed) {
             step(std::true_type{});
+        }
     }
 }
 
@@ -200,13 +243,13 @@ __device__ __forceinline__ void walk_keys_ahead(Out& out, const Shared& shared, 
                                                 const Bias& bias, int row0, float alpha) {
     using Grid = typename ForwardGrids<kHeadDim, Config>::Score;
     using OutGrid = typename ForwardGrids<kHeadDim, Config>::Out;
-    constexpr bool kRelative = Bias::kKind == BiasKind::kRelative;
     if (walk.tiles == 0) return;
     const LeftRows<typename Shared::QTile> q(shared.q(), Grid::row());
     const auto score = [&](typename Grid::Acc& s, int t) {
         s.clear();
         matmul<T, kHeadDim / 16>(s, q, RightRows<typename Shared::KTile>(shared.k(t & 1), Grid::col()));
-        if constexpr (kRelative) add_relative<Grid, Config>(s, mask, bias, row0, walk[t], 0.5f * alpha);
+        if constexpr (Bias::kKind == BiasKind::kRelative)
+            add_relative<Grid, Config>(s, mask, bias, row0, walk[t], 0.5f * alpha);
     };
     const auto add_values = [&](int t, const auto& meanwhile) {
         matmul<T, Config::cols / 16>(out, LeftRows<typename Shared::PTile>(shared.p(t & 1), OutGrid::row()),
@@ -214,10 +257,10 @@ __device__ __forceinline__ void walk_keys_ahead(Out& out, const Shared& shared, 
     };
     // Calls `run` with the activation of tile t, masked or not.
     const auto with_activation = [&](typename Grid::Acc& s, int t, const auto& run) {
-        if (kRelative || mask.is_full(row0, Config::rows, walk[t], Config::cols))
-            run(Activation<Grid, Mask, Bias, false, kRelative>{s, mask, bias, row0, walk[t], 0.5f * alpha});
+        if (Bias::kKind == BiasKind::kRelative || mask.is_full(row0, Config::rows, walk[t], Config::cols))
+            run(Activation<Grid, Mask, Bias, false>{s, mask, bias, row0, walk[t], 0.5f * alpha});
         else
-            run(Activation<Grid, Mask, Bias, true, kRelative>{s, mask, bias, row0, walk[t], 0.5f * alpha});
+            run(Activation<Grid, Mask, Bias, true>{s, mask, bias, row0, walk[t], 0.5f * alpha});
     };
 
     if (walk.tiles > 1) load_k(1);
@@ -252,8 +295,7 @@ template <class T, int kHeadDim, class Mask, class Bias, class Config>
 __global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ BlockOrder order, int row_blocks) {
     constexpr int kRows = Config::rows, kCols = Config::cols, kThreads = Config::warps * 32;
-    constexpr bool kRelative = Bias::kKind == BiasKind::kRelative;
-    using Shared = ForwardShared<kHeadDim, Config, kRelative>;
+    using Shared = ForwardShared<kHeadDim, Config>;
     using OutGrid = typename ForwardGrids<kHeadDim, Config>::Out;
     using ScoreGrid = typename ForwardGrids<kHeadDim, Config>::Score;
     extern __shared__ __align__(128) unsigned char shared_memory[];
@@ -279,11 +321,7 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
         load_tile<kThreads>(shared.v(t & 1), v + walk[t] * p.v.row_stride, p.v.row_stride, seq.len_k - walk[t],
                             p.dim_v);
     };
-    // Scores begin as the relative bias over alpha. With an alpha of 0 they are the bias alone: Q is read as 0.
-    const bool bias_alone = kRelative && Config::warps_n == 1 && fabsf(p.alpha) < 1e-30f;
-    const float alpha = bias_alone ? 1.0f : p.alpha;
-    load_tile<kThreads>(shared.q(), p.q.at<T>(seq.q_begin + row0, head), p.q.row_stride,
-                        bias_alone ? 0 : seq.len_q - row0, p.dim_qk);
+    load_tile<kThreads>(shared.q(), p.q.at<T>(seq.q_begin + row0, head), p.q.row_stride, seq.len_q - row0, p.dim_qk);
     if (walk.tiles > 0) load_k(0);
     cute::cp_async_fence();
     if (walk.tiles > 0) load_v(0);
@@ -292,9 +330,9 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks)
     typename OutGrid::Acc out;
     out.clear();
     if constexpr (Config::warps_n > 1)
-        walk_keys_ahead<T, kHeadDim, Config>(out, shared, walk, load_k, load_v, mask, bias, row0, alpha);
+        walk_keys_ahead<T, kHeadDim, Config>(out, shared, walk, load_k, load_v, mask, bias, row0, p.alpha);
     else
-        walk_keys<T, kHeadDim, Config>(out, shared, walk, load_k, load_v, mask, bias, row0, alpha);
+        walk_keys<T, kHeadDim, Config>(out, shared, walk, load_k, load_v, mask, bias, row0, p.alpha);
 
     cute::cp_async_wait<0>();
     __syncthreads();
@@ -309,10 +347,9 @@ template <class T, int kHeadDim, class Mask, class Bias, class Config>
 void launch_forward(const Params& p, void* stream) {
     const int row_blocks = block_count(p.max_seqlen_q, Config::rows);
     const BlockOrder order(p, row_blocks, Config::blocks * multiprocessors(p.device), l2_cache_bytes(p.device));
-    launch<forward_kernel<T, kHeadDim, Mask, Bias, Config>>(
-        int64_t{row_blocks} * p.heads * p.batch, Config::warps * 32,
-        ForwardShared<kHeadDim, Config, Bias::kKind == BiasKind::kRelative>::kBytes, p.device,
-        static_cast<cudaStream_t>(stream), p, order, row_blocks);
+    launch<forward_kernel<T, kHeadDim, Mask, Bias, Config>>(int64_t{row_blocks} * p.heads * p.batch, Config::warps * 32,
+                                                            ForwardShared<kHeadDim, Config>::kBytes, p.device,
+                                                            static_cast<cudaStream_t>(stream), p, order, row_blocks);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>
@@ -324,7 +361,7 @@ void run_forward(const Params& p, void* stream) {
     using Short = std::conditional_t<kRelative, RelativeTile<ShortTile>, ShortTile>;
     if constexpr (Short::up_to > 0) {
         const bool is_short = p.total_q <= int64_t{Short::up_to} * p.batch;
-        if (is_short || ForwardShared<kHeadDim, Long, kRelative>::kBytes > max_shared_bytes(p.device))
+        if (is_short || ForwardShared<kHeadDim, Long>::kBytes > max_shared_bytes(p.device))
             return launch_forward<T, kHeadDim, Mask, Bias, Short>(p, stream);
     }
     launch_forward<T, kHeadDim, Mask, Bias, Long>(p, stream);

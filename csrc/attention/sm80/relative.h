@@ -108,7 +108,7 @@ struct RelativeTiles : RelativeBias<float> {
         for (int r = 0; r < kM * 2; ++r) of.queries[r] = low_word(query_of(row0, r));
         return of;
     }
-    // The position table along the diagonals of 8 x 8 blocks that a piece touches. at[k][c] is for row block m, half
+    // Half the position table along the diagonals of 8 x 8 blocks that a piece touches. at[k][c] is for row block m, half
     // and column block n with 2 m + half - n + 1 = k.
     struct Band {
         float at[2 * Grid::kM + 1][2];
@@ -122,13 +122,13 @@ struct RelativeTiles : RelativeBias<float> {
 #pragma unroll
             for (int k = 0; k <= 2 * Grid::kM; ++k)
 #pragma unroll
-                for (int c = 0; c < 2; ++c) band.at[k][c] = __ldg(from + 8 * k - c);
+                for (int c = 0; c < 2; ++c) band.at[k][c] = 0.5f * __ldg(from + 8 * k - c);
         } else {
 #pragma unroll
             for (int k = 0; k <= 2 * Grid::kM; ++k)
 #pragma unroll
                 for (int c = 0; c < 2; ++c)
-                    band.at[k][c] = __ldg(position + clamp_to(distance + 8 * k - c, -reach, reach));
+                    band.at[k][c] = 0.5f * __ldg(position + clamp_to(distance + 8 * k - c, -reach, reach));
         }
     }
 
@@ -136,16 +136,14 @@ struct RelativeTiles : RelativeBias<float> {
     struct Piece {
         int number;
         PieceBuckets in;
-        float first;  // the time bias of the first bucket
         Band band;
         uint32_t keys[4];  // the low words of the times of this thread's keys, with more than one bucket
     };
     __device__ __forceinline__ Piece piece(const TileTimes& times, int number, int row0, int col0) const {
-        Piece piece{number, {}, 0.0f, {}, {}};
+        Piece piece{number, {}, {}, {}};
         read_band(piece.band, number, row0, col0);
         const int packed = __shfl_sync(~0u, times.packed, 8 * number);
         piece.in = {packed & 255, packed >> 8 & 255, packed >> 16 != 0};
-        if (time != nullptr) piece.first = __ldg(time + piece.in.first);
         if (!piece.in.one()) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) piece.keys[i] = low_word(key_of(number, col0, i));
@@ -161,11 +159,11 @@ struct RelativeTiles : RelativeBias<float> {
         const auto element = [&](int i) -> float& { return s.x[m(i)][n0 + n(i)][half(i) * 2 + c(i)]; };
         const PieceBuckets& in = piece.in;
         const bool few = in.one() || (!kKeep && !in.wide && in.last - in.first <= kMaxEdges);
-        const float constant = few ? piece.first : 0.0f;
+        const float constant = few && time != nullptr ? __ldg(time + in.first) : 0.0f;
 #pragma unroll
         for (int i = 0; i < kPieceSize; ++i)
             element(i) =
-                fmaf(half_alpha, element(i), 0.5f * (constant + piece.band.at[2 * m(i) + half(i) - n(i) + 1][c(i)]));
+                fmaf(half_alpha, element(i), fmaf(0.5f, constant, piece.band.at[2 * m(i) + half(i) - n(i) + 1][c(i)]));
         if (in.one()) return;
         if (in.wide) return add_wide<kKeep>(s, n0, piece.number, row0, col0, bucket);
 
@@ -194,46 +192,6 @@ struct RelativeTiles : RelativeBias<float> {
                 const int found = min_of(bucket_of(x[i]), num_buckets);
                 if constexpr (kKeep) bucket[i] = found;
                 element(i) = fmaf(0.5f, __ldg(time + found), element(i));
-            }
-        }
-    }
-
-    // bias / alpha on this warp's share of a tile, in fp32 in the order of fragments: each thread reads what it wrote. The
-    // loop keeps this long piece of code out of the instruction cache's way.
-    __device__ __forceinline__ void write_tile(uint32_t to, int row0, int col0, float alpha) const {
-        const TileTimes times = times_of(row0, col0);
-        const float scale = 2.0f / alpha;
-        to += lane() * 16;
-        Piece next = piece(times, 0, row0, col0);
-#pragma unroll 1
-        for (int number = 0; number < kPieces; ++number) {
-            // Reads for the next piece are under way during this one.
-            const Piece current = next;
-            next = piece(times, min_of(number + 1, kPieces - 1), row0, col0);
-            struct {
-                float x[kM][2][4];
-            } half_bias = {};
-            int unused[kPieceSize];
-            add<false>(half_bias, 0, current, times, row0, col0, 0.0f, unused);
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-#pragma unroll
-                for (int m = 0; m < kM; ++m) {
-                    const float (&x)[4] = half_bias.x[m][n];
-                    store_shared4(to + ((2 * number + n) * kM + m) * 512,
-                                  float4{scale * x[0], scale * x[1], scale * x[2], scale * x[3]});
-                }
-            }
-        }
-    }
-    template <class Acc>
-    __device__ __forceinline__ void read_tile(Acc& s, uint32_t from) const {
-#pragma unroll
-        for (int n = 0; n < Acc::kN; ++n) {
-#pragma unroll
-            for (int m = 0; m < kM; ++m) {
-                const float4 x = load_shared4(from + lane() * 16 + (n * kM + m) * 512);
-                s.x[m][n][0] = x.x, s.x[m][n][1] = x.y, s.x[m][n][2] = x.z, s.x[m][n][3] = x.w;
             }
         }
     }

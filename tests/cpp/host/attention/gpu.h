@@ -144,6 +144,5 @@ inline float4 load_shared4(uint32_t from) {
     const float* x = shared_memory + from / 4;
     return {x[0], x[1], x[2], x[3]};
 }
-inline void store_shared4(uint32_t to, float4 x) { std::memcpy(shared_memory + to / 4, &x, sizeof(x)); }
 inline void store_shared(uint32_t to, float x) { shared_memory[to / 4] = x; }
 }  // namespace hstu::attention
