@@ -159,9 +159,9 @@ template <>
 struct ShortForwardTile<64> : ShortForwardTile<32> {};
 template <>
 struct ShortForwardTile<128> {
-    static constexpr int consumers = 2, cols = 64, stages = 4, q_stages = 2;
+    static constexpr int consumers = 2, cols = 64, stages = 4, q_stages = 3;
     static constexpr int loader_registers = 56, consumer_registers = 224;
-    static constexpr int up_to = 1024;
+    static constexpr int up_to = 2048;
 };
 
 // A block owns `cols` keys and walks over the queries in steps of `rows`. Its two key warpgroups have 64 keys each or,
@@ -206,7 +206,7 @@ struct ShortBackwardTile<128> {
     static constexpr int rows = 64, cols = 128, stages = 3, works = 1, unit_cols = 64, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 208, query_registers = 72, loader_registers = 24;
     static constexpr bool keys_in_registers = false, split = false;
-    static constexpr int up_to = 512;
+    static constexpr int up_to = 200;
 };
 
 }  // namespace hstu::attention::sm90

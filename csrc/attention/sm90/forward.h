@@ -47,11 +47,12 @@ struct ForwardShared {
     static constexpr int kBarriers = 3 * kQ + 4 * kKv;
     static constexpr int kWork = kTiles + 8 * kBarriers;
     static constexpr int kBatch = kWork + kQ * sizeof(Work<Mask>);
-    static constexpr int kBytes = kBatch + sizeof(SortedBatch) + 1024;  // the start is moved to a multiple of 1024
+    static constexpr int kBytes = kBatch + sizeof(SortedBatch);
+    static_assert(kBytes <= 227 << 10);
 
-    unsigned char* start;
+    unsigned char* start;  // a multiple of 1024
 
-    __device__ explicit ForwardShared(unsigned char* memory) : start(memory + (-shared_address(memory) & 1023)) {}
+    __device__ explicit ForwardShared(unsigned char* memory) : start(memory) {}
 
     __device__ uint32_t base() const { return shared_address(start); }
     __device__ QTile q(int stage) const { return {base() + stage * QTile::kBytes}; }  // O at the end
@@ -475,7 +476,7 @@ __global__ void __launch_bounds__((Config::consumers + 1) * kWarpgroup, 1)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ ForwardMaps maps,
                    const __grid_constant__ Schedule schedule) {
     using Shared = ForwardShared<kHeadDim, Mask, Config>;
-    extern __shared__ unsigned char shared_memory[];
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
     const Shared shared(shared_memory);
     const int warp = uniform_warp();
     if (threadIdx.x == 0) shared.init_barriers();

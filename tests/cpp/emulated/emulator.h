@@ -330,3 +330,7 @@ template <class T>
 void __stcg(T* to, T value) {
     *to = value;
 }
+template <class T>
+void __stcs(T* to, T value) {
+    *to = value;
+}
