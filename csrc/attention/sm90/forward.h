@@ -222,22 +222,18 @@ __device__ __forceinline__ void activate(Accumulator<kCols>& s, const Mask& mask
     }
 }
 
-// The same on columns [first, first + kBiasCols) of S, with half a bias from shared memory.
-template <bool kMasked, int kBiasCols, int kCols, class Mask>
-__device__ __forceinline__ void activate_with_bias(Accumulator<kCols>& s, int first, const float4* half_bias,
-                                                   const Mask& mask, int row0, int col0, float half_alpha) {
+// Adds half a bias to half of alpha S on 32 columns from `first` on; 0 where masked.
+template <bool kMasked, int kCols, class Mask>
+__device__ __forceinline__ void add_bias(Accumulator<kCols>& s, int first, const float4 (&half_bias)[4],
+                                         const Mask& mask, int row0, int col0, float half_alpha) {
     const typename Mask::Row rows[2] = {mask.row(row0), mask.row(row0 + 8)};
 #pragma unroll
-    for (int n = 0; n < kBiasCols / 8; ++n) {
-        const float4 add = half_bias[n * 32];
-        const float of[4] = {add.x, add.y, add.z, add.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float& x = s.x[first / 2 + 4 * n + i];
-            float h = fmaf(half_alpha, x, of[i]);
-            if constexpr (kMasked) h = rows[i / 2].keeps(col0 + first + n * 8 + i % 2) ? h : 0.0f;
-            x = silu_of_twice(h);
-        }
+    for (int i = 0; i < 16; ++i) {
+        const float4& four = half_bias[i / 4];
+        const float add = i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
+        float& x = s.x[first / 2 + i];
+        x = fmaf(half_alpha, x, add);
+        if constexpr (kMasked) x = rows[i / 2 % 2].keeps(col0 + first + i / 4 * 8 + i % 2) ? x : 0.0f;
     }
 }
 
@@ -305,6 +301,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     RingPosition<Config::stages> kv;
     RingPosition<Config::q_stages> q;
     RingPosition<max_of(1, Config::bias_stages)> bias;
+    float4 half_bias[4];
     Accumulator<kCols> s;
     Accumulator<kHeadDim> out;
     Fragments<kCols / 16> weights;
@@ -326,25 +323,39 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         multiply<T, kCols / 16>(out, weights, columns(shared.v(at.stage)));
         commit_products();
     };
+    // The bias of 32 columns is read while those before it are activated, the first while S is computed.
+    const auto read_bias = [&](int first) {
+        if (!kBiased<Config>) return;
+        const int in_part = first % max_of(1, Config::bias_cols);
+        if (in_part == 0) shared.bias_full(group, bias.stage).wait(bias.phase);
+        const float4* from = shared.bias(group, bias.stage) + threadIdx.x / 32 % 4 * (Config::bias_cols * 4) + lane();
+#pragma unroll
+        for (int n = 0; n < 4; ++n) half_bias[n] = from[(in_part / 8 + n) * 32];
+    };
+    const auto activate_with_bias = [&](int row, int col, auto masked) {
+#pragma unroll
+        for (int first = 0; first < kCols; first += 32) {
+            add_bias<decltype(masked)::value>(s, first, half_bias, mask, row, col, half_alpha);
+            if ((first + 32) % max_of(1, Config::bias_cols) == 0) {
+                __syncwarp();
+                if (lane() == 0) shared.bias_empty(group, bias.stage).arrive();
+                bias.next();
+            }
+            if (first + 32 < kCols) read_bias(first + 32);
+#pragma unroll
+            for (int i = first / 2; i < first / 2 + 16; ++i) s.x[i] = silu_of_twice(s.x[i]);
+        }
+    };
     const auto activate_scores = [&](int t) {
         hold(s);
         if (signals) shared.k_empty(kv.stage).arrive();
         const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
         if constexpr (kBiased<Config>) {
             // Behind the last key there is a bias too.
-            const bool full = mask.is_full(row0, 64, walk[t], kCols) && walk[t] + kCols <= mask.len_k;
-#pragma unroll
-            for (int first = 0; first < kCols; first += Config::bias_cols, bias.next()) {
-                const float4* from =
-                    shared.bias(group, bias.stage) + threadIdx.x / 32 % 4 * (Config::bias_cols * 4) + lane();
-                shared.bias_full(group, bias.stage).wait(bias.phase);
-                if (full)
-                    activate_with_bias<false, Config::bias_cols>(s, first, from, mask, row, col, half_alpha);
-                else
-                    activate_with_bias<true, Config::bias_cols>(s, first, from, mask, row, col, half_alpha);
-                __syncwarp();
-                if (lane() == 0) shared.bias_empty(group, bias.stage).arrive();
-            }
+            if (mask.is_full(row0, 64, walk[t], kCols) && walk[t] + kCols <= mask.len_k)
+                activate_with_bias(row, col, std::false_type{});
+            else
+                activate_with_bias(row, col, std::true_type{});
         } else if (mask.is_full(row0, 64, walk[t], kCols)) {
             activate<false>(s, mask, row, col, half_alpha);
         } else {
@@ -374,6 +385,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
 
     if (!take()) return;
     begin_scores();
+    read_bias(0);
     wait_products<0>();
     activate_scores(0);
     convert();
@@ -395,6 +407,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         kv.next();
         begin_scores();
         begin_values(before);
+        read_bias(0);
         wait_products<1>();
         activate_scores(t);
         wait_products<0>();

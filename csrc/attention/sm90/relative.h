@@ -55,7 +55,8 @@ struct BiasShared {
         4 * 66;  // right below 2^24, and there for whatever lies in a part with such a piece
 
     struct alignas(16) Bucket {
-        float value, before_edge, step, unused;  // half the value; 1 - the edge to the next bucket; half the step to it
+        float value, before_edge, step;  // half the value; 1 - the edge to the next bucket; half the step to it
+        uint32_t edge;
     };
     struct alignas(16) Quarter {
         float edge, below, above;  // half the values
@@ -66,6 +67,7 @@ struct BiasShared {
     Quarter quarters[kQuarters];
     float col_times[4][kCols];  // each warp's, of this tile, counted from the block's first row
     float row_times[4][kGroups * 16];
+    uint32_t col_words[4][kCols], row_words[4][kGroups * 16];  // the low halves of the same times
 };
 
 template <class Shared, bool kRowsAreKeys>
@@ -100,7 +102,8 @@ class BiasWarps {
         for (int first = 0; first < Shared::kGroups * 16; first += 32) {
             const int i = min_of(first + lane(), Shared::kGroups * 16 - 1);
             const int row = min_of(first_row(row0, i / 16) + i % 16, sides.num_rows - 1);
-            const float t = from_base(__ldg(sides.row_times + row));
+            const int64_t time = __ldg(sides.row_times + row);
+            const float t = from_base(time);
             Range range{t, t};
 #pragma unroll
             for (int step = 1; step < 16; step *= 2) {
@@ -111,7 +114,8 @@ class BiasWarps {
             const float low = __shfl_sync(0xffffffff, range.low, from),
                         high = __shfl_sync(0xffffffff, range.high, from);
             if (from >= 0) rows = {low, high};
-            if (first + lane() < Shared::kGroups * 16) shared.row_times[warp()][i] = t;
+            if (first + lane() < Shared::kGroups * 16)
+                shared.row_times[warp()][i] = t, shared.row_words[warp()][i] = static_cast<uint32_t>(time);
         }
     }
 
@@ -125,6 +129,7 @@ class BiasWarps {
             for (int piece = 0; piece < kPieces; ++piece) {
                 const float t = from_base(col_time[piece]);
                 shared.col_times[warp()][piece * kPieceCols + lane()] = t;
+                shared.col_words[warp()][piece * kPieceCols + lane()] = static_cast<uint32_t>(col_time[piece]);
                 const int order = ordered(t);
                 const int low = __reduce_min_sync(0xffffffff, order), high = __reduce_max_sync(0xffffffff, order);
                 if (piece == piece_of_lane()) cols = {from_ordered(low), from_ordered(high)};
@@ -160,21 +165,27 @@ class BiasWarps {
     // with r = lane / 4 and c = lane % 4 * 2. Without a pair that is wanted nothing is written.
     template <int kCount>
     __device__ __forceinline__ void write(const Part<kCount>& part, float4* to) const {
-        constexpr int kSize = 16 * kCount;
-        int most = part.found[0] >> kKindShift;
+        int edges = 0, size = 0;
+        bool wanted = false;
 #pragma unroll
-        for (int i = 1; i < kCount; ++i) most = max_of(most, part.found[i] >> kKindShift);
-        if (most == kNothing) return;
-        float x[kSize];  // [4 n + 2 half + c]
+        for (int i = 0; i < kCount; ++i) {
+            wanted |= part.found[i] != kNothing;
+            edges = max_of(edges, edges_of(part.found[i])), size = max_of(size, part.found[i] >> kSizeShift & 15);
+        }
+        if (!wanted) return;
+        const bool by_steps = edges < kLookUp && size < kWide;
+        float x[16 * kCount];  // [4 n + 2 half + c]
 #pragma unroll
-        for (int i = 0; i < kSize; ++i)
+        for (int i = 0; i < 16 * kCount; ++i)
             x[i] = fmaf(0.5f, part.band[i / 2 % 2 - i / 4 + 4 * kCount - 1][i % 2],
-                        most <= kMaxEdges ? part.bucket[i / 16].value : 0.0f);
-        if (most > 0) {
-            if (most <= kLookUp)
-                add_times(x, part, most);
+                        by_steps ? part.bucket[i / 16].value : 0.0f);
+        if (edges > 0) {
+            if (size == kSmall)
+                edges < kLookUp ? add_steps<float>(x, part, edges) : look_up(x, part);
+            else if (by_steps)
+                add_steps<uint32_t>(x, part, edges);
             else
-                add_exactly(x, part);
+                look_up_wide(x, part);
         }
 #pragma unroll
         for (int n = 0; n < 4 * kCount; ++n)
@@ -183,8 +194,10 @@ class BiasWarps {
     __device__ __forceinline__ void write(int group, int piece, float4* to) const { write(read<1>(group, piece), to); }
 
   private:
-    // Kinds of pieces: up to kMaxEdges edges, or how to look up.
-    static constexpr int kNothing = -1, kMaxEdges = 3, kLookUp = 4, kIntegers = 5, kWide = 6, kKindShift = 8;
+    // What is found about a piece: the first bucket, the number of edges above it (or kLookUp), the size of differences.
+    static constexpr int kNothing = 1 << 20, kLookUp = 4, kEdgesShift = 8, kSizeShift = 12;
+    static constexpr int kSmall = 0, kMedium = 1, kWide = 2;  // exact in fp32, below 2^31, any
+    static __device__ __forceinline__ int edges_of(int found) { return found >> kEdgesShift & 15; }
 
     struct Range {
         float low, high;
@@ -200,7 +213,7 @@ class BiasWarps {
         const int thread = threadIdx.x % kWarpgroup;
         for (int b = thread; b < kTimeBuckets; b += kWarpgroup) {
             const uint32_t edge = kEdgesOfTime.at[min_of(b + 1, kTimeBuckets - 1)];
-            shared.buckets[b] = {half(b), 1.0f - static_cast<float>(edge), half(b + 1) - half(b), 0.0f};
+            shared.buckets[b] = {half(b), 1.0f - static_cast<float>(edge), half(b + 1) - half(b), edge};
         }
         for (int q = thread; q < Shared::kQuarters; q += kWarpgroup) {
             const TimeQuarter& quarter = kQuartersOfTime.at[min_of(q, 255)];
@@ -233,7 +246,7 @@ class BiasWarps {
 
     // This lane's piece: the first bucket that can occur, and its kind.
     __device__ __forceinline__ int describe(const Range& cols) const {
-        if (!overlaps(wanted, col0 + piece_of_lane() * kPieceCols, kPieceCols)) return kNothing * (1 << kKindShift);
+        if (!overlaps(wanted, col0 + piece_of_lane() * kPieceCols, kPieceCols)) return kNothing;
         if (sides.time == nullptr) return 0;
         const float low = fmaxf(0.0f, fmaxf(rows.low - cols.high, cols.low - rows.high));
         const float high = fmaxf(rows.high - cols.low, cols.high - rows.low);
@@ -252,12 +265,9 @@ class BiasWarps {
             last = bucket_of(static_cast<uint64_t>(__float2ull_rz(high + slack)));
         }
         first = min_of(first, sides.num_buckets), last = min_of(last, sides.num_buckets);
-        int kind = last - first;
-        if (kind > 0 && !exact)
-            kind = high + slack < 0x1p31f ? kIntegers : kWide;
-        else if (kind > kMaxEdges)
-            kind = kLookUp;
-        return first | kind << kKindShift;
+        const int edges = min_of(last - first, +kLookUp);
+        const int size = edges == 0 || exact ? kSmall : high + slack < 0x1p31f ? kMedium : kWide;
+        return first | edges << kEdgesShift | size << kSizeShift;
     }
 
     template <int kCount>
@@ -284,50 +294,74 @@ class BiasWarps {
         }
     }
 
-    // The time bias from differences in fp32: above a piece's first bucket, or all of it.
-    template <int kCount>
-    __device__ __forceinline__ void add_times(float (&x)[16 * kCount], const Part<kCount>& part, int most) const {
-        const float* row_times = shared.row_times[warp()] + part.group * 16 + lane() / 4;
-        const float* col_times = shared.col_times[warp()] + part.first * kPieceCols + lane() % 4 * 2;
-        const float of_row[2] = {row_times[0], row_times[8]};
-        float t[16 * kCount];
-#pragma unroll
-        for (int n = 0; n < 4 * kCount; ++n) {
-            const float2 of_col = *reinterpret_cast<const float2*>(col_times + 8 * n);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) t[4 * n + i] = fabsf(of_row[i / 2] - (i % 2 ? of_col.y : of_col.x));
-        }
-        if (most == kLookUp) {
-#pragma unroll
-            for (int i = 0; i < 16 * kCount; ++i) {
-                const typename Shared::Quarter quarter = shared.quarters[quarter_of(t[i])];
-                x[i] += t[i] >= quarter.edge ? quarter.above : quarter.below;
-            }
-            return;
-        }
+    // Both sides' times: in fp32, or the low halves of integers.
+    template <class Time, int kCount>
+    __device__ __forceinline__ void read_differences(Time (&t)[16 * kCount], const Part<kCount>& part) const {
+        const int row = part.group * 16 + lane() / 4, col = part.first * kPieceCols + lane() % 4 * 2;
+        if constexpr (std::is_same_v<Time, float>)
+            differences(t, shared.row_times[warp()] + row, shared.col_times[warp()] + col);
+        else
+            differences(t, shared.row_words[warp()] + row, shared.col_words[warp()] + col);
+    }
+    // The time bias above that of a piece's first bucket.
+    template <class Time, int kCount>
+    __device__ __forceinline__ void add_steps(float (&x)[16 * kCount], const Part<kCount>& part, int edges) const {
+        Time t[16 * kCount];
+        read_differences(t, part);
         typename Shared::Bucket bucket[kCount];
 #pragma unroll
         for (int piece = 0; piece < kCount; ++piece) bucket[piece] = part.bucket[piece];
 #pragma unroll 1
         for (int edge = 1;; ++edge) {
-            typename Shared::Bucket next[kCount];
 #pragma unroll
             for (int piece = 0; piece < kCount; ++piece) {
-                next[piece] = shared.buckets[(part.found[piece] & 255) + edge];
-                const float step = edge <= part.found[piece] >> kKindShift ? bucket[piece].step : 0.0f;
+                const float step = edge <= edges_of(part.found[piece]) ? bucket[piece].step : 0.0f;
 #pragma unroll
-                for (int i = 16 * piece; i < 16 * piece + 16; ++i)
-                    x[i] = fmaf(__saturatef(t[i] + bucket[piece].before_edge), step, x[i]);
+                for (int i = 16 * piece; i < 16 * piece + 16; ++i) {
+                    if constexpr (std::is_same_v<Time, float>)
+                        x[i] = fmaf(__saturatef(t[i] + bucket[piece].before_edge), step, x[i]);
+                    else if (t[i] >= bucket[piece].edge)
+                        x[i] += step;
+                }
             }
-            if (edge == most) break;
+            if (edge == edges) break;
 #pragma unroll
-            for (int piece = 0; piece < kCount; ++piece) bucket[piece] = next[piece];
+            for (int piece = 0; piece < kCount; ++piece)
+                bucket[piece] = shared.buckets[(part.found[piece] & 255) + edge];
+        }
+    }
+    // All of the time bias, from differences in fp32.
+    template <int kCount>
+    __device__ __forceinline__ void look_up(float (&x)[16 * kCount], const Part<kCount>& part) const {
+        float t[16 * kCount];
+        read_differences(t, part);
+#pragma unroll
+        for (int i = 0; i < 16 * kCount; ++i) {
+            const typename Shared::Quarter quarter = shared.quarters[quarter_of(t[i])];
+            x[i] += t[i] >= quarter.edge ? quarter.above : quarter.below;
+        }
+    }
+    // |row - column|; of 32-bit integers modulo 2^32.
+    template <class Time, int kSize>
+    static __device__ __forceinline__ void differences(Time (&t)[kSize], const Time* rows, const Time* cols) {
+        const Time of_row[2] = {rows[0], rows[8]};
+#pragma unroll
+        for (int n = 0; n < kSize / 4; ++n) {
+            const Time of_col[2] = {cols[8 * n], cols[8 * n + 1]};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const Time difference = of_row[i / 2] - of_col[i % 2];
+                if constexpr (std::is_same_v<Time, float>)
+                    t[4 * n + i] = fabsf(difference);
+                else
+                    t[4 * n + i] = static_cast<int>(difference) < 0 ? -difference : difference;
+            }
         }
     }
 
-    // All of it, from differences of integers. Seldom: a loop keeps the code small.
+    // The same in 64 bits. Seldom: a loop keeps the code small.
     template <int kCount>
-    __device__ __forceinline__ void add_exactly(float (&x)[16 * kCount], const Part<kCount>& part) const {
+    __device__ __forceinline__ void look_up_wide(float (&x)[16 * kCount], const Part<kCount>& part) const {
         const int row = first_row(row0, part.group) + lane() / 4;
         const int64_t of_row[2] = {__ldg(sides.row_times + min_of(row, sides.num_rows - 1)),
                                    __ldg(sides.row_times + min_of(row + 8, sides.num_rows - 1))};
