@@ -47,6 +47,8 @@ struct WorkWithBias : Work<Mask> {
 
 template <class Config>
 constexpr bool kBiased = Config::bias_stages > 0;
+template <class Config>
+constexpr int kBiasWarpgroups = Config::consumers / max_of(1, Config::bias_groups) * kBiased<Config>;
 
 template <int kHeadDim, class Mask, class Config>
 struct ForwardShared {
@@ -54,7 +56,7 @@ struct ForwardShared {
     using QTile = Tile<kRows, kHeadDim>;
     using KTile = Tile<Config::cols, kHeadDim>;
     using WorkHere = std::conditional_t<kBiased<Config>, WorkWithBias<Mask>, Work<Mask>>;
-    using Bias = BiasShared<Config::consumers, Config::cols>;
+    using Bias = BiasShared<max_of(1, Config::bias_groups), Config::cols>;
     static constexpr int kBiasTiles = Config::consumers * Config::bias_stages, kBiasFloats = 64 * Config::bias_cols;
     static constexpr int kBiases = kQ * QTile::kBytes + 2 * kKv * KTile::kBytes;
     static constexpr int kTiles = kBiases + kBiasTiles * kBiasFloats * 4;
@@ -62,7 +64,8 @@ struct ForwardShared {
     static constexpr int kWork = kTiles + 8 * kBarriers;
     static constexpr int kBatch = kWork + kQ * sizeof(WorkHere);
     static constexpr int kTables = (kBatch + static_cast<int>(sizeof(SortedBatch)) + 15) / 16 * 16;
-    static constexpr int kEnd = kBiased<Config> ? kTables + sizeof(Bias) : kBatch + sizeof(SortedBatch);
+    static constexpr int kEnd =
+        kBiased<Config> ? kTables + kBiasWarpgroups<Config> * sizeof(Bias) : kBatch + sizeof(SortedBatch);
     static constexpr int kBytes = kEnd + 1024;  // the start is moved to a multiple of 1024
 
     unsigned char* start;
@@ -91,7 +94,7 @@ struct ForwardShared {
     __device__ float4* bias(int group, int stage) const {
         return reinterpret_cast<float4*>(start + kBiases) + (group * Config::bias_stages + stage) * (kBiasFloats / 4);
     }
-    __device__ Bias& bias_tables() const { return *reinterpret_cast<Bias*>(start + kTables); }
+    __device__ Bias& bias_tables(int warpgroup) const { return reinterpret_cast<Bias*>(start + kTables)[warpgroup]; }
     __device__ WorkHere& work(int stage) const { return reinterpret_cast<WorkHere*>(start + kWork)[stage]; }
     __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
 
@@ -548,13 +551,14 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
     }
 }
 
-// The bias of the consumers' tiles, in the order in which they come to them.
+// The bias of the tiles of bias_groups consumers, in the order in which they come to them.
 template <int kHeadDim, class Mask, class Config>
-__device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared) {
+__device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared,
+                                           int warpgroup) {
     using Bias = BiasWarps<typename ForwardShared<kHeadDim, Mask, Config>::Bias, false>;
     constexpr int kBlocks = Config::bias_cols / 8, kPieces = Config::bias_cols / kPieceCols;
-    constexpr int kSteps = Config::cols / Config::bias_cols * Config::consumers;
-    const int warp = threadIdx.x / 32 % 4;
+    constexpr int kGroups = Config::bias_groups, kSteps = Config::cols / Config::bias_cols * kGroups;
+    const int first_group = warpgroup * kGroups, warp = threadIdx.x / 32 % 4;
     RingPosition<Config::q_stages> q;
     RingPosition<Config::bias_stages> at;
     shared.q_full(0).wait(0);
@@ -563,15 +567,14 @@ __device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<
                                     work.mask.len_k);
     };
     if (shared.work(0).last) return;
-    Bias bias(shared.bias_tables(), sides_of(shared.work(0)), 1);
+    Bias bias(shared.bias_tables(warpgroup), sides_of(shared.work(0)), 1 + warpgroup);
     for (;; q.next()) {
         shared.q_full(q.stage).wait(q.phase);
         const WorkWithBias<Mask>& work = shared.work(q.stage);
         if (work.last) return;
         const TileWalk walk = work.walk;
-        const int row = Bias::first_row(work.row0, Bias::group_of_lane());
-        bias.begin_block(sides_of(work), work.row0, row < work.mask.len_q ? work.mask.kv_range(row, 16) : Spans{},
-                         walk[0]);
+        const int row0 = work.row0 + 64 * first_group, row = Bias::first_row(row0, Bias::group_of_lane());
+        bias.begin_block(sides_of(work), row0, row < work.mask.len_q ? work.mask.kv_range(row, 16) : Spans{}, walk[0]);
         for (int t = 0; t < walk.tiles; ++t) {
             bias.begin_tile(walk[t], walk[t + 1]);
             // The next part is read while this one is computed.
@@ -579,20 +582,23 @@ __device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<
 #pragma unroll 1
             for (int step = 0; step < kSteps; ++step) {
                 const auto part = next;
-                const int group = step % Config::consumers, after = (step + 1) % kSteps;
-                next = bias.template read<kPieces>(after % Config::consumers, after / Config::consumers * kPieces);
+                const int group = first_group + step % kGroups, after = (step + 1) % kSteps;
+                next = bias.template read<kPieces>(after % kGroups, after / kGroups * kPieces);
                 shared.bias_empty(group, at.stage).wait(at.phase ^ 1);
                 bias.write(part, shared.bias(group, at.stage) + warp * (kBlocks * 32));
                 __syncwarp();
                 if (lane() == 0) shared.bias_full(group, at.stage).arrive();
-                if (group == Config::consumers - 1) at.next();
+                if (step % kGroups == kGroups - 1) at.next();
             }
         }
     }
 }
 
 template <class Config>
-constexpr int kThreads = (Config::consumers + 1 + kBiased<Config>)*kWarpgroup;
+constexpr int kThreads = (Config::consumers + 1 + kBiasWarpgroups<Config>)*kWarpgroup;
+// Of a thread, before warpgroups hand registers to one another.
+template <class Config>
+constexpr int kRegistersAtStart = 65536 / kThreads<Config> / 8 * 8;
 
 template <class T, int kHeadDim, class Mask, class Config>
 __global__ void __launch_bounds__(kThreads<Config>, 1)
@@ -614,9 +620,12 @@ __global__ void __launch_bounds__(kThreads<Config>, 1)
         if (warp == 2) clean<T, kHeadDim, Mask, Config>(p, schedule.levels);
     } else if (kBiased<Config> && warp / 4 > Config::consumers) {
         if constexpr (kBiased<Config>) {
-            lower_registers<Config::bias_registers>();
+            if constexpr (Config::bias_registers > kRegistersAtStart<Config>)
+                raise_registers<Config::bias_registers>();
+            else
+                lower_registers<Config::bias_registers>();
             wait_for_previous_kernel();
-            bias_works(p, shared);
+            bias_works(p, shared, warp / 4 - Config::consumers - 1);
         }
     } else {
         raise_registers<Config::consumer_registers>();
