@@ -175,7 +175,7 @@ template <>
 struct RelativeForwardTile<32> {
     static constexpr int consumers = 2, cols = 128, stages = 3, q_stages = 3, bias_cols = 64, bias_stages = 2,
                          bias_groups = 2;
-    static constexpr int loader_registers = 40, consumer_registers = 176, bias_registers = 120;
+    static constexpr int loader_registers = 40, consumer_registers = 184, bias_registers = 104;
 };
 template <>
 struct RelativeForwardTile<64> : RelativeForwardTile<32> {};
@@ -183,7 +183,7 @@ template <>
 struct RelativeForwardTile<128> {
     static constexpr int consumers = 2, cols = 64, stages = 3, q_stages = 2, bias_cols = 64, bias_stages = 1,
                          bias_groups = 2;
-    static constexpr int loader_registers = 40, consumer_registers = 176, bias_registers = 120;
+    static constexpr int loader_registers = 40, consumer_registers = 184, bias_registers = 104;
 };
 
 // A block owns `cols` keys and walks over the queries in steps of `rows`. Its two key warpgroups have 64 keys each or,

@@ -44,7 +44,7 @@ std::vector<int64_t> times_of(int kind, int count) {
     return t;
 }
 
-template <int kGroups, int kCols, bool kRowsAreKeys>
+template <int kGroups, int kCols, int kCount, bool kRowsAreKeys>
 void check(int kind, int round) {
     using Shared = sm90::BiasShared<kGroups, kCols>;
     using Warps = sm90::BiasWarps<Shared, kRowsAreKeys>;
@@ -73,18 +73,31 @@ void check(int kind, int round) {
         auto& shared = *reinterpret_cast<Shared*>(sm90::shared_memory);
         const auto sides = [&](int head) { return sm90::RelativeSides<kRowsAreKeys>(r, head, 0, 0, len_q, len_k); };
         Warps bias(shared, sides(0), 1);
+        int buffer = 0;
         for (int head = 0; head < kHeads; ++head) {
             bias.begin_block(sides(head), row0, {wanted, {}}, 0);
-            for (int tile = 0; tile < kTiles; ++tile) {
+            for (int tile = 0; tile < kTiles; ++tile, buffer ^= 1) {
                 bias.begin_tile(tile * kCols, (tile + 1) * kCols);
+                sm90::named_sync(2, sm90::kWarpgroup);
                 for (int group = 0; group < kGroups; ++group)
-                    for (int piece = 0; piece < kCols / 32; piece += 1 + round % 2) {
-                        float4* to = place(head, tile, group, threadIdx.x / 32, piece);
-                        if (round % 2)
-                            bias.write(bias.template read<2>(group, piece), to);
-                        else
-                            bias.write(group, piece, to);
+                    for (int first = 0; first < kCols / 32; first += kCount) {
+                        float4* to = place(head, tile, group, threadIdx.x / 32, first);
+                        sm90::BiasNote note = {};
+                        bias.template write<kCount>(group, first, to, &note);
+                        note = {{__shfl_sync(~0u, note.constant[0], 0), __shfl_sync(~0u, note.constant[1], 0)},
+                                __shfl_sync(~0u, note.written, 0),
+                                0};
+                        const sm90::WindowReader<Shared> positions(shared, group);
+                        for (int n = 0; n < 4 * kCount; ++n) {
+                            float4& x = to[n * 32 + lane()];
+                            const float c = note.constant[n / 4];
+                            if (!(note.written >> n / 4 & 1)) x = {c, c, c, c};
+                            const float2 above = positions.pair(buffer, first * 4 + n);
+                            const float2 below = positions.pair(buffer, first * 4 + n - 1);
+                            x = {x.x + above.x, x.y + above.y, x.z + below.x, x.w + below.y};
+                        }
                     }
+                sm90::named_sync(2, sm90::kWarpgroup);
             }
         }
     });
@@ -116,9 +129,9 @@ void check(int kind, int round) {
 int main() {
     for (int kind = 0; kind < 13; ++kind)
         for (int round = 0; round < 20; ++round) {
-            check<2, 128, false>(kind, round);
-            check<3, 64, false>(kind, round);
-            check<2, 64, true>(kind, round);
+            check<2, 128, 2, false>(kind, round);
+            check<3, 64, 1, false>(kind, round);
+            check<2, 64, 2, true>(kind, round);
         }
     return 0;
 }

@@ -59,7 +59,8 @@ struct ForwardShared {
     using Bias = BiasShared<max_of(1, Config::bias_groups), Config::cols>;
     static constexpr int kBiasTiles = Config::consumers * Config::bias_stages, kBiasFloats = 64 * Config::bias_cols;
     static constexpr int kBiases = kQ * QTile::kBytes + 2 * kKv * KTile::kBytes;
-    static constexpr int kTiles = kBiases + kBiasTiles * kBiasFloats * 4;
+    static constexpr int kNotes = kBiases + kBiasTiles * kBiasFloats * 4;
+    static constexpr int kTiles = kNotes + kBiasTiles * 4 * sizeof(BiasNote);
     static constexpr int kBarriers = 3 * kQ + 4 * kKv + 2 * kBiasTiles;
     static constexpr int kWork = kTiles + 8 * kBarriers;
     static constexpr int kBatch = kWork + kQ * sizeof(WorkHere);
@@ -67,6 +68,7 @@ struct ForwardShared {
     static constexpr int kEnd =
         kBiased<Config> ? kTables + kBiasWarpgroups<Config> * sizeof(Bias) : kBatch + sizeof(SortedBatch);
     static constexpr int kBytes = kEnd + 1024;  // the start is moved to a multiple of 1024
+    static_assert(kBytes <= 232448 && Config::bias_stages * Config::bias_cols <= Config::cols);
 
     unsigned char* start;
 
@@ -90,9 +92,16 @@ struct ForwardShared {
     __device__ Barrier bias_empty(int group, int stage) const {
         return {bias_full(group, stage).address + 8 * kBiasTiles};
     }
+    __device__ BiasNote* bias_notes(int group, int stage) const {
+        return reinterpret_cast<BiasNote*>(start + kNotes) + (group * Config::bias_stages + stage) * 4;
+    }
     // A consumer's tile of the bias: [4 warps][bias_cols / 8 blocks of columns][32 lanes].
     __device__ float4* bias(int group, int stage) const {
         return reinterpret_cast<float4*>(start + kBiases) + (group * Config::bias_stages + stage) * (kBiasFloats / 4);
+    }
+    __device__ WindowReader<Bias> positions(int group) const {
+        constexpr int kGroups = max_of(1, Config::bias_groups);
+        return {bias_tables(group / kGroups), group % kGroups};
     }
     __device__ Bias& bias_tables(int warpgroup) const { return reinterpret_cast<Bias*>(start + kTables)[warpgroup]; }
     __device__ WorkHere& work(int stage) const { return reinterpret_cast<WorkHere*>(start + kWork)[stage]; }
@@ -225,18 +234,39 @@ __device__ __forceinline__ void activate(Accumulator<kCols>& s, const Mask& mask
     }
 }
 
-// Adds half a bias to half of alpha S on 32 columns from `first` on; 0 where masked.
+// Half the bias of 32 columns of S: positions, and times as a constant or as values.
+struct HalfBias {
+    float2 positions[5];  // WindowReader's pairs of blocks n - 1
+    float constant;
+    bool written;
+    float4 times[4];
+};
+// Adds it to half of alpha S on the columns from `first` on; 0 where masked.
 template <bool kMasked, int kCols, class Mask>
-__device__ __forceinline__ void add_bias(Accumulator<kCols>& s, int first, const float4 (&half_bias)[4],
-                                         const Mask& mask, int row0, int col0, float half_alpha) {
+__device__ __forceinline__ void add_bias(Accumulator<kCols>& s, int first, const HalfBias& bias, const Mask& mask,
+                                         int row0, int col0, float half_alpha) {
     const typename Mask::Row rows[2] = {mask.row(row0), mask.row(row0 + 8)};
+    const auto position = [&](int i) {
+        const float2 pair = bias.positions[i / 4 - i / 2 % 2 + 1];
+        return i % 2 ? pair.y : pair.x;
+    };
+    float* const x = s.x + first / 2;
+    if (bias.written) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-        const float4& four = half_bias[i / 4];
-        const float add = i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
-        float& x = s.x[first / 2 + i];
-        x = fmaf(half_alpha, x, add);
-        if constexpr (kMasked) x = rows[i / 2 % 2].keeps(col0 + first + i / 4 * 8 + i % 2) ? x : 0.0f;
+        for (int i = 0; i < 16; ++i) {
+            const float4 four = bias.times[i / 4];
+            x[i] = fmaf(half_alpha, x[i], position(i)) + (i % 4 == 0   ? four.x
+                                                          : i % 4 == 1 ? four.y
+                                                          : i % 4 == 2 ? four.z
+                                                                       : four.w);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) x[i] = fmaf(half_alpha, x[i], position(i) + bias.constant);
+    }
+    if constexpr (kMasked) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) x[i] = rows[i / 2 % 2].keeps(col0 + first + i / 4 * 8 + i % 2) ? x[i] : 0.0f;
     }
 }
 
@@ -304,7 +334,9 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     RingPosition<Config::stages> kv;
     RingPosition<Config::q_stages> q;
     RingPosition<max_of(1, Config::bias_stages)> bias;
-    float4 half_bias[4];
+    HalfBias half_bias;
+    BiasNote note;
+    int window = 0;  // the tile's, of two
     Accumulator<kCols> s;
     Accumulator<kHeadDim> out;
     Fragments<kCols / 16> weights;
@@ -327,13 +359,24 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         commit_products();
     };
     // The bias of 32 columns is read while those before it are activated, the first while S is computed.
-    const auto read_bias = [&](int first) {
-        if (!kBiased<Config>) return;
-        const int in_part = first % max_of(1, Config::bias_cols);
-        if (in_part == 0) shared.bias_full(group, bias.stage).wait(bias.phase);
-        const float4* from = shared.bias(group, bias.stage) + threadIdx.x / 32 % 4 * (Config::bias_cols * 4) + lane();
+    [[maybe_unused]] const auto read_bias = [&](int first) {
+        if constexpr (kBiased<Config>) {
+            const int in_part = first % Config::bias_cols, warp = threadIdx.x / 32 % 4;
+            if (in_part == 0) {
+                shared.bias_full(group, bias.stage).wait(bias.phase);
+                note = shared.bias_notes(group, bias.stage)[warp];
+            }
+            const auto positions = shared.positions(group);
 #pragma unroll
-        for (int n = 0; n < 4; ++n) half_bias[n] = from[(in_part / 8 + n) * 32];
+            for (int n = 0; n < 5; ++n) half_bias.positions[n] = positions.pair(window, first / 8 + n - 1);
+            half_bias.constant = note.constant[in_part / 32];
+            half_bias.written = note.written >> in_part / 32 & 1;
+            if (half_bias.written) {
+                const float4* from = shared.bias(group, bias.stage) + warp * (Config::bias_cols * 4) + lane();
+#pragma unroll
+                for (int n = 0; n < 4; ++n) half_bias.times[n] = from[(in_part / 8 + n) * 32];
+            }
+        }
     };
     const auto activate_with_bias = [&](int row, int col, auto masked) {
 #pragma unroll
@@ -344,7 +387,10 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
                 if (lane() == 0) shared.bias_empty(group, bias.stage).arrive();
                 bias.next();
             }
-            if (first + 32 < kCols) read_bias(first + 32);
+            if (first + 32 < kCols)
+                read_bias(first + 32);
+            else
+                window ^= 1;
 #pragma unroll
             for (int i = first / 2; i < first / 2 + 16; ++i) s.x[i] = silu_of_twice(s.x[i]);
         }
@@ -577,15 +623,13 @@ __device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<
         bias.begin_block(sides_of(work), row0, row < work.mask.len_q ? work.mask.kv_range(row, 16) : Spans{}, walk[0]);
         for (int t = 0; t < walk.tiles; ++t) {
             bias.begin_tile(walk[t], walk[t + 1]);
-            // The next part is read while this one is computed.
-            auto next = bias.template read<kPieces>(0, 0);
 #pragma unroll 1
             for (int step = 0; step < kSteps; ++step) {
-                const auto part = next;
-                const int group = first_group + step % kGroups, after = (step + 1) % kSteps;
-                next = bias.template read<kPieces>(after % kGroups, after / kGroups * kPieces);
+                const int group = first_group + step % kGroups;
                 shared.bias_empty(group, at.stage).wait(at.phase ^ 1);
-                bias.write(part, shared.bias(group, at.stage) + warp * (kBlocks * 32));
+                bias.template write<kPieces>(step % kGroups, step / kGroups * kPieces,
+                                             shared.bias(group, at.stage) + warp * (kBlocks * 32),
+                                             shared.bias_notes(group, at.stage) + warp);
                 __syncwarp();
                 if (lane() == 0) shared.bias_full(group, at.stage).arrive();
                 if (step % kGroups == kGroups - 1) at.next();

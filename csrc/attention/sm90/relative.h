@@ -2,17 +2,18 @@
 //
 //   bias_ij = position[clip(p_i - j)] + time[bucket(|t_i - t_j|)]
 //
-// BiasWarps writes half of it, in fp32, to shared memory in the order of the accumulators that other warpgroups add it to:
-// warp w of it has rows [16 w, 16 w + 16) of each group of 64 rows, as warp w of the warpgroup that owns the group. A tile
-// is cut into pieces of 16 rows and 32 columns. One lane a piece finds from the ranges of the times on both sides which
-// buckets can occur in it, and so how the warp computes it:
-//   nothing     the mask keeps no pair of it
-//   0 edges     one bucket: a constant
-//   1 to 3      that many comparisons an element: saturating |x| + 1 - edge gives 0 or 1, for x is an integer
-//   more        a look-up of x's quarter of an octave (time_bucket.h) in shared memory: an edge and the values on its sides
-// All of these take differences in fp32, exact where times lie less than 2^24 from the block's first one; else they are
-// taken modulo 2^32 below 2^31, and in 64 bits above.
-// Rows may be queries and columns keys (the forward) or the other way round (the backward).
+// The two parts reach the accumulators on different ways, always halved and in fp32:
+//   positions   a window a tile in shared memory, from the last row and first column to the first row and last column;
+//               blocks of 8 x 8 on the same diagonal share a pair of its values a thread (WindowReader)
+//   times       of pieces of 16 rows and 32 columns: a constant where one bucket alone can occur, which is most of them;
+//               else all values, in the order of the accumulators
+// Which buckets can occur follows from the ranges of the times on both sides; one lane a piece finds it. A piece with up to
+// three edges between buckets costs as many comparisons an element: saturating |x| + 1 - edge gives 0 or 1, for x is an
+// integer. More: a look-up of x's quarter of an octave (time_bucket.h) in shared memory: an edge and the values on its
+// sides. Differences are taken in fp32, exact where times lie less than 2^24 from the block's first one; else modulo 2^32
+// below 2^31, and in 64 bits above.
+// Warp w of the bias warps has rows [16 w, 16 w + 16) of each group of 64 rows, as warp w of the warpgroup that owns the
+// group. Rows may be queries and columns keys (the forward) or the other way round (the backward).
 #pragma once
 
 #include "attention/gpu.h"
@@ -39,10 +40,6 @@ struct RelativeSides {
           num_cols(kRowsAreKeys ? len_q : len_k),
           row_times(kRowsAreKeys ? r.key_times + k_begin : r.query_times + q_begin),
           col_times(kRowsAreKeys ? r.query_times + q_begin : r.key_times + k_begin) {}
-
-    __device__ __forceinline__ int distance(int row, int col) const {
-        return kRowsAreKeys ? col + offset - row : row + offset - col;
-    }
 };
 
 constexpr int kPieceCols = 32;
@@ -63,11 +60,39 @@ struct BiasShared {
         int bucket;                // below the edge
     };
 
+    static constexpr int kRows = 64 * kGroups, kWindow = kRows + kCols;
+
+    // Half the position bias of this tile and the next: [kRows - 1 - row + column], and the same a word later, so that the
+    // pair of any two neighbours is aligned in one of them.
+    alignas(8) float window[2][2][kWindow + 2];
     Bucket buckets[kTimeBuckets];
     Quarter quarters[kQuarters];
     float col_times[4][kCols];  // each warp's, of this tile, counted from the block's first row
     float row_times[4][kGroups * 16];
     uint32_t col_words[4][kCols], row_words[4][kGroups * 16];  // the low halves of the same times
+};
+
+// What is known of the times of pieces beside one another.
+struct alignas(16) BiasNote {
+    float constant[2];
+    uint32_t written;  // bit by bit: the piece has values, not a constant
+    uint32_t unused;
+};
+
+// A thread's way to its pairs of positions: pair(buffer, n) is of row lane / 4 of the warp's and columns 8 n + lane % 4 * 2
+// and the next; pair(buffer, n - 1) is of the row 8 below.
+template <class Shared>
+struct WindowReader {
+    const float* from;
+
+    __device__ __forceinline__ WindowReader(const Shared& shared, int group) {
+        const int row = group * 64 + threadIdx.x / 32 % 4 * 16 + lane() / 4;
+        const int place = Shared::kRows - 1 - row + lane() % 4 * 2;
+        from = shared.window[0][place % 2] + place + place % 2;
+    }
+    __device__ __forceinline__ float2 pair(int buffer, int n) const {
+        return *reinterpret_cast<const float2*>(from + buffer * 2 * (Shared::kWindow + 2) + n * 8);
+    }
 };
 
 template <class Shared, bool kRowsAreKeys>
@@ -94,6 +119,7 @@ class BiasWarps {
         const bool other_tables = of.time != sides.time;
         sides = of, row0 = row0_, wanted = wanted_;
         if (other_tables) fill_tables();
+        read_positions(col0_);
         if (sides.time == nullptr) return;
         base = __ldg(sides.row_times + min_of(row0, sides.num_rows - 1));
         read_col_times(col0_);
@@ -138,66 +164,44 @@ class BiasWarps {
             __syncwarp();
         }
         described = describe(cols);
+        buffer ^= 1;
+#pragma unroll
+        for (int i = 0; i < kPositions; ++i) {
+            const int place = threadIdx.x % kWarpgroup + i * kWarpgroup;
+            if (place < Shared::kWindow)
+                shared.window[buffer][0][place] = shared.window[buffer][1][place + 1] = 0.5f * position[i];
+        }
+        read_positions(next);
     }
 
-    // kCount pieces beside one another, of the current tile: what is to be read before they are computed.
+    // The times of kCount pieces of the current tile. Values, where a piece has them, as [4 blocks of 8 columns][32 lanes] of
+    // (row r: columns c, c + 1; row r + 8: c, c + 1) with r = lane / 4 and c = lane % 4 * 2, piece after piece.
     template <int kCount>
-    struct Part {
-        int group, first;  // the first piece
-        int found[kCount];
-        typename Shared::Bucket bucket[kCount];
-        float band[4 * kCount + 1][2];  // positions: blocks of 8 x 8 on the same diagonal, [half - n + 4 kCount - 1][c]
-    };
-    template <int kCount>
-    __device__ __forceinline__ Part<kCount> read(int group, int first) const {
-        Part<kCount> part;
-        part.group = group, part.first = first;
-#pragma unroll
+    __device__ __forceinline__ void write(int group, int first, float4* to, BiasNote* note) const {
+        static_assert(kCount <= 2);
+        BiasNote noted = {};
+#pragma unroll 1
         for (int i = 0; i < kCount; ++i) {
-            part.found[i] = __shfl_sync(0xffffffff, described, group * kPieces + first + i);
-            part.bucket[i] = shared.buckets[part.found[i] & 255];
+            const int found = __shfl_sync(0xffffffff, described, group * kPieces + first + i);
+            if (found == kNothing) continue;
+            const typename Shared::Bucket bucket = shared.buckets[found & 255];
+            if (found >> kEdgesShift == 0) {
+                noted.constant[0] = i == 0 ? bucket.value : noted.constant[0];
+                noted.constant[1] = i == 1 ? bucket.value : noted.constant[1];
+            } else {
+                noted.written |= 1u << i;
+                write_values(group, first + i, found, bucket, to + i * 128);
+            }
         }
-        read_positions(part);
-        return part;
+        if (lane() == 0) *note = noted;
     }
-
-    // Half the bias of a part, as [4 kCount blocks of 8 columns][32 lanes] of (row r: columns c, c + 1; row r + 8: c, c + 1)
-    // with r = lane / 4 and c = lane % 4 * 2. Without a pair that is wanted nothing is written.
-    template <int kCount>
-    __device__ __forceinline__ void write(const Part<kCount>& part, float4* to) const {
-        int edges = 0, size = 0;
-        bool wanted = false;
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            wanted |= part.found[i] != kNothing;
-            edges = max_of(edges, edges_of(part.found[i])), size = max_of(size, part.found[i] >> kSizeShift & 15);
-        }
-        if (!wanted) return;
-        const bool by_steps = edges < kLookUp && size < kWide;
-        float x[16 * kCount];  // [4 n + 2 half + c]
-#pragma unroll
-        for (int i = 0; i < 16 * kCount; ++i)
-            x[i] = fmaf(0.5f, part.band[i / 2 % 2 - i / 4 + 4 * kCount - 1][i % 2],
-                        by_steps ? part.bucket[i / 16].value : 0.0f);
-        if (edges > 0) {
-            if (size == kSmall)
-                edges < kLookUp ? add_steps<float>(x, part, edges) : look_up(x, part);
-            else if (by_steps)
-                add_steps<uint32_t>(x, part, edges);
-            else
-                look_up_wide(x, part);
-        }
-#pragma unroll
-        for (int n = 0; n < 4 * kCount; ++n)
-            to[n * 32 + lane()] = float4{x[4 * n], x[4 * n + 1], x[4 * n + 2], x[4 * n + 3]};
-    }
-    __device__ __forceinline__ void write(int group, int piece, float4* to) const { write(read<1>(group, piece), to); }
 
   private:
     // What is found about a piece: the first bucket, the number of edges above it (or kLookUp), the size of differences.
     static constexpr int kNothing = 1 << 20, kLookUp = 4, kEdgesShift = 8, kSizeShift = 12;
     static constexpr int kSmall = 0, kMedium = 1, kWide = 2;  // exact in fp32, below 2^31, any
     static __device__ __forceinline__ int edges_of(int found) { return found >> kEdgesShift & 15; }
+    static constexpr int kPositions = ceil_div(Shared::kWindow, kWarpgroup);
 
     struct Range {
         float low, high;
@@ -270,83 +274,76 @@ class BiasWarps {
         return first | edges << kEdgesShift | size << kSizeShift;
     }
 
-    template <int kCount>
-    __device__ __forceinline__ void read_positions(Part<kCount>& part) const {
-        constexpr int kDiagonals = 4 * kCount + 1, kSign = kRowsAreKeys ? -1 : 1;
-        const int row = first_row(row0, part.group), col = col0 + part.first * kPieceCols;
-        const auto place = [](int k) { return kSign * ((k / 2 - 4 * kCount + 1) * 8 - k % 2); };
-        if (sides.position == nullptr) {
+    // This thread's share of a window.
+    __device__ __forceinline__ void read_positions(int first) {
+        if (sides.position == nullptr) return;
 #pragma unroll
-            for (int k = 0; k < 2 * kDiagonals; ++k) part.band[k / 2][k % 2] = 0.0f;
-            return;
-        }
-        const int corner = sides.distance(row, col), at = sides.distance(row + lane() / 4, col + lane() % 4 * 2);
-        const int cols = kCount * kPieceCols - 1;
-        const int farthest = kRowsAreKeys ? max_of(15 - corner, corner + cols) : max_of(corner + 15, cols - corner);
-        if (farthest <= sides.reach) {
-            const float* from = sides.position + at;
-#pragma unroll
-            for (int k = 0; k < 2 * kDiagonals; ++k) part.band[k / 2][k % 2] = __ldg(from + place(k));
-        } else {
-#pragma unroll
-            for (int k = 0; k < 2 * kDiagonals; ++k)
-                part.band[k / 2][k % 2] = __ldg(sides.position + clamp_to(at + place(k), -sides.reach, sides.reach));
+        for (int i = 0; i < kPositions; ++i) {
+            const int place = threadIdx.x % kWarpgroup + i * kWarpgroup - (Shared::kRows - 1);  // column - row
+            const int distance =
+                kRowsAreKeys ? first - row0 + place + sides.offset : row0 + sides.offset - first - place;
+            position[i] = __ldg(sides.position + clamp_to(distance, -sides.reach, sides.reach));
         }
     }
 
+    __device__ __forceinline__ void write_values(int group, int piece, int found, typename Shared::Bucket bucket,
+                                                 float4* to) const {
+        const int edges = edges_of(found), size = found >> kSizeShift;
+        float x[16];  // [4 n + 2 half + c]
+        if (size == kSmall && edges == kLookUp) {
+            float t[16];
+            read_differences(t, group, piece);
+#pragma unroll
+            for (int i = 0; i < 16; ++i) {
+                const typename Shared::Quarter quarter = shared.quarters[quarter_of(t[i])];
+                x[i] = t[i] >= quarter.edge ? quarter.above : quarter.below;
+            }
+        } else if (edges == kLookUp || size == kWide) {
+            look_up_wide(x, group, piece);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 16; ++i) x[i] = bucket.value;
+            if (size == kSmall)
+                add_steps<float>(x, group, piece, bucket, &shared.buckets[found & 255], edges);
+            else
+                add_steps<uint32_t>(x, group, piece, bucket, &shared.buckets[found & 255], edges);
+        }
+#pragma unroll
+        for (int n = 0; n < 4; ++n) to[n * 32 + lane()] = float4{x[4 * n], x[4 * n + 1], x[4 * n + 2], x[4 * n + 3]};
+    }
     // Both sides' times: in fp32, or the low halves of integers.
-    template <class Time, int kCount>
-    __device__ __forceinline__ void read_differences(Time (&t)[16 * kCount], const Part<kCount>& part) const {
-        const int row = part.group * 16 + lane() / 4, col = part.first * kPieceCols + lane() % 4 * 2;
+    template <class Time>
+    __device__ __forceinline__ void read_differences(Time (&t)[16], int group, int piece) const {
+        const int row = group * 16 + lane() / 4, col = piece * kPieceCols + lane() % 4 * 2;
         if constexpr (std::is_same_v<Time, float>)
             differences(t, shared.row_times[warp()] + row, shared.col_times[warp()] + col);
         else
             differences(t, shared.row_words[warp()] + row, shared.col_words[warp()] + col);
     }
-    // The time bias above that of a piece's first bucket.
-    template <class Time, int kCount>
-    __device__ __forceinline__ void add_steps(float (&x)[16 * kCount], const Part<kCount>& part, int edges) const {
-        Time t[16 * kCount];
-        read_differences(t, part);
-        typename Shared::Bucket bucket[kCount];
-#pragma unroll
-        for (int piece = 0; piece < kCount; ++piece) bucket[piece] = part.bucket[piece];
+    template <class Time>
+    __device__ __forceinline__ void add_steps(float (&x)[16], int group, int piece, typename Shared::Bucket bucket,
+                                              const typename Shared::Bucket* buckets, int edges) const {
+        Time t[16];
+        read_differences(t, group, piece);
 #pragma unroll 1
         for (int edge = 1;; ++edge) {
 #pragma unroll
-            for (int piece = 0; piece < kCount; ++piece) {
-                const float step = edge <= edges_of(part.found[piece]) ? bucket[piece].step : 0.0f;
-#pragma unroll
-                for (int i = 16 * piece; i < 16 * piece + 16; ++i) {
-                    if constexpr (std::is_same_v<Time, float>)
-                        x[i] = fmaf(__saturatef(t[i] + bucket[piece].before_edge), step, x[i]);
-                    else if (t[i] >= bucket[piece].edge)
-                        x[i] += step;
-                }
+            for (int i = 0; i < 16; ++i) {
+                if constexpr (std::is_same_v<Time, float>)
+                    x[i] = fmaf(__saturatef(t[i] + bucket.before_edge), bucket.step, x[i]);
+                else if (t[i] >= bucket.edge)
+                    x[i] += bucket.step;
             }
             if (edge == edges) break;
-#pragma unroll
-            for (int piece = 0; piece < kCount; ++piece)
-                bucket[piece] = shared.buckets[(part.found[piece] & 255) + edge];
-        }
-    }
-    // All of the time bias, from differences in fp32.
-    template <int kCount>
-    __device__ __forceinline__ void look_up(float (&x)[16 * kCount], const Part<kCount>& part) const {
-        float t[16 * kCount];
-        read_differences(t, part);
-#pragma unroll
-        for (int i = 0; i < 16 * kCount; ++i) {
-            const typename Shared::Quarter quarter = shared.quarters[quarter_of(t[i])];
-            x[i] += t[i] >= quarter.edge ? quarter.above : quarter.below;
+            bucket = buckets[edge];
         }
     }
     // |row - column|; of 32-bit integers modulo 2^32.
-    template <class Time, int kSize>
-    static __device__ __forceinline__ void differences(Time (&t)[kSize], const Time* rows, const Time* cols) {
+    template <class Time>
+    static __device__ __forceinline__ void differences(Time (&t)[16], const Time* rows, const Time* cols) {
         const Time of_row[2] = {rows[0], rows[8]};
 #pragma unroll
-        for (int n = 0; n < kSize / 4; ++n) {
+        for (int n = 0; n < 4; ++n) {
             const Time of_col[2] = {cols[8 * n], cols[8 * n + 1]};
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -359,32 +356,31 @@ class BiasWarps {
         }
     }
 
-    // The same in 64 bits. Seldom: a loop keeps the code small.
-    template <int kCount>
-    __device__ __forceinline__ void look_up_wide(float (&x)[16 * kCount], const Part<kCount>& part) const {
-        const int row = first_row(row0, part.group) + lane() / 4;
+    // From differences in 64 bits. Seldom: a loop keeps the code small.
+    __device__ __forceinline__ void look_up_wide(float (&x)[16], int group, int piece) const {
+        const int row = first_row(row0, group) + lane() / 4;
         const int64_t of_row[2] = {__ldg(sides.row_times + min_of(row, sides.num_rows - 1)),
                                    __ldg(sides.row_times + min_of(row + 8, sides.num_rows - 1))};
 #pragma unroll 1
-        for (int n = 0; n < 4 * kCount; ++n) {
-            const int col = col0 + part.first * kPieceCols + n * 8 + lane() % 4 * 2;
-            float add[4];
+        for (int n = 0; n < 4; ++n) {
+            const int col = col0 + piece * kPieceCols + n * 8 + lane() % 4 * 2;
+            float found[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int64_t of_col = __ldg(sides.col_times + min_of(col + i % 2, sides.num_cols - 1));
-                add[i] = shared.buckets[bucket_of(time_difference(of_row[i / 2], of_col))].value;
+                found[i] = shared.buckets[bucket_of(time_difference(of_row[i / 2], of_col))].value;
             }
 #pragma unroll
-            for (int i = 0; i < 16 * kCount; ++i)
-                if (i / 4 == n) x[i] += add[i % 4];
+            for (int i = 0; i < 16; ++i) x[i] = i / 4 == n ? found[i % 4] : n == 0 ? 0.0f : x[i];
         }
     }
 
     Shared& shared;
     Sides sides;
     const int named_barrier;
-    int row0 = 0, col0 = 0, described = 0;
-    Spans wanted;  // of this lane's piece, as the times of its rows
+    int row0 = 0, col0 = 0, described = 0, buffer = 1;
+    float position[kPositions] = {};  // of the window to come
+    Spans wanted;                     // of this lane's piece, as the times of its rows
     Range rows = {};
     int64_t base = 0;                // the block's first time
     int64_t col_time[kPieces] = {};  // of the tile to come
