@@ -1,4 +1,4 @@
-// The relative bias on tiles of scores, computed by a warpgroup that does nothing else.
+// The relative bias on tiles of scores, prepared by warps that do nothing else.
 //
 //   bias_ij = position[clip(p_i - j)] + time[bucket(|t_i - t_j|)]
 //
@@ -48,8 +48,8 @@ constexpr int kPieceCols = 32;
 template <int kGroups_, int kCols_>
 struct BiasShared {
     static constexpr int kGroups = kGroups_, kCols = kCols_, kPieces = kCols / kPieceCols;
-    static constexpr int kQuarters =
-        4 * 66;  // right below 2^24, and there for whatever lies in a part with such a piece
+    static constexpr int kQuarters = 4 * 24;  // of differences below 2^24
+    static constexpr int kRows = 64 * kGroups, kWindow = kRows + kCols;
 
     struct alignas(16) Bucket {
         float value, before_edge, step;  // half the value; 1 - the edge to the next bucket; half the step to it
@@ -59,8 +59,6 @@ struct BiasShared {
         float edge, below, above;  // half the values
         int bucket;                // below the edge
     };
-
-    static constexpr int kRows = 64 * kGroups, kWindow = kRows + kCols;
 
     // Half the position bias of this tile and the next: [kRows - 1 - row + column], and the same a word later, so that the
     // pair of any two neighbours is aligned in one of them.
@@ -219,10 +217,10 @@ class BiasWarps {
             const uint32_t edge = kEdgesOfTime.at[min_of(b + 1, kTimeBuckets - 1)];
             shared.buckets[b] = {half(b), 1.0f - static_cast<float>(edge), half(b + 1) - half(b), edge};
         }
-        for (int q = thread; q < Shared::kQuarters; q += kWarpgroup) {
-            const TimeQuarter& quarter = kQuartersOfTime.at[min_of(q, 255)];
-            shared.quarters[q] = {static_cast<float>(quarter.edge_low), half(quarter.bucket), half(quarter.bucket + 1),
-                                  quarter.bucket};
+        if (thread < Shared::kQuarters) {
+            const TimeQuarter& quarter = kQuartersOfTime.at[thread];
+            shared.quarters[thread] = {static_cast<float>(quarter.edge_low), half(quarter.bucket),
+                                       half(quarter.bucket + 1), quarter.bucket};
         }
         named_sync(named_barrier, kWarpgroup);
     }
