@@ -154,7 +154,7 @@ struct ShortForwardTile : ForwardTile<kHeadDim> {
 };
 template <>
 struct ShortForwardTile<32> : ForwardTileWithoutBias {
-    static constexpr int consumers = 2, cols = 128, stages = 4, q_stages = 2;
+    static constexpr int consumers = 2, cols = 128, stages = 4, q_stages = 3;
     static constexpr int loader_registers = 56, consumer_registers = 224;
     static constexpr int up_to = 4096;
 };
@@ -162,9 +162,9 @@ template <>
 struct ShortForwardTile<64> : ShortForwardTile<32> {};
 template <>
 struct ShortForwardTile<128> : ForwardTileWithoutBias {
-    static constexpr int consumers = 2, cols = 64, stages = 4, q_stages = 2;
+    static constexpr int consumers = 2, cols = 64, stages = 4, q_stages = 3;
     static constexpr int loader_registers = 56, consumer_registers = 224;
-    static constexpr int up_to = 512;
+    static constexpr int up_to = 2048;
 };
 
 // With a relative bias, which a warpgroup of its own computes for each consumer in tiles of 64 x bias_cols; bias_stages:
@@ -228,7 +228,7 @@ struct ShortBackwardTile<128> {
     static constexpr int rows = 64, cols = 128, stages = 3, works = 1, unit_cols = 64, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 208, query_registers = 72, loader_registers = 24;
     static constexpr bool keys_in_registers = false, split = false;
-    static constexpr int up_to = 512;
+    static constexpr int up_to = 200;
 };
 
 }  // namespace hstu::attention::sm90

@@ -106,7 +106,9 @@ std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
             for (int j = 0; j < s.len_k; ++j) draw(k, s.k_begin + j, h, c.dim_qk), draw(v, s.k_begin + j, h, c.dim_v);
         }
     }
-    std::vector<float> scratch(static_cast<size_t>(sm90::dq_scratch_elements(p, kHeadDim)), NAN);
+    // For this tile: dq_scratch_elements() asks for the one that serves such a batch, which may be another.
+    const int64_t sums = p.max_seqlen_k > Config::cluster * Config::cols ? sm90::dq_tiles<Config>(p) : 0;
+    std::vector<float> scratch(static_cast<size_t>(sums * (Config::rows * kHeadDim + Config::cluster)), NAN);
     p.dq_accum = scratch.empty() ? nullptr : scratch.data();
 
     emulated::random_numbers.seed(seed);

@@ -7,24 +7,28 @@
 
 namespace hstu::attention::sm80 {
 
-// table[i] = the sum in words [i].
+// The tables' gradients from what the blocks have added up.
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads) hstu_exact_sums(const int64_t* words, float* table, int64_t entries) {
+__global__ void __launch_bounds__(kThreads) hstu_finish_tables(const __grid_constant__ BackwardParams p) {
+    const int64_t positions = TableGradients::position_entries(p);
+    const int64_t entries = positions + TableGradients::time_entries(p);
     const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-    if (i < entries) table[i] = exact_sum(words + i * kExactWords);
+    if (i >= entries) return;
+    float sum = 0.0f;
+    if (p.deterministic) {
+        sum = exact_sum(p.table_accum + i * kExactWords);
+    } else {
+        for (int copy = 0; copy < kTableCopies; ++copy)
+            sum += reinterpret_cast<const float*>(p.table_accum)[copy * entries + i];
+    }
+    (i < positions ? static_cast<float*>(p.dposition) + i : static_cast<float*>(p.dtime) + (i - positions))[0] = sum;
 }
 
-// The exact sums, where deterministic, into the tables' gradients.
 template <int kThreads = 128>
-void finish_exact_sums(const BackwardParams& p, cudaStream_t stream) {
+void finish_tables(const BackwardParams& p, cudaStream_t stream) {
     if (p.table_accum == nullptr) return;
-    const auto convert = [&](const int64_t* words, void* table, int64_t entries) {
-        launch<hstu_exact_sums<kThreads>>(ceil_div<int64_t>(entries, kThreads), kThreads, 0, p.device, stream, words,
-                                          static_cast<float*>(table), entries);
-    };
-    const int64_t positions = TableGradients::position_entries(p);
-    convert(p.table_accum, p.dposition, positions);
-    convert(p.table_accum + positions * kExactWords, p.dtime, TableGradients::time_entries(p));
+    const int64_t entries = TableGradients::position_entries(p) + TableGradients::time_entries(p);
+    launch<hstu_finish_tables<kThreads>>(ceil_div<int64_t>(entries, kThreads), kThreads, 0, p.device, stream, p);
 }
 
 struct BackwardBlocks {
@@ -73,7 +77,7 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
     if (plan == DqPlan::kReduce)
         launch<backward_dq_convert_kernel<T, kHeadDim, Config>>(dq_tiles * pairs, Config::warps * 32, 0, p.device,
                                                                 stream, p, order(dq_tiles), dq_tiles);
-    if constexpr (Bias::kKind == BiasKind::kRelative) finish_exact_sums(p, stream);
+    if constexpr (Bias::kKind == BiasKind::kRelative) finish_tables(p, stream);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>

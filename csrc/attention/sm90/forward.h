@@ -65,14 +65,13 @@ struct ForwardShared {
     static constexpr int kWork = kTiles + 8 * kBarriers;
     static constexpr int kBatch = kWork + kQ * sizeof(WorkHere);
     static constexpr int kTables = (kBatch + static_cast<int>(sizeof(SortedBatch)) + 15) / 16 * 16;
-    static constexpr int kEnd =
+    static constexpr int kBytes =
         kBiased<Config> ? kTables + kBiasWarpgroups<Config> * sizeof(Bias) : kBatch + sizeof(SortedBatch);
-    static constexpr int kBytes = kEnd + 1024;  // the start is moved to a multiple of 1024
-    static_assert(kBytes <= 232448 && Config::bias_stages * Config::bias_cols <= Config::cols);
+    static_assert(kBytes <= 227 << 10 && Config::bias_stages * Config::bias_cols <= Config::cols);
 
-    unsigned char* start;
+    unsigned char* start;  // a multiple of 1024
 
-    __device__ explicit ForwardShared(unsigned char* memory) : start(memory + (-shared_address(memory) & 1023)) {}
+    __device__ explicit ForwardShared(unsigned char* memory) : start(memory) {}
 
     __device__ uint32_t base() const { return shared_address(start); }
     __device__ QTile q(int stage) const { return {base() + stage * QTile::kBytes}; }  // O at the end
@@ -649,7 +648,7 @@ __global__ void __launch_bounds__(kThreads<Config>, 1)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ ForwardMaps maps,
                    const __grid_constant__ Schedule schedule) {
     using Shared = ForwardShared<kHeadDim, Mask, Config>;
-    extern __shared__ unsigned char shared_memory[];
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
     const Shared shared(shared_memory);
     const int warp = uniform_warp();
     if (threadIdx.x == 0) shared.init_barriers();
@@ -683,17 +682,17 @@ __global__ void __launch_bounds__(kThreads<Config>, 1)
 template <class T, int kHeadDim, class Mask, class Config>
 void launch_forward(const Params& p, void* stream) {
     using Shared = ForwardShared<kHeadDim, Mask, Config>;
-    constexpr int kRows = Shared::kRows, kPanel = Shared::QTile::kPanelCols;
+    constexpr int kRows = Shared::kRows, kPanel = Shared::QTile::kPanelCols, kPanels = Shared::QTile::kPanels;
     if (max_of(p.total_q, p.total_k) > 0x7fffffff) throw std::runtime_error("hstu_ext: more than 2^31 - 1 packed rows");
     const int blocks = multiprocessors(p.device);
     const Schedule schedule(p, kRows, blocks);
     if (schedule.places() > 0x3fffffff)
         throw std::runtime_error("hstu_ext: too many row blocks: " + std::to_string(schedule.places()));
     const ForwardMaps maps{
-        SequenceMap::make<T>(p.q, p.total_q, p.heads, p.dim_qk, p.max_seqlen_q, kRows, kPanel),
-        SequenceMap::make<T>(p.k, p.total_k, p.heads, p.dim_qk, p.max_seqlen_k, Config::cols, kPanel),
-        SequenceMap::make<T>(p.v, p.total_k, p.heads, p.dim_v, p.max_seqlen_k, Config::cols, kPanel),
-        SequenceMap::make<T>(p.out, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, kRows, kPanel)};
+        SequenceMap::make<T>(p.q, p.total_q, p.heads, p.dim_qk, p.max_seqlen_q, kRows, kPanel, kPanels),
+        SequenceMap::make<T>(p.k, p.total_k, p.heads, p.dim_qk, p.max_seqlen_k, Config::cols, kPanel, kPanels),
+        SequenceMap::make<T>(p.v, p.total_k, p.heads, p.dim_v, p.max_seqlen_k, Config::cols, kPanel, kPanels),
+        SequenceMap::make<T>(p.out, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, kRows, kPanel, kPanels)};
     launch_early<forward_kernel<T, kHeadDim, Mask, Config>>(min_of<int64_t>(schedule.places(), blocks),
                                                             kThreads<Config>, Shared::kBytes, p.device,
                                                             static_cast<cudaStream_t>(stream), p, maps, schedule);
