@@ -83,7 +83,7 @@ void check(int kind, int round) {
                     for (int first = 0; first < kCols / 32; first += kCount) {
                         float4* to = place(head, tile, group, threadIdx.x / 32, first);
                         sm90::BiasNote note = {};
-                        bias.template write<kCount>(group, first, to, &note);
+                        bias.write(bias.template read<kCount>(group, first), to, &note);
                         note = {{__shfl_sync(~0u, note.constant[0], 0), __shfl_sync(~0u, note.constant[1], 0)},
                                 __shfl_sync(~0u, note.written, 0),
                                 0};

@@ -622,13 +622,15 @@ __device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<
         bias.begin_block(sides_of(work), row0, row < work.mask.len_q ? work.mask.kv_range(row, 16) : Spans{}, walk[0]);
         for (int t = 0; t < walk.tiles; ++t) {
             bias.begin_tile(walk[t], walk[t + 1]);
+            auto next = bias.template read<kPieces>(0, 0);
 #pragma unroll 1
             for (int step = 0; step < kSteps; ++step) {
-                const int group = first_group + step % kGroups;
+                const auto part = next;
+                const int group = first_group + step % kGroups, after = (step + 1) % kSteps;
+                next = bias.template read<kPieces>(after % kGroups, after / kGroups * kPieces);
                 shared.bias_empty(group, at.stage).wait(at.phase ^ 1);
-                bias.template write<kPieces>(step % kGroups, step / kGroups * kPieces,
-                                             shared.bias(group, at.stage) + warp * (kBlocks * 32),
-                                             shared.bias_notes(group, at.stage) + warp);
+                bias.write(part, shared.bias(group, at.stage) + warp * (kBlocks * 32),
+                           shared.bias_notes(group, at.stage) + warp);
                 __syncwarp();
                 if (lane() == 0) shared.bias_full(group, at.stage).arrive();
                 if (step % kGroups == kGroups - 1) at.next();

@@ -65,9 +65,9 @@ struct BiasShared {
     alignas(8) float window[2][2][kWindow + 2];
     Bucket buckets[kTimeBuckets];
     Quarter quarters[kQuarters];
-    float col_times[4][kCols];  // each warp's, of this tile, counted from the block's first row
+    alignas(8) float col_times[4][kCols];  // each warp's, of this tile, counted from the block's first row
     float row_times[4][kGroups * 16];
-    uint32_t col_words[4][kCols], row_words[4][kGroups * 16];  // the low halves of the same times
+    alignas(8) uint32_t col_words[4][kCols], row_words[4][kGroups * 16];  // the low halves of the same times
 };
 
 // What is known of the times of pieces beside one another.
@@ -172,26 +172,42 @@ class BiasWarps {
         read_positions(next);
     }
 
-    // The times of kCount pieces of the current tile. Values, where a piece has them, as [4 blocks of 8 columns][32 lanes] of
-    // (row r: columns c, c + 1; row r + 8: c, c + 1) with r = lane / 4 and c = lane % 4 * 2, piece after piece.
+    // kCount pieces beside one another of the current tile, from piece `first` on.
     template <int kCount>
-    __device__ __forceinline__ void write(int group, int first, float4* to, BiasNote* note) const {
+    struct Part {
+        int group, first;
+        int found[kCount];
+        typename Shared::Bucket bucket[kCount];  // the first that can occur
+    };
+    template <int kCount>
+    __device__ __forceinline__ Part<kCount> read(int group, int first) const {
         static_assert(kCount <= 2);
-        BiasNote noted = {};
-#pragma unroll 1
+        Part<kCount> part;
+        part.group = group, part.first = first;
+#pragma unroll
         for (int i = 0; i < kCount; ++i) {
-            const int found = __shfl_sync(0xffffffff, described, group * kPieces + first + i);
-            if (found == kNothing) continue;
-            const typename Shared::Bucket bucket = shared.buckets[found & 255];
-            if (found >> kEdgesShift == 0) {
-                noted.constant[0] = i == 0 ? bucket.value : noted.constant[0];
-                noted.constant[1] = i == 1 ? bucket.value : noted.constant[1];
-            } else {
-                noted.written |= 1u << i;
-                write_values(group, first + i, found, bucket, to + i * 128);
-            }
+            part.found[i] = __shfl_sync(0xffffffff, described, group * kPieces + first + i);
+            part.bucket[i] = shared.buckets[part.found[i] & 255];
+        }
+        return part;
+    }
+    // The times of a part. Values, where a piece has them, as [4 blocks of 8 columns][32 lanes] of (row r: columns c, c + 1;
+    // row r + 8: c, c + 1) with r = lane / 4 and c = lane % 4 * 2, piece after piece.
+    template <int kCount>
+    __device__ __forceinline__ void write(const Part<kCount>& part, float4* to, BiasNote* note) const {
+        BiasNote noted = {};
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            noted.constant[i] = part.bucket[i].value;
+            if (part.found[i] != kNothing && part.found[i] >> kEdgesShift != 0) noted.written |= 1u << i;
         }
         if (lane() == 0) *note = noted;
+        if (noted.written == 0) return;
+#pragma unroll 1
+        for (int i = 0; i < kCount; ++i)
+            if (noted.written >> i & 1)
+                write_values(part.group, part.first + i, i == 0 ? part.found[0] : part.found[kCount - 1],
+                             i == 0 ? part.bucket[0] : part.bucket[kCount - 1], to + i * 128);
     }
 
   private:
@@ -339,13 +355,16 @@ class BiasWarps {
     // |row - column|; of 32-bit integers modulo 2^32.
     template <class Time>
     static __device__ __forceinline__ void differences(Time (&t)[16], const Time* rows, const Time* cols) {
+        struct alignas(8) Pair {
+            Time of[2];
+        };
         const Time of_row[2] = {rows[0], rows[8]};
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
-            const Time of_col[2] = {cols[8 * n], cols[8 * n + 1]};
+            const Pair of_col = *reinterpret_cast<const Pair*>(cols + 8 * n);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const Time difference = of_row[i / 2] - of_col[i % 2];
+                const Time difference = of_row[i / 2] - of_col.of[i % 2];
                 if constexpr (std::is_same_v<Time, float>)
                     t[4 * n + i] = fabsf(difference);
                 else
