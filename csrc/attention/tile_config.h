@@ -125,7 +125,7 @@ namespace hstu::attention::sm90 {
 // consumers: warpgroups of 64 query rows each; stages: K and V tiles in flight; q_stages: Q tiles.
 // Registers: (loader + consumers * consumer + bias) * 128 <= 65536.
 struct ForwardTileWithoutBias {
-    static constexpr int bias_cols = 0, bias_stages = 0, bias_groups = 0, bias_registers = 0;
+    static constexpr int bias_cols = 0, bias_stages = 0, bias_registers = 0;
 };
 template <int kHeadDim>
 struct ForwardTile;
@@ -173,17 +173,15 @@ template <int kHeadDim>
 struct RelativeForwardTile;
 template <>
 struct RelativeForwardTile<32> {
-    static constexpr int consumers = 2, cols = 128, stages = 3, q_stages = 3, bias_cols = 64, bias_stages = 2,
-                         bias_groups = 2;
-    static constexpr int loader_registers = 40, consumer_registers = 184, bias_registers = 104;
+    static constexpr int consumers = 2, cols = 128, stages = 3, q_stages = 3, bias_cols = 64, bias_stages = 2;
+    static constexpr int loader_registers = 56, consumer_registers = 184, bias_registers = 88;
 };
 template <>
 struct RelativeForwardTile<64> : RelativeForwardTile<32> {};
 template <>
 struct RelativeForwardTile<128> {
-    static constexpr int consumers = 2, cols = 64, stages = 3, q_stages = 2, bias_cols = 64, bias_stages = 1,
-                         bias_groups = 2;
-    static constexpr int loader_registers = 40, consumer_registers = 184, bias_registers = 104;
+    static constexpr int consumers = 2, cols = 64, stages = 3, q_stages = 2, bias_cols = 64, bias_stages = 1;
+    static constexpr int loader_registers = 56, consumer_registers = 184, bias_registers = 88;
 };
 
 // A block owns `cols` keys and walks over the queries in steps of `rows`. Its two key warpgroups have 64 keys each or,

@@ -47,7 +47,6 @@ std::vector<int64_t> times_of(int kind, int count) {
 template <int kGroups, int kCols, int kCount, bool kRowsAreKeys>
 void check(int kind, int round) {
     using Shared = sm90::BiasShared<kGroups, kCols>;
-    using Warps = sm90::BiasWarps<Shared, kRowsAreKeys>;
     constexpr int kHeads = 2, kTiles = 3;
     const int len_q = integer(1, 300), len_k = integer(1, 300);
     const int reach = round % 3 == 0 ? 400 : integer(0, 200), num_buckets = round % 4 == 0 ? integer(0, 60) : 128;
@@ -69,16 +68,28 @@ void check(int kind, int round) {
         return out.data() + ((((head * kTiles + tile) * kGroups + group) * 4 + warp) * kCols / 32 + piece) * 128;
     };
     emulated::random_numbers.seed(static_cast<unsigned>(round));
-    emulated::run_grid(1, sm90::kWarpgroup, [&] {
+    emulated::run_grid(1, sm90::kWarpgroup + 32, [&] {
         auto& shared = *reinterpret_cast<Shared*>(sm90::shared_memory);
         const auto sides = [&](int head) { return sm90::RelativeSides<kRowsAreKeys>(r, head, 0, 0, len_q, len_k); };
-        Warps bias(shared, sides(0), 1);
-        int buffer = 0;
-        for (int head = 0; head < kHeads; ++head) {
-            bias.begin_block(sides(head), row0, {wanted, {}}, 0);
+        const auto meet = [] { sm90::named_sync(2, sm90::kWarpgroup + 32); };
+        if (threadIdx.x >= sm90::kWarpgroup) {
+            sm90::TileDescriber<Shared, kRowsAreKeys> describer(shared, sides(0));
+            for (int head = 0, buffer = 0; head < kHeads; ++head) {
+                describer.begin_block(sides(head), row0, {wanted, {}}, 0);
+                for (int tile = 0; tile < kTiles; ++tile, buffer ^= 1) {
+                    describer.describe_tile(buffer, tile * kCols, (tile + 1) * kCols);
+                    meet();
+                    meet();
+                }
+            }
+            return;
+        }
+        sm90::BiasWarps<Shared, kRowsAreKeys> bias(shared, sides(0), 1);
+        for (int head = 0, buffer = 0; head < kHeads; ++head) {
+            bias.begin_block(sides(head), row0, 0);
             for (int tile = 0; tile < kTiles; ++tile, buffer ^= 1) {
-                bias.begin_tile(tile * kCols, (tile + 1) * kCols);
-                sm90::named_sync(2, sm90::kWarpgroup);
+                bias.begin_tile(buffer, tile * kCols, (tile + 1) * kCols);
+                meet();
                 for (int group = 0; group < kGroups; ++group)
                     for (int first = 0; first < kCols / 32; first += kCount) {
                         float4* to = place(head, tile, group, threadIdx.x / 32, first);
@@ -97,7 +108,7 @@ void check(int kind, int round) {
                             x = {x.x + above.x, x.y + above.y, x.z + below.x, x.w + below.y};
                         }
                     }
-                sm90::named_sync(2, sm90::kWarpgroup);
+                meet();
             }
         }
     });

@@ -47,8 +47,6 @@ struct WorkWithBias : Work<Mask> {
 
 template <class Config>
 constexpr bool kBiased = Config::bias_stages > 0;
-template <class Config>
-constexpr int kBiasWarpgroups = Config::consumers / max_of(1, Config::bias_groups) * kBiased<Config>;
 
 template <int kHeadDim, class Mask, class Config>
 struct ForwardShared {
@@ -56,17 +54,16 @@ struct ForwardShared {
     using QTile = Tile<kRows, kHeadDim>;
     using KTile = Tile<Config::cols, kHeadDim>;
     using WorkHere = std::conditional_t<kBiased<Config>, WorkWithBias<Mask>, Work<Mask>>;
-    using Bias = BiasShared<max_of(1, Config::bias_groups), Config::cols>;
+    using Bias = BiasShared<Config::consumers, Config::cols>;
     static constexpr int kBiasTiles = Config::consumers * Config::bias_stages, kBiasFloats = 64 * Config::bias_cols;
     static constexpr int kBiases = kQ * QTile::kBytes + 2 * kKv * KTile::kBytes;
     static constexpr int kNotes = kBiases + kBiasTiles * kBiasFloats * 4;
     static constexpr int kTiles = kNotes + kBiasTiles * 4 * sizeof(BiasNote);
-    static constexpr int kBarriers = 3 * kQ + 4 * kKv + 2 * kBiasTiles;
+    static constexpr int kBarriers = 3 * kQ + 4 * kKv + 2 * kBiasTiles + 4 * kBiased<Config>;
     static constexpr int kWork = kTiles + 8 * kBarriers;
     static constexpr int kBatch = kWork + kQ * sizeof(WorkHere);
     static constexpr int kTables = (kBatch + static_cast<int>(sizeof(SortedBatch)) + 15) / 16 * 16;
-    static constexpr int kBytes =
-        kBiased<Config> ? kTables + kBiasWarpgroups<Config> * sizeof(Bias) : kBatch + sizeof(SortedBatch);
+    static constexpr int kBytes = kBiased<Config> ? kTables + sizeof(Bias) : kBatch + sizeof(SortedBatch);
     static_assert(kBytes <= 227 << 10 && Config::bias_stages * Config::bias_cols <= Config::cols);
 
     unsigned char* start;  // a multiple of 1024
@@ -91,6 +88,8 @@ struct ForwardShared {
     __device__ Barrier bias_empty(int group, int stage) const {
         return {bias_full(group, stage).address + 8 * kBiasTiles};
     }
+    __device__ Barrier described_full(int tile) const { return {bias_empty(0, 0).address + 8 * (kBiasTiles + tile)}; }
+    __device__ Barrier described_empty(int tile) const { return {described_full(tile).address + 16}; }
     __device__ BiasNote* bias_notes(int group, int stage) const {
         return reinterpret_cast<BiasNote*>(start + kNotes) + (group * Config::bias_stages + stage) * 4;
     }
@@ -98,11 +97,8 @@ struct ForwardShared {
     __device__ float4* bias(int group, int stage) const {
         return reinterpret_cast<float4*>(start + kBiases) + (group * Config::bias_stages + stage) * (kBiasFloats / 4);
     }
-    __device__ WindowReader<Bias> positions(int group) const {
-        constexpr int kGroups = max_of(1, Config::bias_groups);
-        return {bias_tables(group / kGroups), group % kGroups};
-    }
-    __device__ Bias& bias_tables(int warpgroup) const { return reinterpret_cast<Bias*>(start + kTables)[warpgroup]; }
+    __device__ WindowReader<Bias> positions(int group) const { return {bias_tables(), group}; }
+    __device__ Bias& bias_tables() const { return *reinterpret_cast<Bias*>(start + kTables); }
     __device__ WorkHere& work(int stage) const { return reinterpret_cast<WorkHere*>(start + kWork)[stage]; }
     __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
 
@@ -116,6 +112,7 @@ struct ForwardShared {
             k_empty(i).init(Config::consumers), v_empty(i).init(Config::consumers);
         }
         for (int i = 0; i < kBiasTiles; ++i) bias_full(0, i).init(4), bias_empty(0, i).init(4);
+        for (int i = 0; i < 2 * kBiased<Config>; ++i) described_full(i).init(1), described_empty(i).init(4);
         fence_barrier_init();
     }
 };
@@ -596,55 +593,79 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
     }
 }
 
-// The bias of the tiles of bias_groups consumers, in the order in which they come to them.
+template <class Mask>
+__device__ __forceinline__ RelativeSides<false> sides_of(const Params& p, const WorkWithBias<Mask>& work) {
+    return {p.relative, work.head, work.q_begin, work.k_begin, work.mask.len_q, work.mask.len_k};
+}
+
+// Finds out about the times of the works' tiles.
 template <int kHeadDim, class Mask, class Config>
-__device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared,
-                                           int warpgroup) {
-    using Bias = BiasWarps<typename ForwardShared<kHeadDim, Mask, Config>::Bias, false>;
-    constexpr int kBlocks = Config::bias_cols / 8, kPieces = Config::bias_cols / kPieceCols;
-    constexpr int kGroups = Config::bias_groups, kSteps = Config::cols / Config::bias_cols * kGroups;
-    const int first_group = warpgroup * kGroups, warp = threadIdx.x / 32 % 4;
+__device__ __forceinline__ void describe_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared) {
+    using Describer = TileDescriber<typename ForwardShared<kHeadDim, Mask, Config>::Bias, false>;
     RingPosition<Config::q_stages> q;
-    RingPosition<Config::bias_stages> at;
+    RingPosition<2> at;
     shared.q_full(0).wait(0);
-    const auto sides_of = [&](const WorkWithBias<Mask>& work) {
-        return RelativeSides<false>(p.relative, work.head, work.q_begin, work.k_begin, work.mask.len_q,
-                                    work.mask.len_k);
-    };
     if (shared.work(0).last) return;
-    Bias bias(shared.bias_tables(warpgroup), sides_of(shared.work(0)), 1 + warpgroup);
+    Describer describer(shared.bias_tables(), sides_of(p, shared.work(0)));
     for (;; q.next()) {
         shared.q_full(q.stage).wait(q.phase);
         const WorkWithBias<Mask>& work = shared.work(q.stage);
         if (work.last) return;
         const TileWalk walk = work.walk;
-        const int row0 = work.row0 + 64 * first_group, row = Bias::first_row(row0, Bias::group_of_lane());
-        bias.begin_block(sides_of(work), row0, row < work.mask.len_q ? work.mask.kv_range(row, 16) : Spans{}, walk[0]);
-        for (int t = 0; t < walk.tiles; ++t) {
-            bias.begin_tile(walk[t], walk[t + 1]);
+        const int row = work.row0 + 16 * Describer::strip_of_lane();
+        describer.begin_block(sides_of(p, work), work.row0,
+                              row < work.mask.len_q ? work.mask.kv_range(row, 16) : Spans{}, walk[0]);
+        for (int t = 0; t < walk.tiles; ++t, at.next()) {
+            shared.described_empty(at.stage).wait(at.phase ^ 1);
+            describer.describe_tile(at.stage, walk[t], walk[t + 1]);
+            __syncwarp();
+            if (lane() == 0) shared.described_full(at.stage).arrive();
+        }
+    }
+}
+
+// The bias of the consumers' tiles, in the order in which they come to them.
+template <int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared) {
+    using Bias = BiasWarps<typename ForwardShared<kHeadDim, Mask, Config>::Bias, false>;
+    constexpr int kBlocks = Config::bias_cols / 8, kPieces = Config::bias_cols / kPieceCols;
+    constexpr int kSteps = Config::cols / Config::bias_cols * Config::consumers;
+    const int warp = threadIdx.x / 32 % 4;
+    RingPosition<Config::q_stages> q;
+    RingPosition<Config::bias_stages> at;
+    RingPosition<2> described;
+    shared.q_full(0).wait(0);
+    if (shared.work(0).last) return;
+    Bias bias(shared.bias_tables(), sides_of(p, shared.work(0)), 1);
+    for (;; q.next()) {
+        shared.q_full(q.stage).wait(q.phase);
+        const WorkWithBias<Mask>& work = shared.work(q.stage);
+        if (work.last) return;
+        const TileWalk walk = work.walk;
+        bias.begin_block(sides_of(p, work), work.row0, walk[0]);
+        for (int t = 0; t < walk.tiles; ++t, described.next()) {
+            bias.begin_tile(described.stage, walk[t], walk[t + 1]);
+            shared.described_full(described.stage).wait(described.phase);
             auto next = bias.template read<kPieces>(0, 0);
 #pragma unroll 1
             for (int step = 0; step < kSteps; ++step) {
                 const auto part = next;
-                const int group = first_group + step % kGroups, after = (step + 1) % kSteps;
-                next = bias.template read<kPieces>(after % kGroups, after / kGroups * kPieces);
+                const int group = step % Config::consumers, after = (step + 1) % kSteps;
+                next = bias.template read<kPieces>(after % Config::consumers, after / Config::consumers * kPieces);
                 shared.bias_empty(group, at.stage).wait(at.phase ^ 1);
                 bias.write(part, shared.bias(group, at.stage) + warp * (kBlocks * 32),
                            shared.bias_notes(group, at.stage) + warp);
                 __syncwarp();
                 if (lane() == 0) shared.bias_full(group, at.stage).arrive();
-                if (step % kGroups == kGroups - 1) at.next();
+                if (group == Config::consumers - 1) at.next();
             }
+            if (lane() == 0) shared.described_empty(described.stage).arrive();
         }
     }
 }
 
 template <class Config>
-constexpr int kThreads = (Config::consumers + 1 + kBiasWarpgroups<Config>)*kWarpgroup;
-// Of a thread, before warpgroups hand registers to one another.
-template <class Config>
-constexpr int kRegistersAtStart = 65536 / kThreads<Config> / 8 * 8;
-
+constexpr int kThreads = (Config::consumers + 1 + kBiased<Config>)*kWarpgroup;
 template <class T, int kHeadDim, class Mask, class Config>
 __global__ void __launch_bounds__(kThreads<Config>, 1)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ ForwardMaps maps,
@@ -663,14 +684,14 @@ __global__ void __launch_bounds__(kThreads<Config>, 1)
         if (warp == 0) load_works<T>(p, maps, schedule, shared);
         if (warp == 1 && Config::q_stages > 1) store_works(maps, shared);
         if (warp == 2) clean<T, kHeadDim, Mask, Config>(p, schedule.levels);
+        if constexpr (kBiased<Config>) {
+            if (warp == 3) describe_works(p, shared);
+        }
     } else if (kBiased<Config> && warp / 4 > Config::consumers) {
         if constexpr (kBiased<Config>) {
-            if constexpr (Config::bias_registers > kRegistersAtStart<Config>)
-                raise_registers<Config::bias_registers>();
-            else
-                lower_registers<Config::bias_registers>();
+            lower_registers<Config::bias_registers>();
             wait_for_previous_kernel();
-            bias_works(p, shared, warp / 4 - Config::consumers - 1);
+            bias_works(p, shared);
         }
     } else {
         raise_registers<Config::consumer_registers>();

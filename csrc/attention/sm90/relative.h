@@ -65,9 +65,16 @@ struct BiasShared {
     alignas(8) float window[2][2][kWindow + 2];
     Bucket buckets[kTimeBuckets];
     Quarter quarters[kQuarters];
-    alignas(8) float col_times[4][kCols];  // each warp's, of this tile, counted from the block's first row
-    float row_times[4][kGroups * 16];
-    alignas(8) uint32_t col_words[4][kCols], row_words[4][kGroups * 16];  // the low halves of the same times
+    // A tile's columns, counted from the block's first row and as the low halves of integers, and what is found about
+    // the pieces: [rows / 16][piece].
+    struct Described {
+        alignas(8) float times[kCols];
+        alignas(8) uint32_t words[kCols];
+        int found[4 * kGroups * kPieces];
+    };
+    Described tiles[2];
+    float row_times[4][kGroups * 16];  // of each warp
+    uint32_t row_words[4][kGroups * 16];
 };
 
 // What is known of the times of pieces beside one another.
@@ -93,12 +100,128 @@ struct WindowReader {
     }
 };
 
+// A time counted from a base: exact below 2^24, else off by at most 1 + 2^-23 of itself.
+__device__ __forceinline__ float time_from(int64_t base, int64_t t) {
+    const float about = 2.0f * __ll2float_rn((t >> 1) - (base >> 1));
+    return fabsf(about) < 0x1p24f - 4.0f
+               ? static_cast<float>(static_cast<int>(static_cast<uint32_t>(t) - static_cast<uint32_t>(base)))
+               : about;
+}
+
+// What is found about a piece: the first bucket, the number of edges above it (or kLookUp), the size of differences.
+struct Found {
+    static constexpr int kNothing = 1 << 20, kLookUp = 4, kEdgesShift = 8, kSizeShift = 12;
+    static constexpr int kSmall = 0, kMedium = 1, kWide = 2;  // exact in fp32, below 2^31, any
+
+    int code;
+
+    __device__ __forceinline__ int bucket() const { return code & 255; }
+    __device__ __forceinline__ int edges() const { return code >> kEdgesShift & 15; }
+    __device__ __forceinline__ int size() const { return code >> kSizeShift; }
+    __device__ __forceinline__ bool has_values() const { return code >> kEdgesShift != 0 && code != kNothing; }
+};
+
+// One warp that finds out about the times of tiles, ahead of the bias warps.
+template <class Shared, bool kRowsAreKeys>
+class TileDescriber {
+  public:
+    using Sides = RelativeSides<kRowsAreKeys>;
+    static constexpr int kPieces = Shared::kPieces, kStrips = 4 * Shared::kGroups;
+    static_assert(kStrips * kPieces <= 32);
+
+    __device__ __forceinline__ TileDescriber(Shared& shared, const Sides& first) : shared(shared), sides(first) {}
+
+    // The 16 rows and the piece of columns that this lane describes.
+    static __device__ __forceinline__ int strip_of_lane() { return min_of(lane() / kPieces, kStrips - 1); }
+    static __device__ __forceinline__ int piece_of_lane() { return lane() % kPieces; }
+
+    // Rows from row0 on, and the columns that this lane's strip needs. col0: of the first tile.
+    __device__ __forceinline__ void begin_block(const Sides& of, int row0, const Spans& wanted_, int col0) {
+        sides = of, wanted = wanted_;
+        if (sides.time == nullptr) return;
+        base = __ldg(sides.row_times + min_of(row0, sides.num_rows - 1));
+        read_col_times(col0);
+#pragma unroll
+        for (int first = 0; first < 16 * kStrips; first += 32) {
+            const float t = time_from(base, __ldg(sides.row_times + min_of(row0 + first + lane(), sides.num_rows - 1)));
+            Range range{t, t};
+#pragma unroll
+            for (int step = 1; step < 16; step *= 2) {
+                range.low = fminf(range.low, __shfl_xor_sync(0xffffffff, range.low, step));
+                range.high = fmaxf(range.high, __shfl_xor_sync(0xffffffff, range.high, step));
+            }
+            const int from = strip_of_lane() * 16 - first;
+            const float low = __shfl_sync(0xffffffff, range.low, from),
+                        high = __shfl_sync(0xffffffff, range.high, from);
+            if (from >= 0 && from < 32) rows = {low, high};
+        }
+    }
+    // next: where the block's next tile starts, or any column.
+    __device__ __forceinline__ void describe_tile(int buffer, int col0, int next) {
+        typename Shared::Described& to = shared.tiles[buffer];
+        Range cols = {};
+        if (sides.time != nullptr) {
+#pragma unroll
+            for (int piece = 0; piece < kPieces; ++piece) {
+                const float t = time_from(base, col_time[piece]);
+                to.times[piece * kPieceCols + lane()] = t;
+                to.words[piece * kPieceCols + lane()] = static_cast<uint32_t>(col_time[piece]);
+                const int order = ordered(t);
+                const int low = __reduce_min_sync(0xffffffff, order), high = __reduce_max_sync(0xffffffff, order);
+                if (piece == piece_of_lane()) cols = {from_ordered(low), from_ordered(high)};
+            }
+            read_col_times(next);
+        }
+        if (lane() < kStrips * kPieces) to.found[lane()] = find(cols, col0);
+    }
+
+  private:
+    struct Range {
+        float low, high;
+    };
+
+    // Integers in the order of floats.
+    static __device__ __forceinline__ int ordered(float x) {
+        const int bits = __float_as_int(x);
+        return bits ^ (bits >> 31 & 0x7fffffff);
+    }
+    static __device__ __forceinline__ float from_ordered(int order) {
+        return __int_as_float(order ^ (order >> 31 & 0x7fffffff));
+    }
+    __device__ __forceinline__ void read_col_times(int first) {
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece)
+            col_time[piece] = __ldg(sides.col_times + min_of(first + piece * kPieceCols + lane(), sides.num_cols - 1));
+    }
+    __device__ __forceinline__ int find(const Range& cols, int col0) const {
+        if (!overlaps(wanted, col0 + piece_of_lane() * kPieceCols, kPieceCols)) return Found::kNothing;
+        if (sides.time == nullptr) return 0;
+        const float low = fmaxf(rows.low - cols.high, cols.low - rows.high);
+        const float high = fmaxf(rows.high - cols.low, cols.high - rows.low);
+        const float largest = fmaxf(fmaxf(fabsf(rows.low), fabsf(rows.high)), fmaxf(fabsf(cols.low), fabsf(cols.high)));
+        const bool exact = fmaxf(largest, high) < 0x1p24f - 4.0f;
+        const float slack = exact ? 0.0f : fmaf(largest, 0x1p-21f, 4.0f);
+        const auto bucket = [&](float x) {
+            return min_of(bucket_of(static_cast<uint64_t>(__float2ull_rz(fmaxf(x, 0.0f)))), sides.num_buckets);
+        };
+        const int first = bucket(low - slack), edges = min_of(bucket(high + slack) - first, +Found::kLookUp);
+        const int size = edges == 0 || exact ? Found::kSmall : high + slack < 0x1p31f ? Found::kMedium : Found::kWide;
+        return first | edges << Found::kEdgesShift | size << Found::kSizeShift;
+    }
+
+    Shared& shared;
+    Sides sides;
+    Spans wanted;
+    Range rows = {};
+    int64_t base = 0;                // the block's first time
+    int64_t col_time[kPieces] = {};  // of the tile to come
+};
+
 template <class Shared, bool kRowsAreKeys>
 class BiasWarps {
   public:
     using Sides = RelativeSides<kRowsAreKeys>;
     static constexpr int kPieces = Shared::kPieces;
-    static_assert(kPieces <= 4 && Shared::kGroups * kPieces <= 32);
 
     // named_barrier: that the four warps meet at when they fill the tables.
     __device__ __forceinline__ BiasWarps(Shared& shared, const Sides& first, int named_barrier)
@@ -106,63 +229,27 @@ class BiasWarps {
         fill_tables();
     }
 
-    // The piece that this lane describes: of group group_of_lane(), columns piece_of_lane() * kPieceCols of the tile.
-    static __device__ __forceinline__ int group_of_lane() { return min_of(lane() / kPieces, Shared::kGroups - 1); }
-    static __device__ __forceinline__ int piece_of_lane() { return lane() % kPieces; }
-    // This warp's rows of a group start here.
-    static __device__ __forceinline__ int first_row(int row0, int group) { return row0 + 64 * group + 16 * warp(); }
-
-    // Rows from row0 on, and the columns that the 16 rows of this lane's group need. col0: of the first tile.
-    __device__ __forceinline__ void begin_block(const Sides& of, int row0_, const Spans& wanted_, int col0_) {
+    // Rows from row0 on. col0: of the first tile.
+    __device__ __forceinline__ void begin_block(const Sides& of, int row0_, int col0_) {
         const bool other_tables = of.time != sides.time;
-        sides = of, row0 = row0_, wanted = wanted_;
+        sides = of, row0 = row0_;
         if (other_tables) fill_tables();
         read_positions(col0_);
         if (sides.time == nullptr) return;
-        base = __ldg(sides.row_times + min_of(row0, sides.num_rows - 1));
-        read_col_times(col0_);
+        const int64_t base = __ldg(sides.row_times + min_of(row0, sides.num_rows - 1));
         __syncwarp();
 #pragma unroll
-        for (int first = 0; first < Shared::kGroups * 16; first += 32) {
-            const int i = min_of(first + lane(), Shared::kGroups * 16 - 1);
-            const int row = min_of(first_row(row0, i / 16) + i % 16, sides.num_rows - 1);
-            const int64_t time = __ldg(sides.row_times + row);
-            const float t = from_base(time);
-            Range range{t, t};
-#pragma unroll
-            for (int step = 1; step < 16; step *= 2) {
-                range.low = fminf(range.low, __shfl_xor_sync(0xffffffff, range.low, step));
-                range.high = fmaxf(range.high, __shfl_xor_sync(0xffffffff, range.high, step));
-            }
-            const int from = group_of_lane() * 16 - first;  // where the range of this lane's group is
-            const float low = __shfl_sync(0xffffffff, range.low, from),
-                        high = __shfl_sync(0xffffffff, range.high, from);
-            if (from >= 0) rows = {low, high};
-            if (first + lane() < Shared::kGroups * 16)
-                shared.row_times[warp()][i] = t, shared.row_words[warp()][i] = static_cast<uint32_t>(time);
+        for (int i = lane(); i < Shared::kGroups * 16; i += 32) {
+            const int64_t time = __ldg(sides.row_times + min_of(first_row(i / 16) + i % 16, sides.num_rows - 1));
+            shared.row_times[warp()][i] = time_from(base, time);
+            shared.row_words[warp()][i] = static_cast<uint32_t>(time);
         }
+        __syncwarp();
     }
 
-    // next: where the block's next tile starts, or any column.
-    __device__ __forceinline__ void begin_tile(int col0_, int next) {
-        col0 = col0_;
-        Range cols = {};
-        if (sides.time != nullptr) {
-            __syncwarp();
-#pragma unroll
-            for (int piece = 0; piece < kPieces; ++piece) {
-                const float t = from_base(col_time[piece]);
-                shared.col_times[warp()][piece * kPieceCols + lane()] = t;
-                shared.col_words[warp()][piece * kPieceCols + lane()] = static_cast<uint32_t>(col_time[piece]);
-                const int order = ordered(t);
-                const int low = __reduce_min_sync(0xffffffff, order), high = __reduce_max_sync(0xffffffff, order);
-                if (piece == piece_of_lane()) cols = {from_ordered(low), from_ordered(high)};
-            }
-            read_col_times(next);
-            __syncwarp();
-        }
-        described = describe(cols);
-        buffer ^= 1;
+    // A tile that is described in `tile` of two. next: where the block's next one starts, or any column.
+    __device__ __forceinline__ void begin_tile(int tile_, int col0_, int next) {
+        tile = tile_, col0 = col0_, buffer ^= 1;
 #pragma unroll
         for (int i = 0; i < kPositions; ++i) {
             const int place = threadIdx.x % kWarpgroup + i * kWarpgroup;
@@ -176,7 +263,7 @@ class BiasWarps {
     template <int kCount>
     struct Part {
         int group, first;
-        int found[kCount];
+        Found found[kCount];
         typename Shared::Bucket bucket[kCount];  // the first that can occur
     };
     template <int kCount>
@@ -186,8 +273,8 @@ class BiasWarps {
         part.group = group, part.first = first;
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-            part.found[i] = __shfl_sync(0xffffffff, described, group * kPieces + first + i);
-            part.bucket[i] = shared.buckets[part.found[i] & 255];
+            part.found[i] = {shared.tiles[tile].found[(4 * group + warp()) * kPieces + first + i]};
+            part.bucket[i] = shared.buckets[part.found[i].bucket()];
         }
         return part;
     }
@@ -199,7 +286,7 @@ class BiasWarps {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
             noted.constant[i] = part.bucket[i].value;
-            if (part.found[i] != kNothing && part.found[i] >> kEdgesShift != 0) noted.written |= 1u << i;
+            if (part.found[i].has_values()) noted.written |= 1u << i;
         }
         if (lane() == 0) *note = noted;
         if (noted.written == 0) return;
@@ -211,17 +298,10 @@ class BiasWarps {
     }
 
   private:
-    // What is found about a piece: the first bucket, the number of edges above it (or kLookUp), the size of differences.
-    static constexpr int kNothing = 1 << 20, kLookUp = 4, kEdgesShift = 8, kSizeShift = 12;
-    static constexpr int kSmall = 0, kMedium = 1, kWide = 2;  // exact in fp32, below 2^31, any
-    static __device__ __forceinline__ int edges_of(int found) { return found >> kEdgesShift & 15; }
     static constexpr int kPositions = ceil_div(Shared::kWindow, kWarpgroup);
 
-    struct Range {
-        float low, high;
-    };
-
     static __device__ __forceinline__ int warp() { return threadIdx.x / 32 % 4; }
+    __device__ __forceinline__ int first_row(int group) const { return row0 + 64 * group + 16 * warp(); }
 
     __device__ __forceinline__ void fill_tables() const {
         named_sync(named_barrier, kWarpgroup);
@@ -241,53 +321,6 @@ class BiasWarps {
         named_sync(named_barrier, kWarpgroup);
     }
 
-    // A time counted from the block's first: exact below 2^24, else off by at most 1 + 2^-23 of itself.
-    __device__ __forceinline__ float from_base(int64_t t) const {
-        const float about = 2.0f * __ll2float_rn((t >> 1) - (base >> 1));
-        return fabsf(about) < 0x1p24f - 4.0f
-                   ? static_cast<float>(static_cast<int>(static_cast<uint32_t>(t) - static_cast<uint32_t>(base)))
-                   : about;
-    }
-    // Integers in the order of floats.
-    static __device__ __forceinline__ int ordered(float x) {
-        const int bits = __float_as_int(x);
-        return bits ^ (bits >> 31 & 0x7fffffff);
-    }
-    static __device__ __forceinline__ float from_ordered(int order) {
-        return __int_as_float(order ^ (order >> 31 & 0x7fffffff));
-    }
-    __device__ __forceinline__ void read_col_times(int first) {
-#pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece)
-            col_time[piece] = __ldg(sides.col_times + min_of(first + piece * kPieceCols + lane(), sides.num_cols - 1));
-    }
-
-    // This lane's piece: the first bucket that can occur, and its kind.
-    __device__ __forceinline__ int describe(const Range& cols) const {
-        if (!overlaps(wanted, col0 + piece_of_lane() * kPieceCols, kPieceCols)) return kNothing;
-        if (sides.time == nullptr) return 0;
-        const float low = fmaxf(0.0f, fmaxf(rows.low - cols.high, cols.low - rows.high));
-        const float high = fmaxf(rows.high - cols.low, cols.high - rows.low);
-        const float largest = fmaxf(fmaxf(fabsf(rows.low), fabsf(rows.high)), fmaxf(fabsf(cols.low), fabsf(cols.high)));
-        const bool exact = fmaxf(largest, high) < 0x1p24f - 4.0f;
-        const float slack = exact ? 0.0f : fmaf(largest, 0x1p-21f, 4.0f);
-        int first, last;
-        if (exact) {
-            const auto bucket = [&](float x) {
-                const typename Shared::Quarter quarter = shared.quarters[quarter_of(x)];
-                return quarter.bucket + (x >= quarter.edge ? 1 : 0);
-            };
-            first = bucket(low), last = bucket(high);
-        } else {
-            first = bucket_of(static_cast<uint64_t>(__float2ull_rz(fmaxf(low - slack, 0.0f))));
-            last = bucket_of(static_cast<uint64_t>(__float2ull_rz(high + slack)));
-        }
-        first = min_of(first, sides.num_buckets), last = min_of(last, sides.num_buckets);
-        const int edges = min_of(last - first, +kLookUp);
-        const int size = edges == 0 || exact ? kSmall : high + slack < 0x1p31f ? kMedium : kWide;
-        return first | edges << kEdgesShift | size << kSizeShift;
-    }
-
     // This thread's share of a window.
     __device__ __forceinline__ void read_positions(int first) {
         if (sides.position == nullptr) return;
@@ -300,11 +333,11 @@ class BiasWarps {
         }
     }
 
-    __device__ __forceinline__ void write_values(int group, int piece, int found, typename Shared::Bucket bucket,
+    __device__ __forceinline__ void write_values(int group, int piece, Found found, typename Shared::Bucket bucket,
                                                  float4* to) const {
-        const int edges = edges_of(found), size = found >> kSizeShift;
+        const int edges = found.edges(), size = found.size();
         float x[16];  // [4 n + 2 half + c]
-        if (size == kSmall && edges == kLookUp) {
+        if (size == Found::kSmall && edges == Found::kLookUp) {
             float t[16];
             read_differences(t, group, piece);
 #pragma unroll
@@ -312,15 +345,15 @@ class BiasWarps {
                 const typename Shared::Quarter quarter = shared.quarters[quarter_of(t[i])];
                 x[i] = t[i] >= quarter.edge ? quarter.above : quarter.below;
             }
-        } else if (edges == kLookUp || size == kWide) {
+        } else if (edges == Found::kLookUp || size == Found::kWide) {
             look_up_wide(x, group, piece);
         } else {
 #pragma unroll
             for (int i = 0; i < 16; ++i) x[i] = bucket.value;
-            if (size == kSmall)
-                add_steps<float>(x, group, piece, bucket, &shared.buckets[found & 255], edges);
+            if (size == Found::kSmall)
+                add_steps<float>(x, group, piece, bucket, &shared.buckets[found.bucket()], edges);
             else
-                add_steps<uint32_t>(x, group, piece, bucket, &shared.buckets[found & 255], edges);
+                add_steps<uint32_t>(x, group, piece, bucket, &shared.buckets[found.bucket()], edges);
         }
 #pragma unroll
         for (int n = 0; n < 4; ++n) to[n * 32 + lane()] = float4{x[4 * n], x[4 * n + 1], x[4 * n + 2], x[4 * n + 3]};
@@ -330,9 +363,9 @@ class BiasWarps {
     __device__ __forceinline__ void read_differences(Time (&t)[16], int group, int piece) const {
         const int row = group * 16 + lane() / 4, col = piece * kPieceCols + lane() % 4 * 2;
         if constexpr (std::is_same_v<Time, float>)
-            differences(t, shared.row_times[warp()] + row, shared.col_times[warp()] + col);
+            differences(t, shared.row_times[warp()] + row, shared.tiles[tile].times + col);
         else
-            differences(t, shared.row_words[warp()] + row, shared.col_words[warp()] + col);
+            differences(t, shared.row_words[warp()] + row, shared.tiles[tile].words + col);
     }
     template <class Time>
     __device__ __forceinline__ void add_steps(float (&x)[16], int group, int piece, typename Shared::Bucket bucket,
@@ -375,7 +408,7 @@ class BiasWarps {
 
     // From differences in 64 bits. Seldom: a loop keeps the code small.
     __device__ __forceinline__ void look_up_wide(float (&x)[16], int group, int piece) const {
-        const int row = first_row(row0, group) + lane() / 4;
+        const int row = first_row(group) + lane() / 4;
         const int64_t of_row[2] = {__ldg(sides.row_times + min_of(row, sides.num_rows - 1)),
                                    __ldg(sides.row_times + min_of(row + 8, sides.num_rows - 1))};
 #pragma unroll 1
@@ -395,12 +428,8 @@ class BiasWarps {
     Shared& shared;
     Sides sides;
     const int named_barrier;
-    int row0 = 0, col0 = 0, described = 0, buffer = 1;
+    int row0 = 0, col0 = 0, tile = 0, buffer = 1;
     float position[kPositions] = {};  // of the window to come
-    Spans wanted;                     // of this lane's piece, as the times of its rows
-    Range rows = {};
-    int64_t base = 0;                // the block's first time
-    int64_t col_time[kPieces] = {};  // of the tile to come
 };
 
 }  // namespace hstu::attention::sm90
