@@ -167,8 +167,8 @@ struct ShortForwardTile<128> : ForwardTileWithoutBias {
     static constexpr int up_to = 2048;
 };
 
-// With a relative bias, which a warpgroup of its own computes for each consumer in tiles of 64 x bias_cols; bias_stages:
-// such tiles in shared memory, a consumer.
+// With a relative bias, which a warpgroup of its own hands to each consumer in parts of 64 x bias_cols pairs; bias_stages:
+// such parts in shared memory, a consumer, together no more than a tile.
 template <int kHeadDim>
 struct RelativeForwardTile;
 template <>

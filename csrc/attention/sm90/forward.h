@@ -10,8 +10,9 @@
 //   cleaner (warp 2)   writes 0 to the rows of `out` that nobody else writes
 //   consumers          S(t + 1) = Q K(t + 1)^T and O += P(t) V(t) run on the tensor cores while S(t + 1), once it is
 //                      there, becomes P(t + 1) in registers;                            wait for q_full, k_full, v_full
-//   bias warps         with a relative bias: write down what consumers add to S, tile   wait for q_full, bias_empty
-//                      after tile (relative.h);                                         (consumers for bias_full)
+//   describer (warp 3) with a relative bias: which time buckets a tile can have;        waits for q_full, described_empty
+//   bias warps         write down what consumers add to S, tile after tile (relative.h; wait for q_full, described_full,
+//                      consumers wait for bias_full);                                   bias_empty
 // Rows past the end of a sequence are read as 0 and silu(0) = 0, so only tiles that the mask cuts are tested element by
 // element. Q has q_stages buffers: the next work's Q (and K, V, as stages come free) arrives during this one's products.
 #pragma once

@@ -7,7 +7,8 @@
 //               blocks of 8 x 8 on the same diagonal share a pair of its values a thread (WindowReader)
 //   times       of pieces of 16 rows and 32 columns: a constant where one bucket alone can occur, which is most of them;
 //               else all values, in the order of the accumulators
-// Which buckets can occur follows from the ranges of the times on both sides; one lane a piece finds it. A piece with up to
+// Which buckets can occur follows from the ranges of the times on both sides; TileDescriber finds it, one lane a piece, ahead
+// of the warpgroup BiasWarps, which writes all the rest. A piece with up to
 // three edges between buckets costs as many comparisons an element: saturating |x| + 1 - edge gives 0 or 1, for x is an
 // integer. More: a look-up of x's quarter of an octave (time_bucket.h) in shared memory: an edge and the values on its
 // sides. Differences are taken in fp32, exact where times lie less than 2^24 from the block's first one; else modulo 2^32
