@@ -172,12 +172,10 @@ struct ShortForwardTile<128> : ForwardTileWithoutBias {
 template <int kHeadDim>
 struct RelativeForwardTile;
 template <>
-struct RelativeForwardTile<32> {
+struct RelativeForwardTile<64> {
     static constexpr int consumers = 2, cols = 128, stages = 3, q_stages = 3, bias_cols = 64, bias_stages = 2;
     static constexpr int loader_registers = 56, consumer_registers = 184, bias_registers = 88;
 };
-template <>
-struct RelativeForwardTile<64> : RelativeForwardTile<32> {};
 template <>
 struct RelativeForwardTile<128> {
     static constexpr int consumers = 2, cols = 64, stages = 3, q_stages = 2, bias_cols = 64, bias_stages = 1;
