@@ -178,7 +178,7 @@ struct RelativeForwardTile<64> {
 };
 template <>
 struct RelativeForwardTile<128> {
-    static constexpr int consumers = 2, cols = 64, stages = 3, q_stages = 2, bias_cols = 64, bias_stages = 1;
+    static constexpr int consumers = 2, cols = 64, stages = 3, q_stages = 2, bias_cols = 32, bias_stages = 2;
     static constexpr int loader_registers = 56, consumer_registers = 184, bias_registers = 88;
 };
 
