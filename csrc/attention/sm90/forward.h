@@ -1,6 +1,6 @@
 // HSTU attention forward, wgmma + TMA (compute capability 9.0).
 //
-//   O_i = 1/N sum_j keep(i, j) silu(alpha q_i.k_j) v_j
+//   O_i = 1/N sum_j keep(i, j) silu(alpha q_i.k_j + bias_ij) v_j
 //
 // A block of threads stays and takes up (head, 64 * consumers query rows of one sequence) after another; each consumer
 // warpgroup owns 64 of the rows and the mask's key spans are walked in tiles of `cols` keys. Four roles:
@@ -10,6 +10,9 @@
 //   cleaner (warp 2)   writes 0 to the rows of `out` that nobody else writes
 //   consumers          S(t + 1) = Q K(t + 1)^T and O += P(t) V(t) run on the tensor cores while S(t + 1), once it is
 //                      there, becomes P(t + 1) in registers;                            wait for q_full, k_full, v_full
+//   describer (warp 3) with a relative bias: which time buckets a tile can have;        waits for q_full, described_empty
+//   bias warps         write down what consumers add to S, tile after tile (relative.h; wait for q_full, described_full,
+//                      consumers wait for bias_full);                                   bias_empty
 // Rows past the end of a sequence are read as 0 and silu(0) = 0, so only tiles that the mask cuts are tested element by
 // element. Q has q_stages buffers: the next work's Q (and K, V, as stages come free) arrives during this one's products.
 #pragma once
@@ -18,6 +21,7 @@
 #include "attention/bias.h"
 #include "attention/sm90/pipeline.h"
 #include "attention/sm90/product.h"
+#include "attention/sm90/relative.h"
 #include "attention/sm90/schedule.h"
 #include "attention/sm90/tensor_map.h"
 #include "attention/tile_config.h"
@@ -37,18 +41,31 @@ struct Work {
     int head, q_begin, row0;
     bool last;  // nothing to do and nothing behind it
 };
+template <class Mask>
+struct WorkWithBias : Work<Mask> {
+    int k_begin;
+};
+
+template <class Config>
+constexpr bool kBiased = Config::bias_stages > 0;
 
 template <int kHeadDim, class Mask, class Config>
 struct ForwardShared {
     static constexpr int kRows = 64 * Config::consumers, kQ = Config::q_stages, kKv = Config::stages;
     using QTile = Tile<kRows, kHeadDim>;
     using KTile = Tile<Config::cols, kHeadDim>;
-    static constexpr int kTiles = kQ * QTile::kBytes + 2 * kKv * KTile::kBytes;
-    static constexpr int kBarriers = 3 * kQ + 4 * kKv;
+    using WorkHere = std::conditional_t<kBiased<Config>, WorkWithBias<Mask>, Work<Mask>>;
+    using Bias = BiasShared<Config::consumers, Config::cols>;
+    static constexpr int kBiasTiles = Config::consumers * Config::bias_stages, kBiasFloats = 64 * Config::bias_cols;
+    static constexpr int kBiases = kQ * QTile::kBytes + 2 * kKv * KTile::kBytes;
+    static constexpr int kNotes = kBiases + kBiasTiles * kBiasFloats * 4;
+    static constexpr int kTiles = kNotes + kBiasTiles * 4 * sizeof(BiasNote);
+    static constexpr int kBarriers = 3 * kQ + 4 * kKv + 2 * kBiasTiles + 4 * kBiased<Config>;
     static constexpr int kWork = kTiles + 8 * kBarriers;
-    static constexpr int kBatch = kWork + kQ * sizeof(Work<Mask>);
-    static constexpr int kBytes = kBatch + sizeof(SortedBatch);
-    static_assert(kBytes <= 227 << 10);
+    static constexpr int kBatch = kWork + kQ * sizeof(WorkHere);
+    static constexpr int kTables = (kBatch + static_cast<int>(sizeof(SortedBatch)) + 15) / 16 * 16;
+    static constexpr int kBytes = kBiased<Config> ? kTables + sizeof(Bias) : kBatch + sizeof(SortedBatch);
+    static_assert(kBytes <= 227 << 10 && Config::bias_stages * Config::bias_cols <= Config::cols);
 
     unsigned char* start;  // a multiple of 1024
 
@@ -66,7 +83,24 @@ struct ForwardShared {
     __device__ Barrier k_empty(int stage) const { return barrier(3 * kQ + kKv + stage); }
     __device__ Barrier v_full(int stage) const { return barrier(3 * kQ + 2 * kKv + stage); }
     __device__ Barrier v_empty(int stage) const { return barrier(3 * kQ + 3 * kKv + stage); }
-    __device__ Work<Mask>& work(int stage) const { return reinterpret_cast<Work<Mask>*>(start + kWork)[stage]; }
+    __device__ Barrier bias_full(int group, int stage) const {
+        return barrier(3 * kQ + 4 * kKv + group * Config::bias_stages + stage);
+    }
+    __device__ Barrier bias_empty(int group, int stage) const {
+        return {bias_full(group, stage).address + 8 * kBiasTiles};
+    }
+    __device__ Barrier described_full(int tile) const { return {bias_empty(0, 0).address + 8 * (kBiasTiles + tile)}; }
+    __device__ Barrier described_empty(int tile) const { return {described_full(tile).address + 16}; }
+    __device__ BiasNote* bias_notes(int group, int stage) const {
+        return reinterpret_cast<BiasNote*>(start + kNotes) + (group * Config::bias_stages + stage) * 4;
+    }
+    // A consumer's tile of the bias: [4 warps][bias_cols / 8 blocks of columns][32 lanes].
+    __device__ float4* bias(int group, int stage) const {
+        return reinterpret_cast<float4*>(start + kBiases) + (group * Config::bias_stages + stage) * (kBiasFloats / 4);
+    }
+    __device__ WindowReader<Bias> positions(int group) const { return {bias_tables(), group}; }
+    __device__ Bias& bias_tables() const { return *reinterpret_cast<Bias*>(start + kTables); }
+    __device__ WorkHere& work(int stage) const { return reinterpret_cast<WorkHere*>(start + kWork)[stage]; }
     __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
 
     __device__ void init_barriers() const {
@@ -78,6 +112,8 @@ struct ForwardShared {
             k_full(i).init(1), v_full(i).init(1);
             k_empty(i).init(Config::consumers), v_empty(i).init(Config::consumers);
         }
+        for (int i = 0; i < kBiasTiles; ++i) bias_full(0, i).init(4), bias_empty(0, i).init(4);
+        for (int i = 0; i < 2 * kBiased<Config>; ++i) described_full(i).init(1), described_empty(i).init(4);
         fence_barrier_init();
     }
 };
@@ -112,7 +148,8 @@ __device__ __forceinline__ void load_works(const Params& p, const ForwardMaps& m
                 const SequenceRows q_rows{head, static_cast<int>(seq.q_begin), seq.len_q};
                 const SequenceRows k_rows{head, static_cast<int>(seq.k_begin), seq.len_k};
                 shared.q_empty(q.stage).wait(q.phase ^ 1);
-                shared.work(q.stage) = {mask, walk, head, q_rows.begin, row0, false};
+                static_cast<Work<Mask>&>(shared.work(q.stage)) = {mask, walk, head, q_rows.begin, row0, false};
+                if constexpr (kBiased<Config>) shared.work(q.stage).k_begin = k_rows.begin;
                 shared.q_full(q.stage).arrive_expecting(Shared::QTile::kBytes);
                 load_rows(shared.q(q.stage), shared.q_full(q.stage).address, maps.q, q_rows, row0);
                 for (int t = 0; t < walk.tiles; ++t, kv.next()) {
@@ -194,6 +231,42 @@ __device__ __forceinline__ void activate(Accumulator<kCols>& s, const Mask& mask
     }
 }
 
+// Half the bias of 32 columns of S: positions, and times as a constant or as values.
+struct HalfBias {
+    float2 positions[5];  // WindowReader's pairs of blocks n - 1
+    float constant;
+    bool written;
+    float4 times[4];
+};
+// Adds it to half of alpha S on the columns from `first` on; 0 where masked.
+template <bool kMasked, int kCols, class Mask>
+__device__ __forceinline__ void add_bias(Accumulator<kCols>& s, int first, const HalfBias& bias, const Mask& mask,
+                                         int row0, int col0, float half_alpha) {
+    const typename Mask::Row rows[2] = {mask.row(row0), mask.row(row0 + 8)};
+    const auto position = [&](int i) {
+        const float2 pair = bias.positions[i / 4 - i / 2 % 2 + 1];
+        return i % 2 ? pair.y : pair.x;
+    };
+    float* const x = s.x + first / 2;
+    if (bias.written) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            const float4 four = bias.times[i / 4];
+            x[i] = fmaf(half_alpha, x[i], position(i)) + (i % 4 == 0   ? four.x
+                                                          : i % 4 == 1 ? four.y
+                                                          : i % 4 == 2 ? four.z
+                                                                       : four.w);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) x[i] = fmaf(half_alpha, x[i], position(i) + bias.constant);
+    }
+    if constexpr (kMasked) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) x[i] = rows[i / 2 % 2].keeps(col0 + first + i / 4 * 8 + i % 2) ? x[i] : 0.0f;
+    }
+}
+
 // Scales, converts and writes 64 rows into a tile, 16 bytes a lane where lanes / 8 differ.
 template <class T, int kHeadDim, class QTile>
 __device__ __forceinline__ void write_rows(const Accumulator<kHeadDim>& out, QTile tile, int group, float factor) {
@@ -257,6 +330,10 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     const bool signals = threadIdx.x % kWarpgroup == 0;
     RingPosition<Config::stages> kv;
     RingPosition<Config::q_stages> q;
+    RingPosition<max_of(1, Config::bias_stages)> bias;
+    HalfBias half_bias;
+    BiasNote note;
+    int window = 0;  // the tile's, of two
     Accumulator<kCols> s;
     Accumulator<kHeadDim> out;
     Fragments<kCols / 16> weights;
@@ -278,14 +355,58 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         multiply<T, kCols / 16>(out, weights, columns(shared.v(at.stage)));
         commit_products();
     };
+    // The bias of 32 columns is read while those before it are activated, the first while S is computed.
+    [[maybe_unused]] const auto read_bias = [&](int first) {
+        if constexpr (kBiased<Config>) {
+            const int in_part = first % Config::bias_cols, warp = threadIdx.x / 32 % 4;
+            if (in_part == 0) {
+                shared.bias_full(group, bias.stage).wait(bias.phase);
+                note = shared.bias_notes(group, bias.stage)[warp];
+            }
+            const auto positions = shared.positions(group);
+#pragma unroll
+            for (int n = 0; n < 5; ++n) half_bias.positions[n] = positions.pair(window, first / 8 + n - 1);
+            half_bias.constant = note.constant[in_part / 32];
+            half_bias.written = note.written >> in_part / 32 & 1;
+            if (half_bias.written) {
+                const float4* from = shared.bias(group, bias.stage) + warp * (Config::bias_cols * 4) + lane();
+#pragma unroll
+                for (int n = 0; n < 4; ++n) half_bias.times[n] = from[(in_part / 8 + n) * 32];
+            }
+        }
+    };
+    const auto activate_with_bias = [&](int row, int col, auto masked) {
+#pragma unroll
+        for (int first = 0; first < kCols; first += 32) {
+            add_bias<decltype(masked)::value>(s, first, half_bias, mask, row, col, half_alpha);
+            if ((first + 32) % max_of(1, Config::bias_cols) == 0) {
+                __syncwarp();
+                if (lane() == 0) shared.bias_empty(group, bias.stage).arrive();
+                bias.next();
+            }
+            if (first + 32 < kCols)
+                read_bias(first + 32);
+            else
+                window ^= 1;
+#pragma unroll
+            for (int i = first / 2; i < first / 2 + 16; ++i) s.x[i] = silu_of_twice(s.x[i]);
+        }
+    };
     const auto activate_scores = [&](int t) {
         hold(s);
         if (signals) shared.k_empty(kv.stage).arrive();
         const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
-        if (mask.is_full(row0, 64, walk[t], kCols))
+        if constexpr (kBiased<Config>) {
+            // Behind the last key there is a bias too.
+            if (mask.is_full(row0, 64, walk[t], kCols) && walk[t] + kCols <= mask.len_k)
+                activate_with_bias(row, col, std::false_type{});
+            else
+                activate_with_bias(row, col, std::true_type{});
+        } else if (mask.is_full(row0, 64, walk[t], kCols)) {
             activate<false>(s, mask, row, col, half_alpha);
-        else
+        } else {
             activate<true>(s, mask, row, col, half_alpha);
+        }
     };
     const auto convert = [&] {
 #pragma unroll
@@ -310,6 +431,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
 
     if (!take()) return;
     begin_scores();
+    read_bias(0);
     wait_products<0>();
     activate_scores(0);
     convert();
@@ -331,6 +453,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         kv.next();
         begin_scores();
         begin_values(before);
+        read_bias(0);
         wait_products<1>();
         activate_scores(t);
         wait_products<0>();
@@ -471,8 +594,81 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
     }
 }
 
+template <class Mask>
+__device__ __forceinline__ RelativeSides<false> sides_of(const Params& p, const WorkWithBias<Mask>& work) {
+    return {p.relative, work.head, work.q_begin, work.k_begin, work.mask.len_q, work.mask.len_k};
+}
+
+// Finds out about the times of the works' tiles.
+template <int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void describe_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared) {
+    using Describer = TileDescriber<typename ForwardShared<kHeadDim, Mask, Config>::Bias, false>;
+    RingPosition<Config::q_stages> q;
+    RingPosition<2> at;
+    shared.q_full(0).wait(0);
+    if (shared.work(0).last) return;
+    Describer describer(shared.bias_tables(), sides_of(p, shared.work(0)));
+    for (;; q.next()) {
+        shared.q_full(q.stage).wait(q.phase);
+        const WorkWithBias<Mask>& work = shared.work(q.stage);
+        if (work.last) return;
+        const TileWalk walk = work.walk;
+        const int row = work.row0 + 16 * Describer::strip_of_lane();
+        describer.begin_block(sides_of(p, work), work.row0,
+                              row < work.mask.len_q ? work.mask.kv_range(row, 16) : Spans{}, walk[0]);
+        for (int t = 0; t < walk.tiles; ++t, at.next()) {
+            shared.described_empty(at.stage).wait(at.phase ^ 1);
+            describer.describe_tile(at.stage, walk[t], walk[t + 1]);
+            __syncwarp();
+            if (lane() == 0) shared.described_full(at.stage).arrive();
+        }
+    }
+}
+
+// The bias of the consumers' tiles, in the order in which they come to them.
+template <int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared) {
+    using Bias = BiasWarps<typename ForwardShared<kHeadDim, Mask, Config>::Bias, false>;
+    constexpr int kBlocks = Config::bias_cols / 8, kPieces = Config::bias_cols / kPieceCols;
+    constexpr int kSteps = Config::cols / Config::bias_cols * Config::consumers;
+    const int warp = threadIdx.x / 32 % 4;
+    RingPosition<Config::q_stages> q;
+    RingPosition<Config::bias_stages> at;
+    RingPosition<2> described;
+    shared.q_full(0).wait(0);
+    if (shared.work(0).last) return;
+    Bias bias(shared.bias_tables(), sides_of(p, shared.work(0)), 1);
+    for (;; q.next()) {
+        shared.q_full(q.stage).wait(q.phase);
+        const WorkWithBias<Mask>& work = shared.work(q.stage);
+        if (work.last) return;
+        const TileWalk walk = work.walk;
+        bias.begin_block(sides_of(p, work), work.row0, walk[0]);
+        for (int t = 0; t < walk.tiles; ++t, described.next()) {
+            bias.begin_tile(described.stage, walk[t], walk[t + 1]);
+            shared.described_full(described.stage).wait(described.phase);
+            auto next = bias.template read<kPieces>(0, 0);
+#pragma unroll 1
+            for (int step = 0; step < kSteps; ++step) {
+                const auto part = next;
+                const int group = step % Config::consumers, after = (step + 1) % kSteps;
+                next = bias.template read<kPieces>(after % Config::consumers, after / Config::consumers * kPieces);
+                shared.bias_empty(group, at.stage).wait(at.phase ^ 1);
+                bias.write(part, shared.bias(group, at.stage) + warp * (kBlocks * 32),
+                           shared.bias_notes(group, at.stage) + warp);
+                __syncwarp();
+                if (lane() == 0) shared.bias_full(group, at.stage).arrive();
+                if (group == Config::consumers - 1) at.next();
+            }
+            if (lane() == 0) shared.described_empty(described.stage).arrive();
+        }
+    }
+}
+
+template <class Config>
+constexpr int kThreads = (Config::consumers + 1 + kBiased<Config>)*kWarpgroup;
 template <class T, int kHeadDim, class Mask, class Config>
-__global__ void __launch_bounds__((Config::consumers + 1) * kWarpgroup, 1)
+__global__ void __launch_bounds__(kThreads<Config>, 1)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ ForwardMaps maps,
                    const __grid_constant__ Schedule schedule) {
     using Shared = ForwardShared<kHeadDim, Mask, Config>;
@@ -489,6 +685,15 @@ __global__ void __launch_bounds__((Config::consumers + 1) * kWarpgroup, 1)
         if (warp == 0) load_works<T>(p, maps, schedule, shared);
         if (warp == 1 && Config::q_stages > 1) store_works(maps, shared);
         if (warp == 2) clean<T, kHeadDim, Mask, Config>(p, schedule.levels);
+        if constexpr (kBiased<Config>) {
+            if (warp == 3) describe_works(p, shared);
+        }
+    } else if (kBiased<Config> && warp / 4 > Config::consumers) {
+        if constexpr (kBiased<Config>) {
+            lower_registers<Config::bias_registers>();
+            wait_for_previous_kernel();
+            bias_works(p, shared);
+        }
     } else {
         raise_registers<Config::consumer_registers>();
         if constexpr (Config::q_stages == 1)
@@ -512,19 +717,24 @@ void launch_forward(const Params& p, void* stream) {
         SequenceMap::make<T>(p.k, p.total_k, p.heads, p.dim_qk, p.max_seqlen_k, Config::cols, kPanel, kPanels),
         SequenceMap::make<T>(p.v, p.total_k, p.heads, p.dim_v, p.max_seqlen_k, Config::cols, kPanel, kPanels),
         SequenceMap::make<T>(p.out, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, kRows, kPanel, kPanels)};
-    launch_early<forward_kernel<T, kHeadDim, Mask, Config>>(
-        min_of<int64_t>(schedule.places(), blocks), (Config::consumers + 1) * kWarpgroup, Shared::kBytes, p.device,
-        static_cast<cudaStream_t>(stream), p, maps, schedule);
+    launch_early<forward_kernel<T, kHeadDim, Mask, Config>>(min_of<int64_t>(schedule.places(), blocks),
+                                                            kThreads<Config>, Shared::kBytes, p.device,
+                                                            static_cast<cudaStream_t>(stream), p, maps, schedule);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>
 void run_forward(const Params& p, void* stream) {
-    static_assert(Bias::kKind == BiasKind::kNone);
-    using Short = ShortForwardTile<kHeadDim>;
-    if constexpr (Short::up_to > 0) {
-        if (p.total_q <= int64_t{Short::up_to} * p.batch) return launch_forward<T, kHeadDim, Mask, Short>(p, stream);
+    static_assert(Bias::kKind != BiasKind::kRab);
+    if constexpr (Bias::kKind == BiasKind::kRelative) {
+        launch_forward<T, kHeadDim, Mask, RelativeForwardTile<kHeadDim>>(p, stream);
+    } else {
+        using Short = ShortForwardTile<kHeadDim>;
+        if constexpr (Short::up_to > 0) {
+            if (p.total_q <= int64_t{Short::up_to} * p.batch)
+                return launch_forward<T, kHeadDim, Mask, Short>(p, stream);
+        }
+        launch_forward<T, kHeadDim, Mask, ForwardTile<kHeadDim>>(p, stream);
     }
-    launch_forward<T, kHeadDim, Mask, ForwardTile<kHeadDim>>(p, stream);
 }
 
 }  // namespace hstu::attention::sm90
