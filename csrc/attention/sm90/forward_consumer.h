@@ -1,0 +1,386 @@
+// The consumers of the sm90 forward: one warpgroup's stream of products, activations and finished rows.
+#pragma once
+
+#include "attention/activation.h"
+#include "attention/sm90/forward_work.h"
+#include "attention/sm90/product.h"
+
+namespace hstu::attention::sm90 {
+
+// S -> P N = silu(alpha S), 0 where masked.
+template <bool kMasked, int kCols, class Mask>
+__device__ __forceinline__ void activate(Accumulator<kCols>& s, const Mask& mask, int row0, int col0,
+                                         float half_alpha) {
+    const typename Mask::Row rows[2] = {mask.row(row0), mask.row(row0 + 8)};
+#pragma unroll
+    for (int i = 0; i < kCols / 2; ++i) {
+        float x = s.x[i];
+        if constexpr (kMasked) x = rows[i / 2 % 2].keeps(col0 + i / 4 * 8 + i % 2) ? x : 0.0f;
+        s.x[i] = silu_of_twice(half_alpha * x);
+    }
+}
+
+// Half the bias of 32 columns of S: positions, and times as a constant or as values.
+struct HalfBias {
+    float2 positions[5];  // WindowReader's pairs of blocks n - 1
+    float constant;
+    bool written;
+    float4 times[4];
+};
+// Adds it to half of alpha S on the columns from `first` on; 0 where masked.
+template <bool kMasked, int kCols, class Mask>
+__device__ __forceinline__ void add_bias(Accumulator<kCols>& s, int first, const HalfBias& bias, const Mask& mask,
+                                         int row0, int col0, float half_alpha) {
+    const typename Mask::Row rows[2] = {mask.row(row0), mask.row(row0 + 8)};
+    const auto position = [&](int i) {
+        const float2 pair = bias.positions[i / 4 - i / 2 % 2 + 1];
+        return i % 2 ? pair.y : pair.x;
+    };
+    float* const x = s.x + first / 2;
+    if (bias.written) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            const float4 four = bias.times[i / 4];
+            x[i] = fmaf(half_alpha, x[i], position(i)) + (i % 4 == 0   ? four.x
+                                                          : i % 4 == 1 ? four.y
+                                                          : i % 4 == 2 ? four.z
+                                                                       : four.w);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) x[i] = fmaf(half_alpha, x[i], position(i) + bias.constant);
+    }
+    if constexpr (kMasked) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) x[i] = rows[i / 2 % 2].keeps(col0 + first + i / 4 * 8 + i % 2) ? x[i] : 0.0f;
+    }
+}
+
+// Scales, converts and writes 64 rows into a tile, 16 bytes a lane where lanes / 8 differ.
+template <class T, int kHeadDim, class QTile>
+__device__ __forceinline__ void write_rows(const Accumulator<kHeadDim>& out, QTile tile, int group, float factor) {
+    const int row = 64 * group + threadIdx.x / 32 % 4 * 16 + lane() % 16;
+#pragma unroll
+    for (int n = 0; n < kHeadDim; n += 16) {
+        const float* x = out.x + n / 2;
+        const int col = n + lane() / 16 * 8;
+        const uint32_t to = tile.address + col / QTile::kPanelCols * QTile::kPanelBytes +
+                            QTile::chunk_offset(row, col % QTile::kPanelCols);
+        uint32_t r[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) r[i] = pack<T>(factor * x[2 * i], factor * x[2 * i + 1]);
+        write_blocks(to, r);
+    }
+}
+
+// Scales, converts and writes a warpgroup's first num_rows rows and num_cols columns to global memory. The four lanes that
+// share a row exchange words, so that each writes 16 bytes and they write 64 together.
+template <class T, int kHeadDim>
+__device__ __forceinline__ void store_directly(const Accumulator<kHeadDim>& out, T* global, int64_t stride,
+                                               int num_rows, int num_cols, float factor) {
+    const int quarter = lane() % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = Accumulator<kHeadDim>::row() + 8 * half;
+        T* const to = global + row * stride + quarter * 8;
+#pragma unroll
+        for (int n = 0; n < kHeadDim; n += 32) {
+            uint32_t words[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float* x = out.x + n / 2 + 4 * i + 2 * half;
+                words[i] = pack<T>(factor * x[0], factor * x[1]);
+            }
+#pragma unroll
+            for (int step = 1; step < 4; step *= 2) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    if (i & step) continue;
+                    const bool upper = quarter & step;
+                    const uint32_t got = __shfl_xor_sync(0xffffffff, upper ? words[i] : words[i ^ step], step);
+                    words[i] = upper ? got : words[i];
+                    words[i ^ step] = upper ? words[i ^ step] : got;
+                }
+            }
+            if (row < num_rows && n + quarter * 8 < num_cols)
+                *reinterpret_cast<uint4*>(to + n) = uint4{words[0], words[1], words[2], words[3]};
+        }
+    }
+}
+
+// One warpgroup's stream of products. Its tiles follow one another across works: the scores of the next work's first tile
+// are computed while the values of this work's last tile are added.
+template <class T, int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void consume_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared,
+                                              int group) {
+    constexpr int kCols = Config::cols;
+    static_assert(Config::q_stages > 1);
+    const float half_alpha = 0.5f * p.alpha;
+    const bool signals = threadIdx.x % kWarpgroup == 0;
+    RingPosition<Config::stages> kv;
+    RingPosition<Config::q_stages> q;
+    RingPosition<max_of(1, Config::bias_stages)> bias;
+    HalfBias half_bias;
+    BiasNote note;
+    int window = 0;  // the tile's, of two
+    Accumulator<kCols> s;
+    Accumulator<kHeadDim> out;
+    Fragments<kCols / 16> weights;
+    shared.q_full(0).wait(0);
+    Mask mask = shared.work(0).mask;
+    TileWalk walk = shared.work(0).walk;
+    int row0;
+
+    const auto begin_scores = [&] {
+        shared.k_full(kv.stage).wait(kv.phase);
+        hold(s);
+        begin_products();
+        multiply<T, kHeadDim / 16, true>(s, rows(shared.q(q.stage), 64 * group), rows(shared.k(kv.stage)));
+        commit_products();
+    };
+    const auto begin_values = [&](RingPosition<Config::stages> at) {
+        shared.v_full(at.stage).wait(at.phase);
+        begin_products();
+        multiply<T, kCols / 16>(out, weights, columns(shared.v(at.stage)));
+        commit_products();
+    };
+    // The bias of 32 columns is read while those before it are activated, the first while S is computed.
+    [[maybe_unused]] const auto read_bias = [&](int first) {
+        if constexpr (kBiased<Config>) {
+            const int in_part = first % Config::bias_cols, warp = threadIdx.x / 32 % 4;
+            if (in_part == 0) {
+                shared.bias_full(group, bias.stage).wait(bias.phase);
+                note = shared.bias_notes(group, bias.stage)[warp];
+            }
+            const auto positions = shared.positions(group);
+#pragma unroll
+            for (int n = 0; n < 5; ++n) half_bias.positions[n] = positions.pair(window, first / 8 + n - 1);
+            half_bias.constant = note.constant[in_part / 32];
+            half_bias.written = note.written >> in_part / 32 & 1;
+            if (half_bias.written) {
+                const float4* from = shared.bias(group, bias.stage) + warp * (Config::bias_cols * 4) + lane();
+#pragma unroll
+                for (int n = 0; n < 4; ++n) half_bias.times[n] = from[(in_part / 8 + n) * 32];
+            }
+        }
+    };
+    const auto activate_with_bias = [&](int row, int col, auto masked) {
+#pragma unroll
+        for (int first = 0; first < kCols; first += 32) {
+            add_bias<decltype(masked)::value>(s, first, half_bias, mask, row, col, half_alpha);
+            if ((first + 32) % max_of(1, Config::bias_cols) == 0) {
+                __syncwarp();
+                if (lane() == 0) shared.bias_empty(group, bias.stage).arrive();
+                bias.next();
+            }
+            if (first + 32 < kCols)
+                read_bias(first + 32);
+            else
+                window ^= 1;
+#pragma unroll
+            for (int i = first / 2; i < first / 2 + 16; ++i) s.x[i] = silu_of_twice(s.x[i]);
+        }
+    };
+    const auto activate_scores = [&](int t) {
+        hold(s);
+        if (signals) shared.k_empty(kv.stage).arrive();
+        const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
+        if constexpr (kBiased<Config>) {
+            // Behind the last key there is a bias too.
+            if (mask.is_full(row0, 64, walk[t], kCols) && walk[t] + kCols <= mask.len_k)
+                activate_with_bias(row, col, std::false_type{});
+            else
+                activate_with_bias(row, col, std::true_type{});
+        } else if (mask.is_full(row0, 64, walk[t], kCols)) {
+            activate<false>(s, mask, row, col, half_alpha);
+        } else {
+            activate<true>(s, mask, row, col, half_alpha);
+        }
+    };
+    const auto convert = [&] {
+#pragma unroll
+        for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
+    };
+    // Rows go through Q's place to the storer.
+    const auto hand_over = [&](int q_stage) {
+        write_rows<T>(out, shared.q(q_stage), group, p.inv_scaling);
+        fence_async();
+        __syncwarp();
+        if (lane() == 0) shared.o_full(q_stage).arrive();
+    };
+
+    // The next work, if there is one.
+    const auto take = [&] {
+        shared.q_full(q.stage).wait(q.phase);
+        const Work<Mask>& work = shared.work(q.stage);
+        if (work.last) return false;
+        mask = work.mask, walk = work.walk, row0 = work.row0 + 64 * group;
+        return true;
+    };
+
+    if (!take()) return;
+    begin_scores();
+    read_bias(0);
+    wait_products<0>();
+    activate_scores(0);
+    convert();
+    out.clear();
+    for (int t = 0;;) {
+        const RingPosition<Config::stages> before = kv;
+        const int before_q = q.stage;
+        const bool ends = t + 1 == walk.tiles;
+        if (ends) {
+            q.next();
+            if (!take()) {
+                begin_values(kv);
+                wait_products<0>();
+                hold(out);
+                return hand_over(before_q);
+            }
+        }
+        t = ends ? 0 : t + 1;
+        kv.next();
+        begin_scores();
+        begin_values(before);
+        read_bias(0);
+        wait_products<1>();
+        activate_scores(t);
+        wait_products<0>();
+        hold(out), hold(weights);
+        if (signals) shared.v_empty(before.stage).arrive();
+        if (ends) {
+            hand_over(before_q);
+            out.clear();
+        }
+        convert();
+    }
+}
+
+// The same where Q has a single place: the rows of a work are stored, from registers, beside the first scores of the next,
+// and a warpgroup passes over the tiles that its own rows do not need.
+template <class T, int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void consume_works_of_one_place(const Params& p,
+                                                           const ForwardShared<kHeadDim, Mask, Config>& shared,
+                                                           int group) {
+    constexpr int kCols = Config::cols;
+    static_assert(Config::q_stages == 1);
+    const float half_alpha = 0.5f * p.alpha;
+    const bool signals = threadIdx.x % kWarpgroup == 0;
+    RingPosition<Config::stages> kv;
+    RingPosition<1> q;
+    Accumulator<kCols> s;
+    Accumulator<kHeadDim> out;
+    Fragments<kCols / 16> weights;
+    shared.q_full(0).wait(0);
+    Mask mask = shared.work(0).mask;
+    TileWalk walk = shared.work(0).walk;
+    Spans keys;  // of this warpgroup's rows
+    int row0, t = 0;
+    T* to;                  // of row0
+    T* finished = nullptr;  // the rows that `out` belongs to
+    int finished_rows = 0;  // so many
+
+    const auto begin_scores = [&] {
+        shared.k_full(kv.stage).wait(kv.phase);
+        hold(s);
+        begin_products();
+        multiply<T, kHeadDim / 16, true>(s, rows(shared.q(0), 64 * group), rows(shared.k(kv.stage)));
+        commit_products();
+    };
+    const auto begin_values = [&](RingPosition<Config::stages> at) {
+        shared.v_full(at.stage).wait(at.phase);
+        begin_products();
+        multiply<T, kCols / 16>(out, weights, columns(shared.v(at.stage)));
+        commit_products();
+    };
+    const auto end_values = [&](RingPosition<Config::stages> at) {
+        wait_products<0>();
+        hold(out), hold(weights);
+        if (signals) shared.v_empty(at.stage).arrive();
+    };
+    // This warpgroup reads no more of K and, behind the last tile, of Q.
+    const auto release_k = [&] {
+        if (signals) shared.k_empty(kv.stage).arrive();
+        if (signals && t + 1 == walk.tiles) shared.q_empty(0).arrive();
+    };
+    const auto activate_scores = [&] {
+        hold(s);
+        release_k();
+        const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
+        if (mask.is_full(row0, 64, walk[t], kCols))
+            activate<false>(s, mask, row, col, half_alpha);
+        else
+            activate<true>(s, mask, row, col, half_alpha);
+    };
+    const auto convert = [&] {
+#pragma unroll
+        for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
+    };
+    const auto store = [&] { store_directly(out, finished, p.out.row_stride, finished_rows, p.dim_v, p.inv_scaling); };
+    // The work at `q`, if there is one.
+    const auto take = [&] {
+        shared.q_full(0).wait(q.phase);
+        const Work<Mask>& work = shared.work(0);
+        if (work.last) return false;
+        mask = work.mask, walk = work.walk, row0 = work.row0 + 64 * group, t = 0;
+        keys = row0 < mask.len_q ? mask.kv_range(row0, 64) : Spans{};
+        to = p.out.at<T>(work.q_begin + row0, work.head);
+        return true;
+    };
+    const auto needed = [&] { return overlaps(keys, walk[t], kCols); };
+    // To the work's first tile, from this one on, that these rows need; false if there is none.
+    const auto seek = [&] {
+        for (; t < walk.tiles; ++t, kv.next()) {
+            if (needed()) return true;
+            shared.k_full(kv.stage).wait(kv.phase);
+            release_k();
+            shared.v_full(kv.stage).wait(kv.phase);
+            if (signals) shared.v_empty(kv.stage).arrive();
+        }
+        return false;
+    };
+    const auto owes = [&] { finished = to, finished_rows = mask.len_q - row0; };
+
+    out.clear();
+    for (bool more = take();;) {
+        while (more && !seek()) {
+            store();
+            out.clear();
+            owes();
+            q.next();
+            more = take();
+        }
+        if (!more) return store();
+        begin_scores();
+        store();
+        wait_products<0>();
+        activate_scores();
+        convert();
+        out.clear();
+        owes();
+        for (;;) {
+            const RingPosition<Config::stages> before = kv;
+            ++t, kv.next();
+            if (t < walk.tiles && needed()) {
+                begin_scores();
+                begin_values(before);
+                wait_products<1>();
+                activate_scores();
+                end_values(before);
+                convert();
+                continue;
+            }
+            begin_values(before);
+            end_values(before);
+            if (!seek()) break;
+            begin_scores();
+            wait_products<0>();
+            activate_scores();
+            convert();
+        }
+        q.next();
+        more = take();
+    }
+}
+
+}  // namespace hstu::attention::sm90
