@@ -374,7 +374,7 @@ void backward(const Inputs& inputs, const Gradients& gradients, bool determinist
               Shape{scratch}, " on ", Device{scratch.device});
         p.dq_accum = static_cast<float*>(scratch.data);
     }
-    if (deterministic && (p.dposition || p.dtime)) {
+    if (p.dposition || p.dtime) {
         const int64_t wanted = table_scratch(gradients.dposition, gradients.dtime);
         const Tensor& scratch = gradients.table_accum;
         CHECK(scratch && scratch.dtype == DType::kInt64 && scratch.device == p.device && scratch.rank == 1 &&

@@ -33,7 +33,7 @@ struct Gradients {
     Tensor drab;              // [batch, heads, M, M], zeroed by the caller, or undefined
     Tensor dposition, dtime;  // as the tables, zeroed by the caller, or undefined
     Tensor dq_accum;          // fp32 [backward_scratch()] or undefined
-    Tensor table_accum;       // int64 [table_scratch()], zeroed by the caller; for a deterministic backward on a GPU
+    Tensor table_accum;       // int64 [table_scratch()], zeroed by the caller; for the backward on a GPU
 };
 
 // A GPU tensor whose rows are not 16-byte aligned. The caller may try again with fresh copies.
@@ -48,7 +48,7 @@ void backward(const Inputs& inputs, const Gradients& gradients, bool determinist
 int64_t backward_scratch(const Tensor& q, const Tensor& v, const Tensor& cu_seqlens_q, int64_t max_seqlen_k,
                          bool deterministic);
 
-// Zeroed int64 elements that a deterministic backward on a GPU wants in table_accum; 0 for none.
+// Zeroed int64 elements that the backward on a GPU wants in table_accum; 0 for none.
 int64_t table_scratch(const Tensor& dposition, const Tensor& dtime);
 
 }  // namespace hstu::attention

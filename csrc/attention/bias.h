@@ -48,12 +48,14 @@ struct RelativeBias {
     int offset, len_q, len_k;
 
     HSTU_HOST_DEVICE RelativeBias(const Params& p, const Sequence& s, int, int h)
+        : RelativeBias(p, s.q_begin, s.k_begin, s.len_q, s.len_k, h) {}
+    HSTU_HOST_DEVICE RelativeBias(const Params& p, int64_t q_begin, int64_t k_begin, int len_q, int len_k, int h)
         : position(p.relative.position ? static_cast<const T*>(p.relative.position) +
                                              h * p.relative.position_head_stride + p.relative.reach
                                        : nullptr),
           time(p.relative.time ? static_cast<const T*>(p.relative.time) + h * p.relative.time_head_stride : nullptr),
-          reach(p.relative.reach), num_buckets(p.relative.num_buckets), query_times(p.relative.query_times + s.q_begin),
-          key_times(p.relative.key_times + s.k_begin), offset(s.len_k - s.len_q), len_q(s.len_q), len_k(s.len_k) {}
+          reach(p.relative.reach), num_buckets(p.relative.num_buckets), query_times(p.relative.query_times + q_begin),
+          key_times(p.relative.key_times + k_begin), offset(len_k - len_q), len_q(len_q), len_k(len_k) {}
 
     // Of query row i and key row j, clipped to the table.
     HSTU_HOST_DEVICE int distance(int i, int j) const { return clamp_to(i + offset - j, -reach, reach); }

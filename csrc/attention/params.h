@@ -80,7 +80,8 @@ struct Params {
     int num_threads = 1;  // CPU only
 };
 
-constexpr int kExactWords = 10;  // 64-bit words of an exact sum in fp32 (sm80/exact_sum.h)
+constexpr int kExactWords = 10;                // 64-bit words of an exact sum in fp32 (sm80/exact_sum.h)
+constexpr int kTableCopies = 2 * kExactWords;  // copies of the tables' gradients in as much memory
 
 struct BackwardParams : Params {
     Jagged dout;                // [total_q, heads, dim_v]
@@ -89,8 +90,8 @@ struct BackwardParams : Params {
     void* dposition = nullptr;  // as relative.position and .time, zeroed by the caller; may be nullptr
     void* dtime = nullptr;
     int64_t dposition_head_stride = 0, dtime_head_stride = 0;
-    int64_t* table_accum =
-        nullptr;                // zeroed exact sums of both, kExactWords an entry; set where deterministic on a GPU
+    // On a GPU, zeroed: where deterministic the exact sums of both, kExactWords an entry, else kTableCopies of both in fp32.
+    int64_t* table_accum = nullptr;
     float* dq_accum = nullptr;  // fp32 scratch of dq_accum_elements(); nullptr: dQ by its own pass
     bool deterministic = false;
 };

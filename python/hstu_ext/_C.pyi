@@ -96,7 +96,7 @@ def attention_backward_scratch(
     """Elements of dq_accum that attention_backward wants unless it is deterministic; 0 for none."""
 
 def attention_table_scratch(dposition: Tensor | None, dtime: Tensor | None, /) -> int:
-    """Zeroed int64 elements of table_accum that a deterministic attention_backward wants on a GPU; 0 for none."""
+    """Zeroed int64 elements of table_accum that attention_backward wants on a GPU; 0 for none."""
 
 # Calls of the jagged ops: the results. With plain, a set of tensor types, also what to do instead: None: a tensor is of
 # another type; True: autograd must record the call.

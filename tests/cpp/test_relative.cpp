@@ -136,7 +136,7 @@ void check_tile(Problem& problem, int head, int row0, int col0) {
         const auto place = [&](int m, int n, int e) {
             return (m * 16 + e / 2 * 8 + lane() / 4) * kCols + n * 8 + lane() % 4 * 2 + e % 2;
         };
-        const TableGradients gradients(p, head);
+        const TableGradients gradients(p, head, 0);
         TimeSums sums;
         const auto times = tiles.times_of(row0, col0);
         // As in differentiate_piece(), and without gradients beside it.

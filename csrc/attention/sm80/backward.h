@@ -2,30 +2,11 @@
 // blocks (dQ) behind them, so that the second kind fills the first kind's tail.
 #pragma once
 
+#include "attention/finish_tables.h"
 #include "attention/sm80/backward_kv.h"
 #include "attention/sm80/backward_q.h"
 
 namespace hstu::attention::sm80 {
-
-// table[i] = the sum in words [i].
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads) hstu_exact_sums(const int64_t* words, float* table, int64_t entries) {
-    const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-    if (i < entries) table[i] = exact_sum(words + i * kExactWords);
-}
-
-// The exact sums, where deterministic, into the tables' gradients.
-template <int kThreads = 128>
-void finish_exact_sums(const BackwardParams& p, cudaStream_t stream) {
-    if (p.table_accum == nullptr) return;
-    const auto convert = [&](const int64_t* words, void* table, int64_t entries) {
-        launch<hstu_exact_sums<kThreads>>(ceil_div<int64_t>(entries, kThreads), kThreads, 0, p.device, stream, words,
-                                          static_cast<float*>(table), entries);
-    };
-    const int64_t positions = TableGradients::position_entries(p);
-    convert(p.table_accum, p.dposition, positions);
-    convert(p.table_accum + positions * kExactWords, p.dtime, TableGradients::time_entries(p));
-}
 
 struct BackwardBlocks {
     BlockOrder kv_order, q_order;
@@ -73,7 +54,7 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
     if (plan == DqPlan::kReduce)
         launch<backward_dq_convert_kernel<T, kHeadDim, Config>>(dq_tiles * pairs, Config::warps * 32, 0, p.device,
                                                                 stream, p, order(dq_tiles), dq_tiles);
-    if constexpr (Bias::kKind == BiasKind::kRelative) finish_exact_sums(p, stream);
+    if constexpr (Bias::kKind == BiasKind::kRelative) finish_tables(p, stream);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>

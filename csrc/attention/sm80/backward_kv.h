@@ -163,7 +163,7 @@ __device__ __forceinline__ void backward_kv_block(const BackwardParams& p, DqPla
 
     const Mask mask(p, seq, b, head);
     const BlockBias<Bias, ScoreGrid, false> bias(p, seq, b, head, col0);
-    const TableGradients table_gradients(p, head);
+    const TableGradients table_gradients(p, head, static_cast<int>(blockIdx.x) % kTableCopies);
     TimeSums time_sums;
     // A direct dQ needs every row stored; a reduced one needs rows aligned to the scratch tiles.
     const Spans rows = plan == DqPlan::kDirect ? Spans{{0, seq.len_q}, {}} : mask.q_range(col0, kCols);

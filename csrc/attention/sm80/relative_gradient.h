@@ -8,46 +8,10 @@
 // fp32, or where deterministic exactly (exact_sum.h), since all before has a fixed order.
 #pragma once
 
-#include "attention/sm80/exact_sum.h"
 #include "attention/sm80/relative.h"
+#include "attention/table_gradients.h"
 
 namespace hstu::attention::sm80 {
-
-// Where the sums of one head go.
-struct TableGradients {
-    float *position, *time;  // at distance 0 and bucket 0; nullptr where not wanted
-    int64_t *exact_position = nullptr, *exact_time = nullptr;
-    float scale;
-
-    __device__ TableGradients(const BackwardParams& p, int head)
-        : position(static_cast<float*>(p.dposition)), time(static_cast<float*>(p.dtime)), scale(p.inv_scaling) {
-        const int64_t of_position = head * p.dposition_head_stride + p.relative.reach;
-        const int64_t of_time = head * p.dtime_head_stride;
-        if (p.table_accum != nullptr) {
-            exact_position = p.table_accum + of_position * kExactWords;
-            exact_time = p.table_accum + (position_entries(p) + of_time) * kExactWords;
-        }
-        if (position != nullptr) position += of_position;
-        if (time != nullptr) time += of_time;
-    }
-
-    __host__ __device__ static int64_t position_entries(const BackwardParams& p) {
-        if (p.dposition == nullptr) return 0;
-        return (2 * int64_t{p.relative.reach} + 1) * (p.dposition_head_stride ? p.heads : 1);
-    }
-    __host__ __device__ static int64_t time_entries(const BackwardParams& p) {
-        if (p.dtime == nullptr) return 0;
-        return (int64_t{p.relative.num_buckets} + 1) * (p.dtime_head_stride ? p.heads : 1);
-    }
-
-    __device__ __forceinline__ void add(float* table, int64_t* exact, int index, float x) const {
-        if (x == 0.0f) return;
-        if (exact_position != nullptr)
-            add_exactly(exact + int64_t{index} * kExactWords, scale * x);
-        else
-            atomicAdd(table + index, scale * x);
-    }
-};
 
 // Sums by bucket over one piece of a warp, in a column of shared memory for each lane: no other lane adds to it. The
 // memory is that which the piece's P and G will be stored to, kM * 16 rows and 16 columns of two tiles one after the other.

@@ -17,15 +17,21 @@
 #pragma once
 
 #include "attention/bias.h"
+#include "attention/finish_tables.h"
 #include "attention/sm90/backward_kv_split.h"
 #include "attention/sm90/backward_q.h"
+#include "attention/sm90/backward_relative.h"
 #include "attention/sm90/cluster_launch.h"
 #include "attention/tile_config.h"
 
 namespace hstu::attention::sm90 {
 
+// With a relative bias a fifth warpgroup writes it and adds up the tables' gradients (backward_relative.h).
+template <class Config>
+constexpr int kBackwardThreads = (Config::relative ? 5 : 4) * kWarpgroup;
+
 template <class T, int kHeadDim, class Mask, class Config>
-__global__ void __launch_bounds__(4 * kWarpgroup, 1)
+__global__ void __launch_bounds__(kBackwardThreads<Config>, 1)
     backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardMaps maps,
                     const __grid_constant__ Schedule schedule) {
     extern __shared__ __align__(1024) unsigned char shared_memory[];
@@ -46,6 +52,11 @@ __global__ void __launch_bounds__(4 * kWarpgroup, 1)
     } else if (warp < 8) {
         lower_registers<Config::query_registers>();
         add_up_queries<T>(p, shared);
+    } else if (Config::relative && warp >= 16) {
+        if constexpr (Config::relative) {
+            lower_registers<Config::bias_registers>();
+            serve_bias<T>(p, shared, warp - 16);
+        }
     } else {
         raise_registers<Config::key_registers>();
         if constexpr (Config::split) {
@@ -67,7 +78,7 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
     const auto stream = static_cast<cudaStream_t>(stream_handle);
     if (max_of(p.total_q, p.total_k) > 0x7fffffff) throw std::runtime_error("hstu_ext: more than 2^31 - 1 packed rows");
     constexpr auto kKernel = backward_kernel<T, kHeadDim, Mask, Config>;
-    ClusterLaunch launch{Config::cluster, false, 4 * kWarpgroup, Shared::kBytes, p.device, stream};
+    ClusterLaunch launch{Config::cluster, false, kBackwardThreads<Config>, Shared::kBytes, p.device, stream};
     const int clusters = launch.template fitting<kKernel>();
     const Schedule schedule(p, Shared::kClusterCols, clusters, true);
     if (schedule.places() > 0x3fffffff)
@@ -84,12 +95,16 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
         launch.together = true;  // blocks wait for one another's turns
     }
     launch.template run<kKernel>(static_cast<int>(min_of<int64_t>(schedule.places(), clusters)), p, maps, schedule);
+    if constexpr (Config::relative) finish_tables(p, stream);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>
 void run_backward(const BackwardParams& p, void* stream) {
-    static_assert(Bias::kKind == BiasKind::kNone);
-    with_backward_tile<kHeadDim>(p, [&](auto tile) { launch_backward<T, kHeadDim, Mask, decltype(tile)>(p, stream); });
+    if constexpr (Bias::kKind == BiasKind::kRelative)
+        launch_backward<T, kHeadDim, Mask, RelativeBackwardTile<kHeadDim>>(p, stream);
+    else
+        with_backward_tile<kHeadDim>(p,
+                                     [&](auto tile) { launch_backward<T, kHeadDim, Mask, decltype(tile)>(p, stream); });
 }
 
 }  // namespace hstu::attention::sm90

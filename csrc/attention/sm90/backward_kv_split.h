@@ -78,10 +78,16 @@ __device__ __forceinline__ void own_values(const BackwardParams& p,
             hold(s);
             const int row0 = shared.work(k.stage).walk[t], col0 = shared.work(k.stage).col0;
             const Mask mask = shared.work(k.stage).mask;
+            float half_alpha = 0.5f * p.alpha;
+            if constexpr (Config::relative) {
+                shared.bias_full(g.stage).wait(g.phase);
+                add_half_bias(s, shared.bias(g.stage), 0, half_alpha);
+                half_alpha = 1.0f;
+            }
             if (mask.is_full(row0, kRows, col0, Config::cols))
-                activate<T, false>(s, weights, slopes, mask, row0, col0, 0.5f * p.alpha);
+                activate<T, false>(s, weights, slopes, mask, row0, col0, half_alpha);
             else
-                activate<T, true>(s, weights, slopes, mask, row0, col0, 0.5f * p.alpha);
+                activate<T, true>(s, weights, slopes, mask, row0, col0, half_alpha);
             hold(weights);
             dv.template start<T>(weights, shared.dout(q.stage));
             shared.g_empty(g.stage).wait(g.phase ^ 1);

@@ -23,6 +23,13 @@ __device__ __forceinline__ void arrive_in_cluster(Barrier barrier) {
     if (lane() < kCluster) barrier.arrive_at(lane());
 }
 
+// What a bias warp has of shared memory for the times of a tile's queries.
+template <int kQueries>
+struct alignas(16) QueryOrder {
+    int64_t times[kQueries];   // in their order; counted from the first one, in 32 bits, where all are near
+    uint8_t places[kQueries];  // of the queries in that order, unless it is their own
+};
+
 struct BackwardMaps {
     SequenceMap q, dout, k, v;
 };
@@ -53,8 +60,12 @@ struct BackwardShared {
     static constexpr int kRing = kOtherK + (kCluster - 1) * kWorks * OtherKTile::kBytes;
     static constexpr int kScores = kRing + 2 * kStages * QTile::kBytes;
     static constexpr int kTiles = kScores + kCluster * kGStages * GTile::kBytes;
-    static constexpr int kBarriers = 2 * kWorks + 2 * kStages + 14;
-    static constexpr int kWork = kTiles + 8 * kBarriers;
+    static constexpr bool kRelative = Config::relative;
+    static constexpr int kBiasBytes = kRelative ? kCols * kRows * sizeof(float) : 0;
+    static constexpr int kBarriers = 2 * kWorks + 2 * kStages + 14 + (kRelative ? 2 : 0);
+    static constexpr int kBias = kTiles, kOrders = kBias + kGStages * kBiasBytes;
+    static constexpr int kBarrier = kOrders + (kRelative ? 4 * sizeof(QueryOrder<64>) : 0);
+    static constexpr int kWork = kBarrier + 8 * kBarriers;
     static constexpr int kBatch = kWork + kWorks * sizeof(KeyWork<Mask>);
     static constexpr int kBytes = kBatch + sizeof(SortedBatch);
 
@@ -69,7 +80,7 @@ struct BackwardShared {
     __device__ QTile dout(int stage) const { return q(kStages + stage); }
     __device__ GTile g(int stage) const { return {base() + kScores + stage * GTile::kBytes}; }
     __device__ GTile other_g(int stage) const { return g(kGStages + stage); }
-    __device__ Barrier barrier(int number) const { return {base() + kTiles + 8 * number}; }
+    __device__ Barrier barrier(int number) const { return {base() + kBarrier + 8 * number}; }
     __device__ Barrier q_full(int stage) const { return barrier(stage); }  // Q and dO
     __device__ Barrier q_empty(int stage) const { return barrier(kStages + stage); }
     __device__ Barrier k_full(int work) const { return barrier(2 * kStages + work); }  // K, V and the work
@@ -82,16 +93,26 @@ struct BackwardShared {
     __device__ Barrier turn_over(int stage) const { return pair_barrier(8 + stage); }
     __device__ Barrier turn_passed(int stage) const { return pair_barrier(10 + stage); }
     __device__ Barrier slopes_full(int stage) const { return pair_barrier(12 + stage); }
+    // With a relative bias: half of it, in the order of the accumulators of S^T, and room for the bias warps.
+    __device__ Barrier bias_full(int stage) const { return pair_barrier(14 + stage); }
+    __device__ float4* bias(int stage) const {
+        return reinterpret_cast<float4*>(start + kBias + stage * kBiasBytes);
+    }
+    template <int kQueries>
+    __device__ QueryOrder<kQueries>& query_order(int warp) const {
+        return reinterpret_cast<QueryOrder<kQueries>*>(start + kOrders)[warp];
+    }
     __device__ KeyWork<Mask>& work(int number) const { return reinterpret_cast<KeyWork<Mask>*>(start + kWork)[number]; }
     __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
 
     __device__ void init_barriers() const {
-        for (int i = 0; i < kWorks; ++i) k_full(i).init(1), k_empty(i).init(14);
+        for (int i = 0; i < kWorks; ++i) k_full(i).init(1), k_empty(i).init(kRelative ? 18 : 14);
         for (int i = 0; i < kStages; ++i) q_full(i).init(1), q_empty(i).init(8 * kCluster);
         for (int i = 0; i < 2; ++i) {
-            g_full(i).init(kCols / 16), g_empty(i).init(4 * kCluster);
+            g_full(i).init(kCols / 16), g_empty(i).init(4 * kCluster + (kRelative ? 4 : 0));
             turn_came(i).init(1), turn_taken(i).init(4), turn_over(i).init(4), turn_passed(i).init(1);
             slopes_full(i).init(4);
+            if constexpr (kRelative) bias_full(i).init(4);
         }
         fence_barrier_init();
     }

@@ -326,9 +326,8 @@ def _run_backward(
 ) -> None:
     dq_accum = table_accum = None
     if q.is_cuda:
-        if deterministic:
-            size = _C.attention_table_scratch(dscores.position_table, dscores.time_table)
-            table_accum = q.new_zeros(size, dtype=torch.int64) if size else None
+        size = _C.attention_table_scratch(dscores.position_table, dscores.time_table)
+        table_accum = q.new_zeros(size, dtype=torch.int64) if size else None
         size = _C.attention_backward_scratch(q, v, problem.cu_seqlens_q, problem.max_seqlen_k, deterministic)
         dq_accum = q.new_empty(size, dtype=torch.float32) if size else None
     rab, position, time = scores

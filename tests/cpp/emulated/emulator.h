@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -30,13 +31,16 @@
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
 };
+struct uint2 {
+    uint32_t x, y;
+};
 struct uint4 {
     uint32_t x, y, z, w;
 };
-struct float2 {
+struct alignas(8) float2 {
     float x, y;
 };
-struct float4 {
+struct alignas(16) float4 {
     float x, y, z, w;
 };
 
@@ -307,6 +311,7 @@ inline unsigned __ballot_sync(unsigned, bool value) {
     });
 }
 inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
+inline bool __all_sync(unsigned mask, bool value) { return !__any_sync(mask, !value); }
 inline unsigned __match_any_sync(unsigned, int value) {
     return emulated::exchange(value, [=](const auto& of) {
         unsigned bits = 0;
@@ -314,10 +319,19 @@ inline unsigned __match_any_sync(unsigned, int value) {
         return bits;
     });
 }
+inline int __reduce_min_sync(unsigned, int value) {
+    return emulated::exchange(value, [](const auto& of) {
+        int least = of(0);
+        for (int i = 1; i < 32; ++i) least = std::min<int>(least, of(i));
+        return least;
+    });
+}
+inline int __reduce_max_sync(unsigned mask, int value) { return -__reduce_min_sync(mask, -value); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
-inline int atomicAdd(int* address, int value) {
-    const int before = *address;
+template <class T>
+T atomicAdd(T* address, T value) {
+    const T before = *address;
     *address += value;
     return before;
 }
@@ -329,4 +343,29 @@ T __ldcg(const T* from) {
 template <class T>
 void __stcg(T* to, T value) {
     *to = value;
+}
+
+template <class T>
+T __ldg(const T* from) {
+    return *from;
+}
+template <class To, class From>
+To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+inline int __float_as_int(float x) { return bits_as<int>(x); }
+inline unsigned __float_as_uint(float x) { return bits_as<unsigned>(x); }
+inline float __int_as_float(int x) { return bits_as<float>(x); }
+inline float __saturatef(float x) { return x > 0 ? std::min(x, 1.0f) : 0.0f; }
+inline float __ll2float_rn(int64_t x) { return static_cast<float>(x); }
+inline float __ull2float_rz(uint64_t x) {
+    const float rounded = static_cast<float>(x);
+    return static_cast<long double>(rounded) > static_cast<long double>(x) ? std::nextafterf(rounded, 0.0f) : rounded;
+}
+inline float __uint2float_rz(uint32_t x) { return __ull2float_rz(x); }
+inline unsigned long long __float2ull_rz(float x) {
+    return x <= 0 ? 0 : x >= 0x1p64f ? ~0ull : static_cast<unsigned long long>(x);
 }

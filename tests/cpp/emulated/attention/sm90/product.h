@@ -47,6 +47,27 @@ inline void read_blocks(uint32_t (&blocks)[4], uint32_t from) {
     }
 }
 
+template <class T>
+void multiply_blocks(float (&sums)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
+    const auto value = [](uint32_t word, int i) {
+        __nv_bfloat16 x;
+        x.bits = static_cast<uint16_t>(i % 2 ? word >> 16 : word);
+        return static_cast<float>(x);
+    };
+    const int self = lane();
+    float rows[2][16], columns[2][16];
+    for (int k = 0; k < 16; k += 2)
+        for (int half = 0; half < 2; ++half) {
+            const uint32_t words[4] = {left[0], left[1], left[2], left[3]};
+            const int of = self / 4 * 4 + k % 8 / 2, right = (self % 4 * 2 + half) * 4 + k % 8 / 2;
+            const uint32_t a = __shfl_sync(~0u, words[k / 8 * 2 + half], of);
+            const uint32_t b = __shfl_sync(~0u, k < 8 ? right0 : right1, right);
+            for (int i = 0; i < 2; ++i) rows[half][k + i] = value(a, i), columns[half][k + i] = value(b, i);
+        }
+    for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 16; ++k) sums[i] += rows[i / 2][k] * columns[i % 2][k];
+}
+
 template <class Tile_, bool kColumns>
 struct SharedOperand {
     using Tile = Tile_;
