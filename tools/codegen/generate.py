@@ -35,7 +35,9 @@ LEGAL: dict[str, tuple[str | int, ...]] = {
     "mask": ("window", "target", "interval"),
     "bias": ("none", "rab", "relative"),
 }
-SM90_MASKS, SM90_BIASES = ("window", "target"), ("none",)  # sm80 serves the rest, on Hopper too
+# What sm90 has; sm80 serves the rest, on Hopper too.
+SM90_MASKS, SM90_BIASES = ("window", "target"), ("none", "relative")
+SM90_RELATIVE: dict[str, tuple[int, ...]] = {"fwd": (32, 64, 128), "bwd": ()}  # head dimensions
 ELEMENTS = {"bf16": "bf16", "fp16": "fp16"}
 DTYPES = {"bf16": "DType::kBFloat16", "fp16": "DType::kFloat16"}
 
@@ -117,6 +119,9 @@ def _cells_of_entry(entry: dict[str, Any]) -> Iterator[Cell]:
         cell = Cell(*values)
         if cell.arch == "sm90" and (cell.mask not in SM90_MASKS or cell.bias not in SM90_BIASES):
             raise ManifestError(f"sm90 has the masks {SM90_MASKS} and the biases {SM90_BIASES}, got {cell.name}")
+        if cell.arch == "sm90" and cell.bias == "relative" and cell.head_dim not in SM90_RELATIVE[cell.direction]:
+            dims = SM90_RELATIVE[cell.direction]
+            raise ManifestError(f"sm90 has a relative {cell.direction} for the head dimensions {dims}, got {cell.name}")
         yield cell
 
 

@@ -6,25 +6,6 @@
 
 namespace hstu::attention::sm90 {
 
-// Half the bias of 16 keys x kQueries queries, in the order of the accumulators of S^T.
-template <int kQueries>
-__device__ __forceinline__ void write_half_bias(float4* to, const RelativeBias<float>& bias, int row, int col) {
-#pragma unroll 1
-    for (int n = 0; n < kQueries / 8; ++n) {
-        float x[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int query = min_of(row + 8 * n + lane() % 4 * 2 + i % 2, bias.len_q - 1);
-            const int key = min_of(col + lane() / 4 + i / 2 * 8, bias.len_k - 1);
-            x[i] = bias.position != nullptr ? __ldg(bias.position + bias.distance(query, key)) : 0.0f;
-            if (bias.time == nullptr) continue;
-            const uint64_t apart = time_difference(__ldg(bias.query_times + query), __ldg(bias.key_times + key));
-            x[i] += __ldg(bias.time + min_of(sm80::bucket_of(apart), bias.num_buckets));
-        }
-        to[n * 32 + lane()] = float4{0.5f * x[0], 0.5f * x[1], 0.5f * x[2], 0.5f * x[3]};
-    }
-}
-
 // A warp of the bias warpgroup: its kKeys keys and kQueries queries of each tile.
 template <class T, int kHeadDim, class Mask, class Config>
 struct BiasWarp {
@@ -47,28 +28,6 @@ struct BiasWarp {
     __device__ __forceinline__ bool keeps_any(const KeyWork<Mask>& work, int row, int col) const {
         return col < work.mask.len_k && overlaps(work.mask.q_range(col, kKeys), row, kQueries);
     }
-    // Of `half` of the keys, 16 each, at query block 0 of this warp.
-    __device__ __forceinline__ float4* bias_strip(int stage, int half) const {
-        const int strip = warp % kWarpsM * 2 + half;
-        return reinterpret_cast<float4*>(shared.bias(stage)) + (strip * (Config::rows / 8) + warp / kWarpsM * (kQueries / 8)) * 32;
-    }
-
-    // The bias of tile t. Its stage is free: this warp has read the G^T of the tile that was there before.
-    __device__ __forceinline__ void write_bias(const KeyWork<Mask>& work, int t, int stage) const {
-        const int row = first_query(work, t), col = first_key(work);
-        const bool needed = keeps_any(work, row, col);
-#pragma unroll 1
-        for (int half = 0; half < 2; ++half) {
-            float4* const to = bias_strip(stage, half);
-            if (needed) {
-                write_half_bias<kQueries>(to, bias_of(work), row, col + 16 * half);
-            } else {
-                for (int n = 0; n < kQueries / 8; ++n) to[n * 32 + lane()] = float4{0.0f, 0.0f, 0.0f, 0.0f};
-            }
-        }
-        arrive_as_warp(shared.bias_full(stage));
-    }
-
     // The sums of tile t. Waits for g_full: the key warpgroups have then read its bias, whose place serves as scratch.
     __device__ __forceinline__ void add_gradients(TableSums& sums, const KeyWork<Mask>& work, int t,
                                                   RingPosition<Config::g_stages> g) const {
@@ -95,9 +54,11 @@ struct BiasWarp {
             else
                 add_distances<T, kQueries>(strip, to, corner, bias.reach);
         }
-        if (p.dtime != nullptr)
-            add_times<T, kQueries>(sums, strip, queries, key_time, reinterpret_cast<float*>(bias_strip(g.stage, 0)),
-                                   work.mask, bias.num_buckets, row, col);
+        if (p.dtime != nullptr) {
+            float* const scratch = reinterpret_cast<float*>(shared.bias(g.stage) + warp % kWarpsM * 2 * Shared::kStrip);
+            add_times<T, kQueries>(sums, strip, queries, key_time, scratch + warp / kWarpsM * (16 * kQueries), work.mask,
+                                   bias.num_buckets, row, col);
+        }
         __syncwarp();
     }
     __device__ __forceinline__ TableGradients gradients(int head) const {
@@ -107,12 +68,55 @@ struct BiasWarp {
     }
 };
 
+// The bias of tiles, one work after another.
+template <class Mask, class Config>
+struct BiasAhead {
+    using Bias = BiasWarps<BiasShared<Config::cols / 64, Config::rows>, true>;
+    Bias bias;
+    RingPosition<Config::g_stages> at;
+
+    // The queries that need the 16 keys from `key` on. A full tile tests no mask, so what lies past the ends of a sequence
+    // is written too: silu of what was there before would do for finite numbers only.
+    static __device__ __forceinline__ Spans wanted(const Mask& mask, int key) {
+        constexpr int kAll = 1 << 30;
+        if (key >= mask.len_k) return {{0, kAll}, {}};
+        Spans rows = mask.q_range(key, 16);
+        if (rows.first.end >= mask.len_q) rows.first.end = kAll;
+        if (rows.second.end >= mask.len_q) rows.second.end = kAll;
+        return rows;
+    }
+    static __device__ __forceinline__ RelativeSides<true> sides(const BackwardParams& p, const KeyWork<Mask>& work) {
+        return {p.relative, work.head, work.q_begin, work.k_begin, work.mask.len_q, work.mask.len_k};
+    }
+    // Tile t of a work, after t - 1. Its stage is free: this warpgroup has read the G^T of the tile that was there before.
+    template <class Shared>
+    __device__ __forceinline__ void write(const BackwardParams& p, const Shared& shared, const KeyWork<Mask>& work, int t) {
+        if (t == 0) {
+            const int key = Bias::first_row(work.col0, Bias::group_of_lane());
+            bias.begin_block(sides(p, work), work.col0, wanted(work.mask, key), work.walk[0]);
+        }
+        bias.begin_tile(work.walk[t], work.walk[t + 1]);
+#pragma unroll 1
+        for (int group = 0; group < Config::cols / 64; ++group) {
+            float4* const to = shared.bias(at.stage) + (group * 4 + threadIdx.x / 32 % 4) * Shared::kStrip;
+#pragma unroll 1
+            for (int piece = 0; piece < Bias::kPieces; ++piece) bias.write(group, piece, to + piece * (kPieceCols / 8 * 32));
+        }
+        arrive_as_warp(shared.bias_full(at.stage));
+        at.next();
+    }
+};
+
 // Warp `warp` of four. Waits for k_full and g_full.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void serve_bias(const BackwardParams& p, const BackwardShared<kHeadDim, Mask, Config>& shared,
                                            int warp) {
     const BiasWarp<T, kHeadDim, Mask, Config> own{p, shared, warp};
-    RingPosition<Config::g_stages> ahead, g;
+    shared.k_full(0).wait(0);
+    if (shared.work(0).last) return;
+    using Ahead = BiasAhead<Mask, Config>;
+    Ahead ahead{{shared.bias_tables(), Ahead::sides(p, shared.work(0)), 1}, {}};
+    RingPosition<Config::g_stages> g;
     bool begun = false;  // the first tile's bias is there
     for (RingPosition<Config::works> k;;) {
         shared.k_full(k.stage).wait(k.phase);
@@ -122,22 +126,17 @@ __device__ __forceinline__ void serve_bias(const BackwardParams& p, const Backwa
         RingPosition<Config::works> next = k;
         next.next();
         TableSums sums;
-        const auto write = [&](const KeyWork<Mask>& of, int t) {
-            own.write_bias(of, t, ahead.stage);
-            ahead.next();
-        };
-        if (!begun && tiles > 0) write(work, 0);
+        if (!begun && tiles > 0) ahead.write(p, shared, work, 0);
         begun = false;
 #pragma unroll 1
         for (int t = 0; t < tiles; ++t, g.next()) {
-            if (t + 1 < tiles) {
-                write(work, t + 1);
-            } else if (Config::works > 1) {
+            // The next tile's bias: of this work or, where its keys are in shared memory too, of the next one.
+            const bool last = t + 1 == tiles;
+            if (Config::works > 1 && last) {
                 shared.k_full(next.stage).wait(next.phase);
-                const KeyWork<Mask>& after = shared.work(next.stage);
-                begun = !after.last && after.walk.tiles > 0;
-                if (begun) write(after, 0);
+                begun = !shared.work(next.stage).last && shared.work(next.stage).walk.tiles > 0;
             }
+            if (!last || begun) ahead.write(p, shared, shared.work(last ? next.stage : k.stage), last ? 0 : t + 1);
             own.add_gradients(sums, work, t, g);
         }
         if (tiles > 0) sums.flush(own.gradients(work.head), p.relative.num_buckets);

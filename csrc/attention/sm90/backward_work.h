@@ -4,6 +4,7 @@
 
 #include "attention/sm90/pipeline.h"
 #include "attention/sm90/product.h"
+#include "attention/sm90/relative.h"
 #include "attention/sm90/schedule.h"
 #include "attention/sm90/tensor_map.h"
 
@@ -64,7 +65,10 @@ struct BackwardShared {
     static constexpr int kBiasBytes = kRelative ? kCols * kRows * sizeof(float) : 0;
     static constexpr int kBarriers = 2 * kWorks + 2 * kStages + 14 + (kRelative ? 2 : 0);
     static constexpr int kBias = kTiles, kOrders = kBias + kGStages * kBiasBytes;
-    static constexpr int kBarrier = kOrders + (kRelative ? 4 * sizeof(QueryOrder<64>) : 0);
+    static constexpr int kStrip = kRows / 8 * 32;  // float4 of the bias of 16 keys
+    static constexpr int kBiasTables = kOrders + (kRelative ? 4 * sizeof(QueryOrder<64>) : 0);
+    using BiasTables = BiasShared<kCols / 64, kRows>;
+    static constexpr int kBarrier = kBiasTables + (kRelative ? (sizeof(BiasTables) + 15) / 16 * 16 : 0);
     static constexpr int kWork = kBarrier + 8 * kBarriers;
     static constexpr int kBatch = kWork + kWorks * sizeof(KeyWork<Mask>);
     static constexpr int kBytes = kBatch + sizeof(SortedBatch);
@@ -98,6 +102,7 @@ struct BackwardShared {
     __device__ float4* bias(int stage) const {
         return reinterpret_cast<float4*>(start + kBias + stage * kBiasBytes);
     }
+    __device__ BiasTables& bias_tables() const { return *reinterpret_cast<BiasTables*>(start + kBiasTables); }
     template <int kQueries>
     __device__ QueryOrder<kQueries>& query_order(int warp) const {
         return reinterpret_cast<QueryOrder<kQueries>*>(start + kOrders)[warp];

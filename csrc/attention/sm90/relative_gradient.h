@@ -11,7 +11,6 @@
 // Strips out of reach of the position table or within one bucket need their sum alone.
 #pragma once
 
-#include "attention/sm80/relative.h"
 #include "attention/sm90/backward_kv.h"
 #include "attention/table_gradients.h"
 
@@ -147,14 +146,12 @@ __device__ __forceinline__ void add_distances(const GradientStrip<T, kQueries>& 
     const int r = lane() / 4;
     // Adds `part` of the lane that is `rows` further, where its distance is the same; lanes wrap around into the next k.
     const auto gather = [&](const float* part, int rows, int columns) {
-        float found[kSlots];
+        // Downwards: at[k - 1] is still what it was.
 #pragma unroll
-        for (int k = 0; k < kSlots; ++k) {
+        for (int k = kSlots - 1; k >= 0; --k) {
             const float sent = r < rows ? (k > 0 ? part[k - 1] : 0.0f) : part[k];
-            found[k] = __shfl_sync(0xffffffff, sent, (lane() + 4 * rows) % 32 + columns);
+            at[k] += __shfl_sync(0xffffffff, sent, (lane() + 4 * rows) % 32 + columns);
         }
-#pragma unroll
-        for (int k = 0; k < kSlots; ++k) at[k] += found[k];
     };
     gather(next, 1, 0);
     gather(at, 2, 1);  // lanes with q = 0, 2 get those with q = 1, 3
@@ -422,8 +419,8 @@ __device__ __forceinline__ void add_times(TableSums& sums, const GradientStrip<T
     const uint64_t to_first = time_difference(key_time, queries.first), to_last = time_difference(key_time, queries.last);
     const bool before = key_time < queries.first, between = !before && key_time <= queries.last;
     const uint64_t nearest = between ? 0 : before ? to_first : to_last, farthest = max_of(to_first, to_last);
-    const int first = __reduce_min_sync(0xffffffff, min_of(sm80::bucket_of(nearest), num_buckets));
-    const int last = __reduce_max_sync(0xffffffff, min_of(sm80::bucket_of(farthest), num_buckets));
+    const int first = __reduce_min_sync(0xffffffff, min_of(bucket_of(nearest), num_buckets));
+    const int last = __reduce_max_sync(0xffffffff, min_of(bucket_of(farthest), num_buckets));
     if (first == last) return sums.add_to_bucket(first, strip.sum());
 
     const SumsInOrder<kQueries> in_order{memory};
