@@ -151,11 +151,11 @@ bias = ["none"]
         (ENTRY.replace('bias = ["none"]', ""), "an entry must have exactly the keys"),
         (
             ENTRY.replace("sm80", "sm90").replace("window", "interval"),
-            "sm90 has the masks ('window', 'target') and the biases ('none', 'relative'), got attn_fwd_sm90_bf16_d64_interval",
+            "sm90 has the masks ('window', 'target') and the biases ('none', 'relative'), got attn_fwd_sm90_bf16_d64",
         ),
         (
             ENTRY.replace("sm80", "sm90").replace("none", "relative").replace("64", "256"),
-            "sm90 has a relative fwd for the head dimensions (32, 64, 128), got attn_fwd_sm90_bf16_d256_window_relative",
+            "sm90 has a relative fwd for the head dimensions (32, 64, 128), got attn_fwd_sm90_bf16_d256_window_rel",
         ),
         (ENTRY.replace("[[ci]]", "[[tiny]]"), "sets must be among ('ci', 'default', 'full'), got ['tiny']"),
         (ENTRY + ENTRY, "set ci lists cells twice: ['attn_fwd_sm80_bf16_d64_window']"),

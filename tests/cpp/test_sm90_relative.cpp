@@ -35,8 +35,9 @@ std::vector<int64_t> times_of(int kind, int count) {
             case 6: x = now * 100000; break;
             case 7: x = static_cast<int64_t>(generator()); break;
             case 8: x = static_cast<int64_t>(generator()) >> integer(0, 63); break;
+            case 12: x = (int64_t{1} << 60) + static_cast<int64_t>(generator() >> integer(24, 40)); break;
             case 9: x = uniform() < 0.5 ? INT64_MIN + integer(0, 2) : INT64_MAX - integer(0, 2); break;
-            default: x = 77 + static_cast<int64_t>(kTimeEdges[integer(0, kind == 10 ? 54 : 120)]) + integer(-1, 1);
+            default: x = 77 + static_cast<int64_t>(kTimeEdges[integer(0, kind == 10 ? 58 : 120)]) + integer(-1, 1);
         }
     }
     if (kind >= 10) t[0] = 77;
@@ -108,7 +109,7 @@ void check(int kind, int round) {
 }  // namespace
 
 int main() {
-    for (int kind = 0; kind < 12; ++kind)
+    for (int kind = 0; kind < 13; ++kind)
         for (int round = 0; round < 20; ++round) {
             check<2, 128, false>(kind, round);
             check<3, 64, false>(kind, round);

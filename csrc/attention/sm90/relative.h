@@ -137,16 +137,45 @@ class BiasWarps {
         described = describe();
     }
 
+    // The positions' part of a piece, to be read early: blocks of 8 x 8 on the same diagonal share two values a thread.
+    struct Band {
+        float at[5][2];  // [half - n + 3][c]
+    };
+    __device__ __forceinline__ Band read_band(int group, int col) const {
+        Band band = {};
+        if (sides.position == nullptr) return band;
+        constexpr int kSign = kRowsAreKeys ? -1 : 1;
+        const int row = first_row(row0, group), corner = sides.distance(row, col);
+        const int at = sides.distance(row + lane() / 4, col + lane() % 4 * 2);
+        const int farthest = kRowsAreKeys ? max_of(15 - corner, corner + 31) : max_of(corner + 15, 31 - corner);
+        if (farthest <= sides.reach) {
+            const float* from = sides.position + at;
+#pragma unroll
+            for (int k = 0; k < 10; ++k) band.at[k / 2][k % 2] = __ldg(from + kSign * ((k / 2 - 3) * 8 - k % 2));
+        } else {
+#pragma unroll
+            for (int k = 0; k < 10; ++k)
+                band.at[k / 2][k % 2] =
+                    __ldg(sides.position + clamp_to(at + kSign * ((k / 2 - 3) * 8 - k % 2), -sides.reach, sides.reach));
+        }
+        return band;
+    }
+
     // Half the bias of a piece, as [4 blocks of 8 columns][32 lanes] of (row r: columns c, c + 1; row r + 8: c, c + 1)
     // with r = lane / 4 and c = lane % 4 * 2. Without a pair that is wanted nothing is written.
     __device__ __forceinline__ void write(int group, int piece, float4* to) const {
+        write(group, piece, to, read_band(group, col0 + piece * kPieceCols));
+    }
+    __device__ __forceinline__ void write(int group, int piece, float4* to, const Band& band) const {
         const int found = __shfl_sync(0xffffffff, described, group * kPieces + piece);
         if (found == kNothing) return;
         const int first = found & 255, edges = found >> 8;
         typename Shared::Bucket bucket = shared.buckets[first];
         const int row = first_row(row0, group), col = col0 + piece * kPieceCols;
         float x[16];  // [4 n + 2 half + c]
-        read_positions(x, row, col, edges <= kMaxEdges ? bucket.value : 0.0f);
+        const float constant = edges <= kMaxEdges ? bucket.value : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) x[i] = fmaf(0.5f, band.at[i / 2 % 2 - i / 4 + 3][i % 2], constant);
         if (edges == 0) {
         } else if (edges <= kLookUp) {
             const float* rows = shared.row_times[warp()] + group * 16 + lane() / 4;
@@ -255,31 +284,6 @@ class BiasWarps {
         else if (edges > kMaxEdges)
             edges = kLookUp;
         return first | edges << 8;
-    }
-
-    // x = position / 2 + constant: blocks of 8 x 8 on the same diagonal share two values a thread.
-    __device__ __forceinline__ void read_positions(float (&x)[16], int row, int col, float constant) const {
-        float band[5][2];  // [half - n + 3][c]
-        if (sides.position == nullptr) {
-#pragma unroll
-            for (int k = 0; k < 10; ++k) band[k / 2][k % 2] = 0.0f;
-        } else {
-            constexpr int kSign = kRowsAreKeys ? -1 : 1;
-            const int corner = sides.distance(row, col), at = sides.distance(row + lane() / 4, col + lane() % 4 * 2);
-            const int farthest = kRowsAreKeys ? max_of(15 - corner, corner + 31) : max_of(corner + 15, 31 - corner);
-            if (farthest <= sides.reach) {
-                const float* from = sides.position + at;
-#pragma unroll
-                for (int k = 0; k < 10; ++k) band[k / 2][k % 2] = __ldg(from + kSign * ((k / 2 - 3) * 8 - k % 2));
-            } else {
-#pragma unroll
-                for (int k = 0; k < 10; ++k)
-                    band[k / 2][k % 2] = __ldg(
-                        sides.position + clamp_to(at + kSign * ((k / 2 - 3) * 8 - k % 2), -sides.reach, sides.reach));
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 16; ++i) x[i] = fmaf(0.5f, band[i / 2 % 2 - i / 4 + 3][i % 2], constant);
     }
 
     // The time bias from differences of integers.
