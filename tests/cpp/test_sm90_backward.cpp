@@ -255,7 +255,7 @@ const std::vector<Case> kRelativeCases = [] {
         c.name = name, c.times = times, c.reach = reach, c.num_buckets = num_buckets, c.table_per_head = table_per_head;
         cases.push_back(c);
     };
-    const Case &causal = kWindowCases[0], &full = kWindowCases[2], &window = kWindowCases[3], &delta_q = kWindowCases[4];
+    const Case causal{"", {200, 1, 129, 0, 70}, {200, 1, 129, 0, 70}}, &full = kWindowCases[2], &window = kWindowCases[3], &delta_q = kWindowCases[4];
     const Case &more_queries = kWindowCases[5], &used = kWindowCases[6];
     add(causal, "relative", Times::kRising, 400, 64, false);
     add(causal, "relative_positions", Times::kNone, 50, 0, true);
@@ -272,6 +272,13 @@ const std::vector<Case> kRelativeCases = [] {
     add(used, "relative_used", Times::kRising, 100, 0, true);
     return cases;
 }();
+
+template <class Mask>
+void check_once(const Case& c) {
+    emulated::late = c.reach % 20 != 0;
+    emulated::multiprocessor_count = 3;
+    check<HEAD_DIM, Mask, sm90::TILE<HEAD_DIM>>(c, 8, c.table_per_head);
+}
 
 template <class Mask>
 void check_orders(const Case& c) {
@@ -291,7 +298,7 @@ void check_orders(const Case& c) {
 
 int main() {
     if (RELATIVE) {
-        for (Case c : kRelativeCases) c.dim_qk = DIM_QK, c.dim_v = DIM_V, check_orders<WindowMask>(c);
+        for (Case c : kRelativeCases) c.dim_qk = DIM_QK, c.dim_v = DIM_V, check_once<WindowMask>(c);
         for (Case c : kTargetCases)
             c.dim_qk = DIM_QK, c.dim_v = DIM_V, c.reach = 90, check_orders<TargetMask>(c);
         std::printf("d%d, relative bias: ok\n", HEAD_DIM);
