@@ -43,8 +43,9 @@ demo test test-build: export OMP_WAIT_POLICY ?= passive
 demo: $(STATE)/installed-$(or $(KERNELS),$(HAVE),cpu)
 	$(PY) examples/demo.py
 
+# Tests use one thread each, so they run beside one another.
 test: check
-	$(PY) -m pytest -m "not gpu and not slow" $(TEST_FLAGS)
+	$(PY) -m pytest $(if $(filter 1,$(OFFLINE)),,-n auto) -m "not gpu and not slow" $(TEST_FLAGS)
 
 check: $(STATE)/installed-$(or $(KERNELS),ci)
 ifneq ($(OFFLINE),1)

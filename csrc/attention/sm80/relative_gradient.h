@@ -4,7 +4,7 @@
 //
 // Times: a thread adds up its elements of a bucket, in a register where a piece has one bucket and in shared memory where
 // it has more; the warp adds these up, and lane b % 32 keeps the sum of bucket b in a register until the block ends. Positions: a thread adds up along the diagonals of its 8 x 8 blocks, shuffles add up
-// what the lanes hold of the same distance, and each tile's sums go to global memory. Both are added there by atomics: in
+// what the lanes hold of the same distance, and each piece's sums go to global memory. Both are added there by atomics: in
 // fp32, or where deterministic exactly (exact_sum.h), since all before has a fixed order.
 #pragma once
 
@@ -39,6 +39,7 @@ struct BucketColumns {
 #pragma unroll
         for (int bucket = 0; bucket < kBuckets; ++bucket) store_shared(mine_of(bucket), 0.0f);
     }
+    __device__ __forceinline__ void set(int bucket, float x) const { store_shared(mine_of(bucket), x); }
     __device__ __forceinline__ void add(int bucket, float x) const {
         const uint32_t at = mine_of(bucket);
         store_shared(at, load_shared(at) + x);
@@ -105,6 +106,20 @@ struct TimeSums {
 #pragma unroll
             for (int i = 0; i < kSize; ++i) sum += grad[i];
             return add(in.first, sum);
+        }
+        if (in.last - in.first <= Columns::kBuckets / 2) {
+            // Bucket by bucket: no addition waits for memory.
+            columns.clear();
+#pragma unroll 1
+            for (int b = in.first; b <= in.last; ++b) {
+                float sum[2] = {};
+#pragma unroll
+                for (int i = 0; i < kSize; ++i)
+                    if (of[i] == b) sum[i % 2] += grad[i];
+                columns.set(b - in.first, sum[0] + sum[1]);
+            }
+            const float sum = __shfl_sync(~0u, columns.sum(), (lane() - in.first) & 31);
+            return keep(in.first, in.last - in.first + 1, sum);
         }
         for (int first = in.first & -Columns::kBuckets; first <= in.last; first += Columns::kBuckets) {
             columns.clear();
