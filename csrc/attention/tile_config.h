@@ -174,14 +174,14 @@ struct RelativeForwardTile;
 template <>
 struct RelativeForwardTile<32> {
     static constexpr int consumers = 2, cols = 128, stages = 3, q_stages = 2, bias_cols = 64, bias_stages = 2;
-    static constexpr int loader_registers = 40, consumer_registers = 184, bias_registers = 104;
+    static constexpr int loader_registers = 40, consumer_registers = 168, bias_registers = 136;
 };
 template <>
 struct RelativeForwardTile<64> : RelativeForwardTile<32> {};
 template <>
 struct RelativeForwardTile<128> {
     static constexpr int consumers = 2, cols = 64, stages = 3, q_stages = 2, bias_cols = 32, bias_stages = 3;
-    static constexpr int loader_registers = 40, consumer_registers = 184, bias_registers = 104;
+    static constexpr int loader_registers = 40, consumer_registers = 168, bias_registers = 136;
 };
 
 // A block owns `cols` keys and walks over the queries in steps of `rows`. Its two key warpgroups have 64 keys each or,

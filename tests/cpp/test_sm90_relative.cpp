@@ -78,8 +78,13 @@ void check(int kind, int round) {
             for (int tile = 0; tile < kTiles; ++tile) {
                 bias.begin_tile(tile * kCols, (tile + 1) * kCols);
                 for (int group = 0; group < kGroups; ++group)
-                    for (int piece = 0; piece < kCols / 32; ++piece)
-                        bias.write(group, piece, place(head, tile, group, threadIdx.x / 32, piece));
+                    for (int piece = 0; piece < kCols / 32; piece += 1 + round % 2) {
+                        float4* to = place(head, tile, group, threadIdx.x / 32, piece);
+                        if (round % 2)
+                            bias.write(bias.template read<2>(group, piece), to);
+                        else
+                            bias.write(group, piece, to);
+                    }
             }
         }
     });

@@ -539,8 +539,8 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
 template <int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared) {
     using Bias = BiasWarps<typename ForwardShared<kHeadDim, Mask, Config>::Bias, false>;
-    constexpr int kPieces = Config::bias_cols / kPieceCols, kPartSteps = Config::consumers * kPieces;
-    constexpr int kSteps = Config::cols / Config::bias_cols * kPartSteps;
+    constexpr int kBlocks = Config::bias_cols / 8, kPieces = Config::bias_cols / kPieceCols;
+    constexpr int kSteps = Config::cols / Config::bias_cols * Config::consumers;
     const int warp = threadIdx.x / 32 % 4;
     RingPosition<Config::q_stages> q;
     RingPosition<Config::bias_stages> at;
@@ -559,22 +559,17 @@ __device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<
         const int row = Bias::first_row(work.row0, Bias::group_of_lane());
         bias.begin_block(sides_of(work), work.row0, row < work.mask.len_q ? work.mask.kv_range(row, 16) : Spans{},
                          walk[0]);
-        // A tile's pieces: by parts of bias_cols columns, in each by group. The next one's positions are read meanwhile.
-        typename Bias::Band next = bias.read_band(0, walk[0]);
         for (int t = 0; t < walk.tiles; ++t) {
             bias.begin_tile(walk[t], walk[t + 1]);
+            // The next part is read while this one is computed.
+            auto next = bias.template read<kPieces>(0, 0);
 #pragma unroll 1
             for (int step = 0; step < kSteps; ++step) {
-                const int part = step / kPartSteps, group = step % kPartSteps / kPieces, piece = step % kPieces;
-                if (piece == 0) shared.bias_empty(group, at.stage).wait(at.phase ^ 1);
-                const typename Bias::Band band = next;
-                const int after = (step + 1) % kSteps;
-                next = bias.read_band(
-                    after % kPartSteps / kPieces,
-                    walk[t + (step + 1) / kSteps] + (after / kPartSteps * kPieces + after % kPieces) * kPieceCols);
-                float4* to = shared.bias(group, at.stage) + (warp * kPieces + piece) * (kPieceCols / 8 * 32);
-                bias.write(group, part * kPieces + piece, to, band);
-                if (piece < kPieces - 1) continue;
+                const auto part = next;
+                const int group = step % Config::consumers, after = (step + 1) % kSteps;
+                next = bias.template read<kPieces>(after % Config::consumers, after / Config::consumers * kPieces);
+                shared.bias_empty(group, at.stage).wait(at.phase ^ 1);
+                bias.write(part, shared.bias(group, at.stage) + warp * (kBlocks * 32));
                 __syncwarp();
                 if (lane() == 0) shared.bias_full(group, at.stage).arrive();
                 if (group == Config::consumers - 1) at.next();

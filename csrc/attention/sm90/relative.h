@@ -51,7 +51,8 @@ constexpr int kPieceCols = 32;
 template <int kGroups_, int kCols_>
 struct BiasShared {
     static constexpr int kGroups = kGroups_, kCols = kCols_, kPieces = kCols / kPieceCols;
-    static constexpr int kQuarters = 4 * 24;  // of differences below 2^24
+    static constexpr int kQuarters =
+        4 * 66;  // right below 2^24, and there for whatever lies in a part with such a piece
 
     struct alignas(16) Bucket {
         float value, before_edge, step, unused;  // half the value; 1 - the edge to the next bucket; half the step to it
@@ -60,16 +61,11 @@ struct BiasShared {
         float edge, below, above;  // half the values
         int bucket;                // below the edge
     };
-    struct alignas(8) Range {
-        float low, high;
-    };
 
     Bucket buckets[kTimeBuckets];
     Quarter quarters[kQuarters];
-    float col_times[2][kCols];  // of this tile and the next, counted from the block's first row
-    Range col_ranges[2][kPieces];
-    float row_times[4][kGroups * 16];  // of each warp
-    Range row_ranges[4][kGroups];
+    float col_times[4][kCols];  // each warp's, of this tile, counted from the block's first row
+    float row_times[4][kGroups * 16];
 };
 
 template <class Shared, bool kRowsAreKeys>
@@ -79,7 +75,7 @@ class BiasWarps {
     static constexpr int kPieces = Shared::kPieces;
     static_assert(kPieces <= 4 && Shared::kGroups * kPieces <= 32);
 
-    // named_barrier: that the four warps meet at.
+    // named_barrier: that the four warps meet at when they fill the tables.
     __device__ __forceinline__ BiasWarps(Shared& shared, const Sides& first, int named_barrier)
         : shared(shared), sides(first), named_barrier(named_barrier) {
         fill_tables();
@@ -97,123 +93,102 @@ class BiasWarps {
         sides = of, row0 = row0_, wanted = wanted_;
         if (other_tables) fill_tables();
         if (sides.time == nullptr) return;
-        base = sides.row_times[min_of(row0, sides.num_rows - 1)];
-        read_col_time(col0_);
+        base = __ldg(sides.row_times + min_of(row0, sides.num_rows - 1));
+        read_col_times(col0_);
         __syncwarp();
 #pragma unroll
         for (int first = 0; first < Shared::kGroups * 16; first += 32) {
             const int i = min_of(first + lane(), Shared::kGroups * 16 - 1);
             const int row = min_of(first_row(row0, i / 16) + i % 16, sides.num_rows - 1);
             const float t = from_base(__ldg(sides.row_times + row));
-            float low = t, high = t;
+            Range range{t, t};
 #pragma unroll
             for (int step = 1; step < 16; step *= 2) {
-                low = fminf(low, __shfl_xor_sync(0xffffffff, low, step));
-                high = fmaxf(high, __shfl_xor_sync(0xffffffff, high, step));
+                range.low = fminf(range.low, __shfl_xor_sync(0xffffffff, range.low, step));
+                range.high = fmaxf(range.high, __shfl_xor_sync(0xffffffff, range.high, step));
             }
-            if (first + lane() < Shared::kGroups * 16) {
-                shared.row_times[warp()][i] = t;
-                shared.row_ranges[warp()][i / 16] = {low, high};
-            }
+            const int from = group_of_lane() * 16 - first;  // where the range of this lane's group is
+            const float low = __shfl_sync(0xffffffff, range.low, from),
+                        high = __shfl_sync(0xffffffff, range.high, from);
+            if (from >= 0) rows = {low, high};
+            if (first + lane() < Shared::kGroups * 16) shared.row_times[warp()][i] = t;
         }
-        __syncwarp();
     }
 
     // next: where the block's next tile starts, or any column.
     __device__ __forceinline__ void begin_tile(int col0_, int next) {
-        col0 = col0_, buffer ^= 1;
+        col0 = col0_;
+        Range cols = {};
         if (sides.time != nullptr) {
-            if (warp() < kPieces) {
-                const float t = from_base(col_time);
-                shared.col_times[buffer][warp() * kPieceCols + lane()] = t;
+            __syncwarp();
+#pragma unroll
+            for (int piece = 0; piece < kPieces; ++piece) {
+                const float t = from_base(col_time[piece]);
+                shared.col_times[warp()][piece * kPieceCols + lane()] = t;
                 const int order = ordered(t);
-                const float low = from_ordered(__reduce_min_sync(0xffffffff, order));
-                const float high = from_ordered(__reduce_max_sync(0xffffffff, order));
-                if (lane() == 0) shared.col_ranges[buffer][warp()] = {low, high};
+                const int low = __reduce_min_sync(0xffffffff, order), high = __reduce_max_sync(0xffffffff, order);
+                if (piece == piece_of_lane()) cols = {from_ordered(low), from_ordered(high)};
             }
-            named_sync(named_barrier, kWarpgroup);
-            read_col_time(next);
+            read_col_times(next);
+            __syncwarp();
         }
-        described = describe();
+        described = describe(cols);
     }
 
-    // The positions' part of a piece, to be read early: blocks of 8 x 8 on the same diagonal share two values a thread.
-    struct Band {
-        float at[5][2];  // [half - n + 3][c]
+    // kCount pieces beside one another, of the current tile: what is to be read before they are computed.
+    template <int kCount>
+    struct Part {
+        int group, first;  // the first piece
+        int found[kCount];
+        typename Shared::Bucket bucket[kCount];
+        float band[4 * kCount + 1][2];  // positions: blocks of 8 x 8 on the same diagonal, [half - n + 4 kCount - 1][c]
     };
-    __device__ __forceinline__ Band read_band(int group, int col) const {
-        Band band = {};
-        if (sides.position == nullptr) return band;
-        constexpr int kSign = kRowsAreKeys ? -1 : 1;
-        const int row = first_row(row0, group), corner = sides.distance(row, col);
-        const int at = sides.distance(row + lane() / 4, col + lane() % 4 * 2);
-        const int farthest = kRowsAreKeys ? max_of(15 - corner, corner + 31) : max_of(corner + 15, 31 - corner);
-        if (farthest <= sides.reach) {
-            const float* from = sides.position + at;
+    template <int kCount>
+    __device__ __forceinline__ Part<kCount> read(int group, int first) const {
+        Part<kCount> part;
+        part.group = group, part.first = first;
 #pragma unroll
-            for (int k = 0; k < 10; ++k) band.at[k / 2][k % 2] = __ldg(from + kSign * ((k / 2 - 3) * 8 - k % 2));
-        } else {
-#pragma unroll
-            for (int k = 0; k < 10; ++k)
-                band.at[k / 2][k % 2] =
-                    __ldg(sides.position + clamp_to(at + kSign * ((k / 2 - 3) * 8 - k % 2), -sides.reach, sides.reach));
+        for (int i = 0; i < kCount; ++i) {
+            part.found[i] = __shfl_sync(0xffffffff, described, group * kPieces + first + i);
+            part.bucket[i] = shared.buckets[part.found[i] & 255];
         }
-        return band;
+        read_positions(part);
+        return part;
     }
 
-    // Half the bias of a piece, as [4 blocks of 8 columns][32 lanes] of (row r: columns c, c + 1; row r + 8: c, c + 1)
+    // Half the bias of a part, as [4 kCount blocks of 8 columns][32 lanes] of (row r: columns c, c + 1; row r + 8: c, c + 1)
     // with r = lane / 4 and c = lane % 4 * 2. Without a pair that is wanted nothing is written.
-    __device__ __forceinline__ void write(int group, int piece, float4* to) const {
-        write(group, piece, to, read_band(group, col0 + piece * kPieceCols));
-    }
-    __device__ __forceinline__ void write(int group, int piece, float4* to, const Band& band) const {
-        const int found = __shfl_sync(0xffffffff, described, group * kPieces + piece);
-        if (found == kNothing) return;
-        const int first = found & 255, edges = found >> 8;
-        typename Shared::Bucket bucket = shared.buckets[first];
-        const int row = first_row(row0, group), col = col0 + piece * kPieceCols;
-        float x[16];  // [4 n + 2 half + c]
-        const float constant = edges <= kMaxEdges ? bucket.value : 0.0f;
+    template <int kCount>
+    __device__ __forceinline__ void write(const Part<kCount>& part, float4* to) const {
+        constexpr int kSize = 16 * kCount;
+        int most = part.found[0] >> kKindShift;
 #pragma unroll
-        for (int i = 0; i < 16; ++i) x[i] = fmaf(0.5f, band.at[i / 2 % 2 - i / 4 + 3][i % 2], constant);
-        if (edges == 0) {
-        } else if (edges <= kLookUp) {
-            const float* rows = shared.row_times[warp()] + group * 16 + lane() / 4;
-            const float* cols = shared.col_times[buffer] + piece * kPieceCols + lane() % 4 * 2;
-            const float of_row[2] = {rows[0], rows[8]};
-            float t[16];
+        for (int i = 1; i < kCount; ++i) most = max_of(most, part.found[i] >> kKindShift);
+        if (most == kNothing) return;
+        float x[kSize];  // [4 n + 2 half + c]
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
-                const float2 of_col = *reinterpret_cast<const float2*>(cols + 8 * n);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) t[4 * n + i] = fabsf(of_row[i / 2] - (i % 2 ? of_col.y : of_col.x));
-            }
-            if (edges <= kMaxEdges) {
-#pragma unroll 1
-                for (int e = 1;; ++e) {
-                    const typename Shared::Bucket next = shared.buckets[first + e];
-#pragma unroll
-                    for (int i = 0; i < 16; ++i) x[i] = fmaf(__saturatef(t[i] + bucket.before_edge), bucket.step, x[i]);
-                    if (e == edges) break;
-                    bucket = next;
-                }
-            } else {
-#pragma unroll
-                for (int i = 0; i < 16; ++i) {
-                    const typename Shared::Quarter quarter = shared.quarters[quarter_of(t[i])];
-                    x[i] += t[i] >= quarter.edge ? quarter.above : quarter.below;
-                }
-            }
-        } else {
-            add_exactly(x, row, col, edges == kWide);
+        for (int i = 0; i < kSize; ++i)
+            x[i] = fmaf(0.5f, part.band[i / 2 % 2 - i / 4 + 4 * kCount - 1][i % 2],
+                        most <= kMaxEdges ? part.bucket[i / 16].value : 0.0f);
+        if (most > 0) {
+            if (most <= kLookUp)
+                add_times(x, part, most);
+            else
+                add_exactly(x, part);
         }
 #pragma unroll
-        for (int n = 0; n < 4; ++n) to[n * 32 + lane()] = float4{x[4 * n], x[4 * n + 1], x[4 * n + 2], x[4 * n + 3]};
+        for (int n = 0; n < 4 * kCount; ++n)
+            to[n * 32 + lane()] = float4{x[4 * n], x[4 * n + 1], x[4 * n + 2], x[4 * n + 3]};
     }
+    __device__ __forceinline__ void write(int group, int piece, float4* to) const { write(read<1>(group, piece), to); }
 
   private:
-    static constexpr int kMaxEdges = 3, kLookUp = 4, kIntegers = 5, kWide = 6;  // above a piece's first bucket
-    static constexpr int kNothing = -1;
+    // Kinds of pieces: up to kMaxEdges edges, or how to look up.
+    static constexpr int kNothing = -1, kMaxEdges = 3, kLookUp = 4, kIntegers = 5, kWide = 6, kKindShift = 8;
+
+    struct Range {
+        float low, high;
+    };
 
     static __device__ __forceinline__ int warp() { return threadIdx.x / 32 % 4; }
 
@@ -227,10 +202,10 @@ class BiasWarps {
             const uint32_t edge = kEdgesOfTime.at[min_of(b + 1, kTimeBuckets - 1)];
             shared.buckets[b] = {half(b), 1.0f - static_cast<float>(edge), half(b + 1) - half(b), 0.0f};
         }
-        if (thread < Shared::kQuarters) {
-            const TimeQuarter& quarter = kQuartersOfTime.at[thread];
-            shared.quarters[thread] = {static_cast<float>(quarter.edge_low), half(quarter.bucket),
-                                       half(quarter.bucket + 1), quarter.bucket};
+        for (int q = thread; q < Shared::kQuarters; q += kWarpgroup) {
+            const TimeQuarter& quarter = kQuartersOfTime.at[min_of(q, 255)];
+            shared.quarters[q] = {static_cast<float>(quarter.edge_low), half(quarter.bucket), half(quarter.bucket + 1),
+                                  quarter.bucket};
         }
         named_sync(named_barrier, kWarpgroup);
     }
@@ -250,17 +225,16 @@ class BiasWarps {
     static __device__ __forceinline__ float from_ordered(int order) {
         return __int_as_float(order ^ (order >> 31 & 0x7fffffff));
     }
-    __device__ __forceinline__ void read_col_time(int first) {
-        if (warp() < kPieces)
-            col_time = __ldg(sides.col_times + min_of(first + warp() * kPieceCols + lane(), sides.num_cols - 1));
+    __device__ __forceinline__ void read_col_times(int first) {
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece)
+            col_time[piece] = __ldg(sides.col_times + min_of(first + piece * kPieceCols + lane(), sides.num_cols - 1));
     }
 
-    // This lane's piece: the first bucket that can occur, and above it the number of edges or how to look up.
-    __device__ __forceinline__ int describe() const {
-        if (!overlaps(wanted, col0 + piece_of_lane() * kPieceCols, kPieceCols)) return kNothing;
+    // This lane's piece: the first bucket that can occur, and its kind.
+    __device__ __forceinline__ int describe(const Range& cols) const {
+        if (!overlaps(wanted, col0 + piece_of_lane() * kPieceCols, kPieceCols)) return kNothing * (1 << kKindShift);
         if (sides.time == nullptr) return 0;
-        const typename Shared::Range rows = shared.row_ranges[warp()][group_of_lane()];
-        const typename Shared::Range cols = shared.col_ranges[buffer][piece_of_lane()];
         const float low = fmaxf(0.0f, fmaxf(rows.low - cols.high, cols.low - rows.high));
         const float high = fmaxf(rows.high - cols.low, cols.high - rows.low);
         const float largest = fmaxf(fmaxf(fabsf(rows.low), fabsf(rows.high)), fmaxf(fabsf(cols.low), fabsf(cols.high)));
@@ -269,7 +243,7 @@ class BiasWarps {
         int first, last;
         if (exact) {
             const auto bucket = [&](float x) {
-                const typename Shared::Quarter& quarter = shared.quarters[quarter_of(x)];
+                const typename Shared::Quarter quarter = shared.quarters[quarter_of(x)];
                 return quarter.bucket + (x >= quarter.edge ? 1 : 0);
             };
             first = bucket(low), last = bucket(high);
@@ -278,47 +252,96 @@ class BiasWarps {
             last = bucket_of(static_cast<uint64_t>(__float2ull_rz(high + slack)));
         }
         first = min_of(first, sides.num_buckets), last = min_of(last, sides.num_buckets);
-        int edges = last - first;
-        if (edges > 0 && !exact)
-            edges = high + slack < 0x1p31f ? kIntegers : kWide;
-        else if (edges > kMaxEdges)
-            edges = kLookUp;
-        return first | edges << 8;
+        int kind = last - first;
+        if (kind > 0 && !exact)
+            kind = high + slack < 0x1p31f ? kIntegers : kWide;
+        else if (kind > kMaxEdges)
+            kind = kLookUp;
+        return first | kind << kKindShift;
     }
 
-    // The time bias from differences of integers.
-    __device__ __forceinline__ void add_exactly(float (&x)[16], int row, int col, bool wide) const {
-        const auto row_of = [&](int half) {
-            return sides.row_times + min_of(row + lane() / 4 + 8 * half, sides.num_rows - 1);
-        };
-        const auto col_of = [&](int n, int c) {
-            return sides.col_times + min_of(col + n * 8 + lane() % 4 * 2 + c, sides.num_cols - 1);
-        };
-        const auto low_word = [](const int64_t* t) { return __ldg(reinterpret_cast<const uint32_t*>(t)); };
-        if (!wide) {
-            const uint32_t of_row[2] = {low_word(row_of(0)), low_word(row_of(1))};
+    template <int kCount>
+    __device__ __forceinline__ void read_positions(Part<kCount>& part) const {
+        constexpr int kDiagonals = 4 * kCount + 1, kSign = kRowsAreKeys ? -1 : 1;
+        const int row = first_row(row0, part.group), col = col0 + part.first * kPieceCols;
+        const auto place = [](int k) { return kSign * ((k / 2 - 4 * kCount + 1) * 8 - k % 2); };
+        if (sides.position == nullptr) {
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
-                const uint32_t of_col[2] = {low_word(col_of(n, 0)), low_word(col_of(n, 1))};
+            for (int k = 0; k < 2 * kDiagonals; ++k) part.band[k / 2][k % 2] = 0.0f;
+            return;
+        }
+        const int corner = sides.distance(row, col), at = sides.distance(row + lane() / 4, col + lane() % 4 * 2);
+        const int cols = kCount * kPieceCols - 1;
+        const int farthest = kRowsAreKeys ? max_of(15 - corner, corner + cols) : max_of(corner + 15, cols - corner);
+        if (farthest <= sides.reach) {
+            const float* from = sides.position + at;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int difference = static_cast<int>(of_row[i / 2] - of_col[i % 2]);
-                    const int bucket = bucket_of(static_cast<uint32_t>(difference < 0 ? -difference : difference));
-                    x[4 * n + i] += shared.buckets[bucket].value;
-                }
+            for (int k = 0; k < 2 * kDiagonals; ++k) part.band[k / 2][k % 2] = __ldg(from + place(k));
+        } else {
+#pragma unroll
+            for (int k = 0; k < 2 * kDiagonals; ++k)
+                part.band[k / 2][k % 2] = __ldg(sides.position + clamp_to(at + place(k), -sides.reach, sides.reach));
+        }
+    }
+
+    // The time bias from differences in fp32: above a piece's first bucket, or all of it.
+    template <int kCount>
+    __device__ __forceinline__ void add_times(float (&x)[16 * kCount], const Part<kCount>& part, int most) const {
+        const float* row_times = shared.row_times[warp()] + part.group * 16 + lane() / 4;
+        const float* col_times = shared.col_times[warp()] + part.first * kPieceCols + lane() % 4 * 2;
+        const float of_row[2] = {row_times[0], row_times[8]};
+        float t[16 * kCount];
+#pragma unroll
+        for (int n = 0; n < 4 * kCount; ++n) {
+            const float2 of_col = *reinterpret_cast<const float2*>(col_times + 8 * n);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) t[4 * n + i] = fabsf(of_row[i / 2] - (i % 2 ? of_col.y : of_col.x));
+        }
+        if (most == kLookUp) {
+#pragma unroll
+            for (int i = 0; i < 16 * kCount; ++i) {
+                const typename Shared::Quarter quarter = shared.quarters[quarter_of(t[i])];
+                x[i] += t[i] >= quarter.edge ? quarter.above : quarter.below;
             }
             return;
         }
-        // Seldom: a loop keeps the code small.
-        const int64_t of_row[2] = {__ldg(row_of(0)), __ldg(row_of(1))};
+        typename Shared::Bucket bucket[kCount];
+#pragma unroll
+        for (int piece = 0; piece < kCount; ++piece) bucket[piece] = part.bucket[piece];
 #pragma unroll 1
-        for (int n = 0; n < 4; ++n) {
+        for (int edge = 1;; ++edge) {
+            typename Shared::Bucket next[kCount];
+#pragma unroll
+            for (int piece = 0; piece < kCount; ++piece) {
+                next[piece] = shared.buckets[(part.found[piece] & 255) + edge];
+                const float step = edge <= part.found[piece] >> kKindShift ? bucket[piece].step : 0.0f;
+#pragma unroll
+                for (int i = 16 * piece; i < 16 * piece + 16; ++i)
+                    x[i] = fmaf(__saturatef(t[i] + bucket[piece].before_edge), step, x[i]);
+            }
+            if (edge == most) break;
+#pragma unroll
+            for (int piece = 0; piece < kCount; ++piece) bucket[piece] = next[piece];
+        }
+    }
+
+    // All of it, from differences of integers. Seldom: a loop keeps the code small.
+    template <int kCount>
+    __device__ __forceinline__ void add_exactly(float (&x)[16 * kCount], const Part<kCount>& part) const {
+        const int row = first_row(row0, part.group) + lane() / 4;
+        const int64_t of_row[2] = {__ldg(sides.row_times + min_of(row, sides.num_rows - 1)),
+                                   __ldg(sides.row_times + min_of(row + 8, sides.num_rows - 1))};
+#pragma unroll 1
+        for (int n = 0; n < 4 * kCount; ++n) {
+            const int col = col0 + part.first * kPieceCols + n * 8 + lane() % 4 * 2;
             float add[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                add[i] = shared.buckets[bucket_of(time_difference(of_row[i / 2], __ldg(col_of(n, i % 2))))].value;
+            for (int i = 0; i < 4; ++i) {
+                const int64_t of_col = __ldg(sides.col_times + min_of(col + i % 2, sides.num_cols - 1));
+                add[i] = shared.buckets[bucket_of(time_difference(of_row[i / 2], of_col))].value;
+            }
 #pragma unroll
-            for (int i = 0; i < 16; ++i)
+            for (int i = 0; i < 16 * kCount; ++i)
                 if (i / 4 == n) x[i] += add[i % 4];
         }
     }
@@ -326,9 +349,11 @@ class BiasWarps {
     Shared& shared;
     Sides sides;
     const int named_barrier;
-    int row0 = 0, col0 = 0, buffer = 0, described = 0;
-    Spans wanted;
-    int64_t base = 0, col_time = 0;  // the block's first time; one of the tile to come
+    int row0 = 0, col0 = 0, described = 0;
+    Spans wanted;  // of this lane's piece, as the times of its rows
+    Range rows = {};
+    int64_t base = 0;                // the block's first time
+    int64_t col_time[kPieces] = {};  // of the tile to come
 };
 
 }  // namespace hstu::attention::sm90
