@@ -27,8 +27,15 @@ __device__ __forceinline__ void arrive_in_cluster(Barrier barrier) {
 // What a bias warp has of shared memory for the times of a tile's queries.
 template <int kQueries>
 struct alignas(16) QueryOrder {
-    int64_t times[kQueries];   // in their order; counted from the first one, in 32 bits, where all are near
-    uint8_t places[kQueries];  // of the queries in that order, unless it is their own
+    int64_t times[kQueries];       // in their order; counted from the first one, in 32 bits, where all are near
+    int64_t pivots[kQueries / 4];  // every fourth of them
+    uint8_t places[kQueries];      // of the queries in that order, unless it is their own
+};
+
+// Copies of time_bucket.h for the sums by bucket.
+struct alignas(16) TimeTables {
+    uint64_t edges[kTimeBuckets];
+    TimeQuarter quarters[256];
 };
 
 struct BackwardMaps {
@@ -63,12 +70,13 @@ struct BackwardShared {
     static constexpr int kTiles = kScores + kCluster * kGStages * GTile::kBytes;
     static constexpr bool kRelative = Config::relative;
     static constexpr int kBiasBytes = kRelative ? kCols * kRows * sizeof(float) : 0;
-    static constexpr int kBarriers = 2 * kWorks + 2 * kStages + 14 + (kRelative ? 2 : 0);
+    static constexpr int kBarriers = 2 * kWorks + 2 * kStages + 14 + (kRelative ? 4 : 0);
     static constexpr int kBias = kTiles, kOrders = kBias + kGStages * kBiasBytes;
     static constexpr int kStrip = kRows / 8 * 32;  // float4 of the bias of 16 keys
-    static constexpr int kBiasTables = kOrders + (kRelative ? 4 * sizeof(QueryOrder<64>) : 0);
-    using BiasTables = BiasShared<kCols / 64, kRows>;
-    static constexpr int kBarrier = kBiasTables + (kRelative ? (sizeof(BiasTables) + 15) / 16 * 16 : 0);
+    static constexpr int kBiasTables = kOrders + (kRelative ? 2 * sizeof(QueryOrder<kRows>) : 0);
+    using BiasTables = BiasShared<kCols / 32, kRows>;
+    static constexpr int kTimeTables = kBiasTables + (kRelative ? (sizeof(BiasTables) + 15) / 16 * 16 : 0);
+    static constexpr int kBarrier = kTimeTables + (kRelative ? sizeof(TimeTables) : 0);
     static constexpr int kWork = kBarrier + 8 * kBarriers;
     static constexpr int kBatch = kWork + kWorks * sizeof(KeyWork<Mask>);
     static constexpr int kBytes = kBatch + sizeof(SortedBatch);
@@ -99,13 +107,14 @@ struct BackwardShared {
     __device__ Barrier slopes_full(int stage) const { return pair_barrier(12 + stage); }
     // With a relative bias: half of it, in the order of the accumulators of S^T, and room for the bias warps.
     __device__ Barrier bias_full(int stage) const { return pair_barrier(14 + stage); }
+    __device__ Barrier bias_empty(int stage) const { return pair_barrier(16 + stage); }
     __device__ float4* bias(int stage) const {
         return reinterpret_cast<float4*>(start + kBias + stage * kBiasBytes);
     }
     __device__ BiasTables& bias_tables() const { return *reinterpret_cast<BiasTables*>(start + kBiasTables); }
-    template <int kQueries>
-    __device__ QueryOrder<kQueries>& query_order(int warp) const {
-        return reinterpret_cast<QueryOrder<kQueries>*>(start + kOrders)[warp];
+    __device__ TimeTables& time_tables() const { return *reinterpret_cast<TimeTables*>(start + kTimeTables); }
+    __device__ QueryOrder<kRows>& query_order(int warp) const {
+        return reinterpret_cast<QueryOrder<kRows>*>(start + kOrders)[warp];
     }
     __device__ KeyWork<Mask>& work(int number) const { return reinterpret_cast<KeyWork<Mask>*>(start + kWork)[number]; }
     __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
@@ -114,10 +123,10 @@ struct BackwardShared {
         for (int i = 0; i < kWorks; ++i) k_full(i).init(1), k_empty(i).init(kRelative ? 18 : 14);
         for (int i = 0; i < kStages; ++i) q_full(i).init(1), q_empty(i).init(8 * kCluster);
         for (int i = 0; i < 2; ++i) {
-            g_full(i).init(kCols / 16), g_empty(i).init(4 * kCluster + (kRelative ? 4 : 0));
+            g_full(i).init(kCols / 16), g_empty(i).init(4 * kCluster + (kRelative ? 2 : 0));
             turn_came(i).init(1), turn_taken(i).init(4), turn_over(i).init(4), turn_passed(i).init(1);
             slopes_full(i).init(4);
-            if constexpr (kRelative) bias_full(i).init(4);
+            if constexpr (kRelative) bias_full(i).init(2), bias_empty(i).init(2);
         }
         fence_barrier_init();
     }

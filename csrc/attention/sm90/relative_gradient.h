@@ -16,14 +16,21 @@
 
 namespace hstu::attention::sm90 {
 
-struct WideTimeEdges {
+static __device__ const struct WideTimeEdges {
     uint64_t at[kTimeBuckets];
 
     constexpr WideTimeEdges() : at{} {
         for (int b = 0; b < kTimeBuckets; ++b) at[b] = kTimeEdges[b];
     }
-};
-static __device__ const WideTimeEdges kAllEdgesOfTime{};
+} kAllEdgesOfTime{};
+
+// By `threads` threads.
+__device__ __forceinline__ void fill(TimeTables& tables, int thread, int threads) {
+    for (int i = thread; i < 256; i += threads) {
+        tables.quarters[i] = kQuartersOfTime.at[i];
+        if (i < kTimeBuckets) tables.edges[i] = kAllEdgesOfTime.at[i];
+    }
+}
 
 // A right operand of k16 x n8 is two words a lane: rows 2 * (lane % 4) and the next, then those 8 further, of column
 // lane / 4. These are of 8 rows: 1 on the diagonal, and 1 on and above it.
@@ -31,42 +38,56 @@ template <class T>
 struct Ones {
     static constexpr uint32_t kLow = std::is_same_v<T, bf16> ? 0x3f80 : 0x3c00, kHigh = kLow << 16, kBoth = kLow | kHigh;
 
-    static __device__ __forceinline__ uint32_t diagonal() {
-        const int row = lane() % 4 * 2, col = lane() / 4;
+    static __device__ __forceinline__ uint32_t diagonal(int lane) {
+        const int row = lane % 4 * 2, col = lane / 4;
         return (row == col ? kLow : 0) | (row + 1 == col ? kHigh : 0);
     }
-    static __device__ __forceinline__ uint32_t triangle() {
-        const int row = lane() % 4 * 2, col = lane() / 4;
+    static __device__ __forceinline__ uint32_t triangle(int lane) {
+        const int row = lane % 4 * 2, col = lane / 4;
         return (row <= col ? kLow : 0) | (row + 1 <= col ? kHigh : 0);
     }
 };
 
-// 32 rows (keys) of G^T.
-template <class T, int kQueries>
+// 32 rows (keys) and kQueries columns of a tile of G^T, from (row, col) on. Nothing of it stays in registers.
+template <class T, class Tile, int kQueries_>
 struct GradientStrip {
-    static constexpr int kKeys = 32, kBlocks = kQueries / 8, kSteps = kQueries / 16;
-    Fragments<kSteps> of[2];  // 16 keys each
+    static constexpr int kKeys = 32, kQueries = kQueries_, kBlocks = kQueries / 8, kSteps = kQueries / 16;
+    static_assert(Tile::kPanels == 1);
+    Tile tile;
+    int row, col;
+    int lane = lane_anew();
 
-    template <class Tile>
-    __device__ __forceinline__ void load(Tile tile, int row, int col) {
-#pragma unroll
-        for (int m = 0; m < 2; ++m)
-#pragma unroll
-            for (int step = 0; step < kSteps; ++step)
-                read_blocks(of[m].x[step], matrix_address(tile, row + 16 * m, col + 16 * step));
+    // Columns [16 step, 16 step + 16) of 16 rows as a left operand.
+    __device__ __forceinline__ void load(uint32_t (&to)[4], int half, int step) const {
+        read_blocks(to, tile.address + Tile::chunk_offset(row + 16 * half + lane % 16, col + 16 * step + lane / 16 * 8));
     }
-    // 8 keys x 8 queries.
-    __device__ __forceinline__ uint32_t block(int keys, int queries) const {
-        return of[keys / 2].x[queries / 2][queries % 2 * 2 + keys % 2];
+    // Blocks of 8 x 8 on diagonals of blocks: the n-th and the next one of diagonal k above those of diagonal k + 1. Diagonal
+    // k has blocks with (queries - keys) = k - (kKeys / 8 - 1); 0 where it has no n-th.
+    __device__ __forceinline__ void load_diagonals(uint32_t (&to)[4], int k, int n) const {
+        constexpr int kLast = kKeys / 8 - 1;
+        const auto first = [&](int diagonal) { return max_of(0, kLast - diagonal); };
+        const int upper = lane / 8 % 2, right = lane / 16;
+        const int keys = ((upper ? first(k + 1) : first(k)) + n + right) & kLast, queries = (keys + k + upper - kLast) & (kBlocks - 1);
+        read_blocks(to, tile.address + Tile::chunk_offset(row + 8 * keys + lane % 8, col + 8 * queries));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int diagonal = k + i % 2, of_keys = first(diagonal) + n + i / 2;
+            if (of_keys > kLast || of_keys + diagonal - kLast >= kBlocks) to[i] = 0;
+        }
     }
     // The sum of all, spread over the lanes.
     __device__ __forceinline__ float sum() const {
-        const uint32_t ones = Ones<T>::diagonal();
+        const uint32_t ones = Ones<T>::diagonal(lane);
         float part[2][4] = {};
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step)
+        for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-            for (int m = 0; m < 2; ++m) multiply_blocks<T>(part[m], of[m].x[step], ones, ones);
+            for (int half = 0; half < 2; ++half) {
+                uint32_t left[4];
+                load(left, half, step);
+                multiply_blocks<T>(part[half], left, ones, ones);
+            }
+        }
         return ((part[0][0] + part[0][1]) + (part[0][2] + part[0][3])) +
                ((part[1][0] + part[1][1]) + (part[1][2] + part[1][3]));
     }
@@ -120,57 +141,62 @@ struct TableSums {
     }
 };
 
-// Adds the sums of a strip along its diagonals. `corner`: the distance of its first key and query.
-template <class T, int kQueries>
-__device__ __forceinline__ void add_distances(const GradientStrip<T, kQueries>& strip, const TableGradients& to,
-                                              int corner, int reach) {
-    using Strip = GradientStrip<T, kQueries>;
-    constexpr int kKeyBlocks = Strip::kKeys / 8, kDiagonals = kKeyBlocks - 1 + Strip::kBlocks, kSlots = kDiagonals + 1;
-    // at[k] in lane (r, q) = (lane / 4, lane % 4) is of distance corner + 8 (k - 3) + 2 q - r, next[k] of one more.
-    float at[kSlots + kSlots % 2], next[kSlots + kSlots % 2];
-    const uint32_t ones = Ones<T>::diagonal();
-    const auto block = [&](int diagonal, int n) -> uint32_t {  // the n-th on it
-        const int keys = max_of(0, kKeyBlocks - 1 - diagonal) + n, queries = keys + diagonal - (kKeyBlocks - 1);
-        return keys < kKeyBlocks && queries < Strip::kBlocks ? strip.block(keys, queries) : 0;
-    };
+// The sums of a strip along its diagonals.
+template <int kKeys, int kQueries>
+struct DistanceSums {
+    static constexpr int kFirst = kKeys / 8 - 1, kSlots = kFirst + kQueries / 8 + 1;
+    static_assert(kSlots % 2 == 0);
+    // at[k] in lane (r, q) = (lane / 4, lane % 4) is of distance corner + 8 (k - kFirst) + 2 q - r, next[k] of one more.
+    float at[kSlots], next[kSlots];
+
+    template <class T, class Tile>
+    __device__ __forceinline__ explicit DistanceSums(const GradientStrip<T, Tile, kQueries>& strip) {
+        const uint32_t ones = Ones<T>::diagonal(strip.lane);
 #pragma unroll
-    for (int k = 0; k < kSlots; k += 2) {
-        float sums[4] = {};
+        for (int k = 0; k < kSlots; k += 2) {
+            float sums[4] = {};
 #pragma unroll
-        for (int n = 0; n < kKeyBlocks; n += 2) {
-            const uint32_t left[4] = {block(k, n), block(k + 1, n), block(k, n + 1), block(k + 1, n + 1)};
-            multiply_blocks<T>(sums, left, ones, ones);
+            for (int n = 0; n <= kFirst; n += 2) {
+                if (n > 0 && (k + 1 < n || k + n >= kSlots)) continue;  // neither diagonal is so long
+                uint32_t left[4];
+                strip.load_diagonals(left, k, n);
+                multiply_blocks<T>(sums, left, ones, ones);
+            }
+            at[k] = sums[0], next[k] = sums[1], at[k + 1] = sums[2], next[k + 1] = sums[3];
         }
-        at[k] = sums[0], next[k] = sums[1], at[k + 1] = sums[2], next[k + 1] = sums[3];
     }
-    const int r = lane() / 4;
-    // Adds `part` of the lane that is `rows` further, where its distance is the same; lanes wrap around into the next k.
-    const auto gather = [&](const float* part, int rows, int columns) {
-        // Downwards: at[k - 1] is still what it was.
+
+    // corner: the distance of the strip's first key and query.
+    __device__ __forceinline__ void add_to(const TableGradients& to, int corner, int reach) {
+        const int lane = lane_anew(), r = lane / 4;
+        // Adds `part` of the lane that is `rows` further, where its distance is the same; lanes wrap around into the next k.
+        const auto gather = [&](const float* part, int rows, int columns) {
+            // Downwards: at[k - 1] is still what it was.
 #pragma unroll
-        for (int k = kSlots - 1; k >= 0; --k) {
-            const float sent = r < rows ? (k > 0 ? part[k - 1] : 0.0f) : part[k];
-            at[k] += __shfl_sync(0xffffffff, sent, (lane() + 4 * rows) % 32 + columns);
+            for (int k = kSlots - 1; k >= 0; --k) {
+                const float sent = r < rows ? (k > 0 ? part[k - 1] : 0.0f) : part[k];
+                at[k] += __shfl_sync(0xffffffff, sent, (lane + 4 * rows) % 32 + columns);
+            }
+        };
+        gather(next, 1, 0);
+        gather(at, 2, 1);  // lanes with q = 0, 2 get those with q = 1, 3
+        gather(at, 4, 2);
+        if (lane % 4 != 0) return;
+        const int first = corner - 8 * kFirst - r;
+        if (to.exact_position == nullptr && corner - kKeys >= -reach && corner + kQueries <= reach) {
+#pragma unroll
+            for (int k = 0; k < kSlots; ++k) add_to_global(to.position + first + 8 * k, to.scale * at[k]);
+            return;
         }
-    };
-    gather(next, 1, 0);
-    gather(at, 2, 1);  // lanes with q = 0, 2 get those with q = 1, 3
-    gather(at, 4, 2);
-    if (lane() % 4 != 0) return;
-    const int first = corner - 8 * (kKeyBlocks - 1) - r;
-    if (to.exact_position == nullptr && corner - Strip::kKeys >= -reach && corner + kQueries <= reach) {
-#pragma unroll
-        for (int k = 0; k < kSlots; ++k) atomicAdd(to.position + first + 8 * k, to.scale * at[k]);
-        return;
-    }
 #pragma unroll 1
-    for (int k = 0; k < kSlots; ++k) {
-        float x = 0.0f;
+        for (int k = 0; k < kSlots; ++k) {
+            float x = 0.0f;
 #pragma unroll
-        for (int other = 0; other < kSlots; ++other) x = other == k ? at[other] : x;
-        to.add(to.position, to.exact_position, clamp_to(first + 8 * k, -reach, reach), x);
+            for (int other = 0; other < kSlots; ++other) x = other == k ? at[other] : x;
+            to.add(to.position, to.exact_position, clamp_to(first + 8 * k, -reach, reach), x);
+        }
     }
-}
+};
 
 // The order of the times of a strip's queries.
 template <int kQueries>
@@ -179,7 +205,7 @@ struct QueryTimes {
     static_assert(kQueries == 32 || kQueries == 64);
 
     QueryOrder<kQueries>& shared;
-    int64_t time[kParts];  // of queries lane, lane + 32
+    int64_t time[kParts], next[kParts];  // of queries lane, lane + 32; what is loaded and not yet taken
     int place[kParts];
     int64_t first, last;
     bool ordered;
@@ -188,9 +214,12 @@ struct QueryTimes {
     __device__ __forceinline__ void load(const RelativeBias<float>& bias, int row) {
 #pragma unroll
         for (int i = 0; i < kParts; ++i)
-            time[i] = __ldg(bias.query_times + min_of(row + 32 * i + lane(), bias.len_q - 1)), place[i] = 32 * i + lane();
+            next[i] = __ldg(bias.query_times + min_of(row + 32 * i + lane(), bias.len_q - 1));
     }
-    __device__ __forceinline__ void find_order() {
+    // Of what was loaded.
+    __device__ __forceinline__ void take() {
+#pragma unroll
+        for (int i = 0; i < kParts; ++i) time[i] = next[i], place[i] = 32 * i + lane();
         bool rising = true;
         int64_t before = time[0];
 #pragma unroll
@@ -206,19 +235,11 @@ struct QueryTimes {
     template <class Time>
     __device__ __forceinline__ void store() const {
 #pragma unroll
-        for (int i = 0; i < kParts; ++i)
-            reinterpret_cast<Time*>(shared.times)[place[i]] =
-                static_cast<Time>(sizeof(Time) == 4 ? time[i] - first : time[i]);
-    }
-    // How many are less than x.
-    template <class Time>
-    __device__ __forceinline__ int below(Time x) const {
-        const Time* const times = reinterpret_cast<const Time*>(shared.times);
-        int n = 0;
-#pragma unroll
-        for (int step = kQueries / 2; step > 0; step /= 2)
-            if (times[n + step - 1] < x) n += step;
-        return n + (times[n] < x ? 1 : 0);
+        for (int i = 0; i < kParts; ++i) {
+            const Time x = static_cast<Time>(sizeof(Time) == 4 ? time[i] - first : time[i]);
+            reinterpret_cast<Time*>(shared.times)[place[i]] = x;
+            if (place[i] % 4 == 3) reinterpret_cast<Time*>(shared.pivots)[place[i] / 4] = x;
+        }
     }
 
   private:
@@ -244,40 +265,70 @@ struct QueryTimes {
     }
 };
 
+// The times in their order, to be searched: two reads of shared memory that wait for one another.
+template <class Time, int kQueries>
+struct SortedTimes {
+    struct alignas(4 * sizeof(Time) < 16 ? 4 * sizeof(Time) : 16) Four {
+        Time x[4];
+    };
+    const Four *fours, *pivots;
+    Time parts[kQueries / 16 - 1];  // the last of each 16 but the last 16
+
+    __device__ __forceinline__ explicit SortedTimes(const QueryOrder<kQueries>& order)
+        : fours(reinterpret_cast<const Four*>(order.times)), pivots(reinterpret_cast<const Four*>(order.pivots)) {
+#pragma unroll
+        for (int i = 0; i < kQueries / 16 - 1; ++i) parts[i] = fours[4 * i + 3].x[3];
+    }
+    // How many are less than x.
+    __device__ __forceinline__ int below(Time x) const {
+        int n = 0;
+#pragma unroll
+        for (int i = 0; i < kQueries / 16 - 1; ++i) n += parts[i] < x ? 1 : 0;
+        const Four pivot = pivots[n];
+        n *= 4;
+#pragma unroll
+        for (int i = 0; i < 3; ++i) n += pivot.x[i] < x ? 1 : 0;
+        const Four four = fours[n];
+        n *= 4;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) n += four.x[i] < x ? 1 : 0;
+        return n;
+    }
+};
+
 // Sums of each key's first 1 to kQueries queries in the order of their times, in shared memory. Rows are shifted against
 // one another so that neither writing nor reading the same place of all meets many bank conflicts.
 template <int kQueries>
 struct SumsInOrder {
-    static constexpr int kHalf = 1024;  // floats from 16 keys to the next
     float* at;
+    int lane = lane_anew();
 
-    static __device__ __forceinline__ int row(int key) { return key / 16 * kHalf + key % 16 * kQueries; }
+    static __device__ __forceinline__ int row(int key) { return key * kQueries; }
     static __device__ __forceinline__ int shift(int key) { return key % 4 * 8 + key / 4 % 4 * 2; }
     // Of this lane's key.
     __device__ __forceinline__ float first(int n) const {
-        return n == 0 ? 0.0f : at[row(lane()) + ((n - 1 + shift(lane())) & (kQueries - 1))];
+        return n == 0 ? 0.0f : at[row(lane) + ((n - 1 + shift(lane)) & (kQueries - 1))];
     }
 
-    template <class T>
-    __device__ __forceinline__ void write(const GradientStrip<T, kQueries>& strip, const QueryTimes<kQueries>& queries) const {
-        const uint32_t triangle = Ones<T>::triangle();
+    template <class T, class Tile>
+    __device__ __forceinline__ void write(const GradientStrip<T, Tile, kQueries>& strip,
+                                          const QueryTimes<kQueries>& queries) const {
+        if (!queries.ordered) return write_unordered(strip, queries.shared.places);
+        const uint32_t triangle = Ones<T>::triangle(lane);
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-            if (!queries.ordered) {
-                write_unordered<T>(strip.of[m], 16 * m, queries.shared.places);
-                continue;
-            }
+        for (int half = 0; half < 2; ++half) {
             float before[4] = {};
 #pragma unroll
             for (int step = 0; step < kQueries / 16; ++step) {
-                const uint32_t(&left)[4] = strip.of[m].x[step];
+                uint32_t left[4];
+                strip.load(left, half, step);
                 float low[4] = {before[0], before[1], before[2], before[3]};
                 float high[4] = {before[0], before[1], before[2], before[3]};
                 multiply_blocks<T>(low, left, triangle, 0u);
                 multiply_blocks<T>(high, left, Ones<T>::kBoth, triangle);
                 multiply_blocks<T>(before, left, Ones<T>::kBoth, Ones<T>::kBoth);
-                put(low, 16 * m, 16 * step);
-                put(high, 16 * m, 16 * step + 8);
+                put(low, 16 * half, 16 * step);
+                put(high, 16 * half, 16 * step + 8);
             }
         }
     }
@@ -286,34 +337,36 @@ struct SumsInOrder {
     __device__ __forceinline__ void put(const float (&x)[4], int key, int place) const {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int of = key + 8 * half + lane() / 4, col = place + lane() % 4 * 2;
+            const int of = key + 8 * half + lane / 4, col = place + lane % 4 * 2;
             *reinterpret_cast<float2*>(at + row(of) + ((col + shift(of)) & (kQueries - 1))) =
                 float2{x[2 * half], x[2 * half + 1]};
         }
     }
-    template <class T>
-    __device__ __forceinline__ void write_unordered(const Fragments<kQueries / 16>& left, int key,
+    template <class T, class Tile>
+    __device__ __forceinline__ void write_unordered(const GradientStrip<T, Tile, kQueries>& strip,
                                                     const uint8_t* places) const {
 #pragma unroll 1
-        for (int from = 0; from < kQueries; from += 8) {
-            const int place = from + lane() / 4;
+        for (int from = 0; from < 2 * kQueries; from += 8) {
+            const int place = from % kQueries + lane / 4;
             float sums[4] = {};
 #pragma unroll
             for (int step = 0; step < kQueries / 16; ++step) {
-                const uint8_t* const of = places + 16 * step + lane() % 4 * 2;
+                const uint8_t* const of = places + 16 * step + lane % 4 * 2;
                 const auto pair = [&](int i) {
                     return (of[i] <= place ? Ones<T>::kLow : 0) | (of[i + 1] <= place ? Ones<T>::kHigh : 0);
                 };
-                multiply_blocks<T>(sums, left.x[step], pair(0), pair(8));
+                uint32_t left[4];
+                strip.load(left, from / kQueries, step);
+                multiply_blocks<T>(sums, left, pair(0), pair(8));
             }
-            put(sums, key, from);
+            put(sums, from / kQueries * 16, from % kQueries);
         }
     }
 };
 
-// Of four numbers a lane the sum over the lanes of number lane % 4.
-__device__ __forceinline__ float sum_four(const float (&x)[4]) {
-    const bool odd = lane() & 1, upper = lane() & 2;
+// Of four numbers a lane the sum over the lanes of number (lane - first) % 4.
+__device__ __forceinline__ float sum_four(const float (&x)[4], int first) {
+    const bool odd = (lane() - first) & 1, upper = (lane() - first) & 2;
     const float low = (odd ? x[1] : x[0]) + __shfl_xor_sync(0xffffffff, odd ? x[0] : x[1], 1);
     const float high = (odd ? x[3] : x[2]) + __shfl_xor_sync(0xffffffff, odd ? x[2] : x[3], 1);
     float sum = (upper ? high : low) + __shfl_xor_sync(0xffffffff, upper ? low : high, 2);
@@ -322,7 +375,7 @@ __device__ __forceinline__ float sum_four(const float (&x)[4]) {
     return sum;
 }
 
-// A key's time and an edge e: where in the order of the queries |t_i - t_j| reaches e, above and below the key.
+// A key's time and an edge e: how many queries lie below the key's time + e, and up to its time - e.
 template <class Time>
 struct TimeLimits;
 template <>
@@ -332,11 +385,11 @@ struct TimeLimits<int32_t> {  // counted from the first query; differences are a
 
     template <class Queries>
     __device__ __forceinline__ int below(const Queries& queries, uint64_t edge, int) const {
-        return queries.template below<int32_t>(key + static_cast<int32_t>(min_of<uint64_t>(edge, kReach + 1)));
+        return queries.below(key + static_cast<int32_t>(min_of<uint64_t>(edge, kReach + 1)));
     }
     template <class Queries>
     __device__ __forceinline__ int up_to(const Queries& queries, uint64_t edge) const {
-        return queries.template below<int32_t>(key - static_cast<int32_t>(min_of<uint64_t>(edge, kReach + 1)) + 1);
+        return queries.below(key - static_cast<int32_t>(min_of<uint64_t>(edge, kReach + 1)) + 1);
     }
 };
 template <>
@@ -346,59 +399,62 @@ struct TimeLimits<int64_t> {
     template <class Queries>
     __device__ __forceinline__ int below(const Queries& queries, uint64_t edge, int all) const {
         const uint64_t room = uint64_t{0x7fffffffffffffff} - static_cast<uint64_t>(key);
-        const int n = queries.template below<int64_t>(static_cast<int64_t>(static_cast<uint64_t>(key) + edge));
+        const int n = queries.below(static_cast<int64_t>(static_cast<uint64_t>(key) + edge));
         return edge > room ? all : n;
     }
     template <class Queries>
     __device__ __forceinline__ int up_to(const Queries& queries, uint64_t edge) const {
         const uint64_t room = static_cast<uint64_t>(key) + (uint64_t{1} << 63);
-        const int n = queries.template below<int64_t>(static_cast<int64_t>(static_cast<uint64_t>(key) - edge + 1));
+        const int n = queries.below(static_cast<int64_t>(static_cast<uint64_t>(key) - edge + 1));
         return edge > room ? 0 : n;
     }
 };
 
-// Adds the buckets first to last of a strip, four at a time. negative: times of queries before their keys' count.
-template <class Time, int kQueries>
+// Adds the buckets first to last of a strip, four at a time, of which those that hold nothing are passed over.
+// kNegative: times of queries before their keys' count.
+template <bool kNegative, class Time, int kQueries>
 __device__ __forceinline__ void add_buckets(TableSums& sums, const SumsInOrder<kQueries>& in_order,
-                                            const QueryTimes<kQueries>& queries, TimeLimits<Time> limits, int equal,
-                                            bool negative, int first, int last) {
-    int below = equal, up_to = equal;  // |t_i - t_j| is less than the edge of the last bucket in [up_to, below)
+                                            const SortedTimes<Time, kQueries>& queries, TimeLimits<Time> limits,
+                                            const uint64_t* edges, int equal, int first, int last) {
+    struct Place {
+        int below, up_to;  // |t_i - t_j| is less than an edge in [up_to, below)
+    };
+    const auto find = [&](int bucket) -> Place {  // of the edge above it
+        const bool none = bucket >= last;
+        const uint64_t edge = edges[none ? last : bucket + 1];
+        const int below = limits.below(queries, edge, kQueries);
+        if constexpr (!kNegative) return {none ? kQueries : below, equal};
+        const int up_to = limits.up_to(queries, edge);
+        return {none ? kQueries : below, none ? 0 : up_to};
+    };
+    Place before{equal, equal}, end = find(first + 3);
     float sum_below = in_order.first(equal), sum_up_to = sum_below;
 #pragma unroll 1
-    for (int group = first & ~3; group <= last; group += 4) {
-        int n[4], m[4] = {up_to, up_to, up_to, up_to};
-        const auto find = [&](int i) {
-            const int b = group + i + 1;
-            if (b > last) {
-                n[i] = kQueries;
-                if (negative) m[i] = 0;
-                return;
-            }
-            const uint64_t edge = __ldg(kAllEdgesOfTime.at + b);
-            n[i] = limits.below(queries, edge, kQueries);
-            if (negative) m[i] = limits.up_to(queries, edge);
-        };
-        find(3);
-        if (!__any_sync(0xffffffff, n[3] != below || m[3] != up_to)) continue;
-#pragma unroll
-        for (int i = 0; i < 3; ++i) find(i);
-        float of[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float next = in_order.first(n[i]);
-            of[i] = next - sum_below;
-            sum_below = next;
-        }
-        if (negative) {
+    for (int group = first; group <= last; group += 4) {
+        Place after;
+        if (__any_sync(0xffffffff, end.below != before.below || end.up_to != before.up_to)) {
+            const Place places[4] = {find(group), find(group + 1), find(group + 2), end};
+            after = find(group + 7);
+            float of[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float next = in_order.first(m[i]);
-                of[i] += sum_up_to - next;
-                sum_up_to = next;
+                const float next = in_order.first(places[i].below);
+                of[i] = next - sum_below;
+                sum_below = next;
             }
+            if constexpr (kNegative) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float next = in_order.first(places[i].up_to);
+                    of[i] += sum_up_to - next;
+                    sum_up_to = next;
+                }
+            }
+            sums.keep(group, 4, sum_four(of, group));
+        } else {
+            after = find(group + 7);
         }
-        below = n[3], up_to = m[3];
-        sums.keep(group, 4, sum_four(of));
+        before = end, end = after;
     }
 }
 
@@ -410,36 +466,63 @@ __device__ __forceinline__ int masked_rows(const Mask& mask, int key, int row) {
     return first - row;
 }
 
-// Adds a strip's elements by the buckets of their times. `row`, `col`: its first query and key.
-template <class T, int kQueries, class Mask>
-__device__ __forceinline__ void add_times(TableSums& sums, const GradientStrip<T, kQueries>& strip,
-                                          QueryTimes<kQueries>& queries, int64_t key_time, float* memory,
-                                          const Mask& mask, int num_buckets, int row, int col) {
-    queries.find_order();
-    const uint64_t to_first = time_difference(key_time, queries.first), to_last = time_difference(key_time, queries.last);
-    const bool before = key_time < queries.first, between = !before && key_time <= queries.last;
-    const uint64_t nearest = between ? 0 : before ? to_first : to_last, farthest = max_of(to_first, to_last);
-    const int first = __reduce_min_sync(0xffffffff, min_of(bucket_of(nearest), num_buckets));
-    const int last = __reduce_max_sync(0xffffffff, min_of(bucket_of(farthest), num_buckets));
-    if (first == last) return sums.add_to_bucket(first, strip.sum());
+// The sums of a strip by the buckets of its times.
+template <int kQueries>
+struct TimeSums {
+    const TimeTables& tables;
+    const QueryTimes<kQueries>& queries;
+    float* scratch;  // of the strip
+    int64_t key_time;
 
-    const SumsInOrder<kQueries> in_order{memory};
-    const bool near = __all_sync(0xffffffff, farthest <= TimeLimits<int32_t>::kReach / 2 &&
-                                                 time_difference(queries.first, queries.last) <= TimeLimits<int32_t>::kReach / 2);
-    in_order.write(strip, queries);
-    const int masked = queries.ordered ? masked_rows(mask, min_of(col + lane(), mask.len_k - 1), row) : 0;
-    const auto add = [&](auto limits) {
-        using Time = decltype(limits.key);
+    // start() reads the strip, finish() does not.
+    int first = 0, last = 0;  // buckets
+    bool near = false;
+
+    __device__ __forceinline__ void find_buckets(int num_buckets) {
+        constexpr uint64_t kNear = TimeLimits<int32_t>::kReach / 2;
+        const uint64_t to_first = time_difference(key_time, queries.first);
+        const uint64_t to_last = time_difference(key_time, queries.last), farthest = max_of(to_first, to_last);
+        const bool before = key_time < queries.first, behind = key_time > queries.last;
+        const uint64_t nearest = before ? to_first : behind ? to_last : 0;
+        first = __reduce_min_sync(0xffffffff, min_of(bucket(nearest), num_buckets));
+        last = __reduce_max_sync(0xffffffff, min_of(bucket(farthest), num_buckets));
+        near = __all_sync(0xffffffff,
+                          farthest <= kNear && time_difference(queries.first, queries.last) <= kNear);
+    }
+    template <class T, class Tile>
+    __device__ __forceinline__ void start(TableSums& sums, const GradientStrip<T, Tile, kQueries>& strip) const {
+        if (first == last)
+            sums.add_to_bucket(first, strip.sum());
+        else
+            SumsInOrder<kQueries>{scratch}.write(strip, queries);
+    }
+    // masked: so many of the first queries do not count.
+    __device__ __forceinline__ void finish(TableSums& sums, int masked) const {
+        if (first == last) return;
+        if (near)
+            add(sums, TimeLimits<int32_t>{static_cast<int32_t>(key_time - queries.first)}, masked);
+        else
+            add(sums, TimeLimits<int64_t>{key_time}, masked);
+    }
+
+  private:
+    template <class Time>
+    __device__ __forceinline__ void add(TableSums& sums, TimeLimits<Time> limits, int masked) const {
+        const SumsInOrder<kQueries> in_order{scratch};
+        __syncwarp();
         queries.template store<Time>();
         __syncwarp();
-        const int equal = queries.template below<Time>(limits.key);
-        const bool negative = __any_sync(0xffffffff, equal > max_of(0, masked));
-        add_buckets<Time, kQueries>(sums, in_order, queries, limits, equal, negative, first, last);
-    };
-    if (near)
-        add(TimeLimits<int32_t>{static_cast<int32_t>(key_time - queries.first)});
-    else
-        add(TimeLimits<int64_t>{key_time});
-}
+        const SortedTimes<Time, kQueries> sorted(queries.shared);
+        const int equal = sorted.below(limits.key);
+        if (__any_sync(0xffffffff, equal > max_of(0, masked)))
+            add_buckets<true>(sums, in_order, sorted, limits, tables.edges, equal, first, last);
+        else
+            add_buckets<false>(sums, in_order, sorted, limits, tables.edges, equal, first, last);
+    }
+    __device__ __forceinline__ int bucket(uint64_t x) const {
+        const TimeQuarter quarter = tables.quarters[quarter_of(__ull2float_rz(x))];
+        return quarter.bucket + (x >= quarter.edge() ? 1 : 0);
+    }
+};
 
 }  // namespace hstu::attention::sm90
