@@ -154,7 +154,7 @@ struct ShortForwardTile : ForwardTile<kHeadDim> {
 };
 template <>
 struct ShortForwardTile<32> : ForwardTileWithoutBias {
-    static constexpr int consumers = 2, cols = 128, stages = 4, q_stages = 2;
+    static constexpr int consumers = 2, cols = 128, stages = 4, q_stages = 3;
     static constexpr int loader_registers = 56, consumer_registers = 224;
     static constexpr int up_to = 4096;
 };
@@ -164,7 +164,7 @@ template <>
 struct ShortForwardTile<128> : ForwardTileWithoutBias {
     static constexpr int consumers = 2, cols = 64, stages = 4, q_stages = 2;
     static constexpr int loader_registers = 56, consumer_registers = 224;
-    static constexpr int up_to = 512;
+    static constexpr int up_to = 1024;
 };
 
 // With a relative bias, which a warpgroup of its own computes for each consumer in tiles of 64 x bias_cols; bias_stages:

@@ -164,7 +164,9 @@ std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
         }
     }
     if (RELATIVE) p.table_accum = table_accum.data();
-    std::vector<float> scratch(static_cast<size_t>(sm90::dq_scratch_elements(p, kHeadDim)), NAN);
+    // For this tile: dq_scratch_elements() asks for the one that serves such a batch, which may be another.
+    const int64_t sums = p.max_seqlen_k > Config::cluster * Config::cols ? sm90::dq_tiles<Config>(p) : 0;
+    std::vector<float> scratch(static_cast<size_t>(sums * (Config::rows * kHeadDim + Config::cluster)), NAN);
     p.dq_accum = scratch.empty() ? nullptr : scratch.data();
 
     emulated::random_numbers.seed(seed);

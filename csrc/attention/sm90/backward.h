@@ -4,10 +4,11 @@
 //   dK_j = alpha sum_i G_ij q_i     dQ_i = alpha sum_j G_ij k_j
 //
 // A block of threads stays and takes up one work after another: one head's `cols` keys of one sequence, whose K and V lie
-// in shared memory while the query rows that keep any of them pass by, `rows` at a time. Six roles:
-//   loader (warp 0)       writes the work down, fetches K and V, then Q and dO tile by tile
-//   cleaner (warp 1)      writes 0 to the rows that no product reaches
+// in shared memory while the query rows that keep any of them pass by, `rows` at a time. Seven roles:
+//   loader (warp 0)       writes the work down, fetches K and V
+//   a thread (warp 1)     fetches Q and dO tile by tile
 //   two threads           await this block's turns at tiles of dQ, and pass them on (warps 2 and 3, backward_q.h)
+//   cleaner (warp 3)      writes 0 to the rows that no product reaches, in the end
 //   a query warpgroup     dQ = G K of each tile, added up over the blocks in turn (backward_q.h)
 //   two key warpgroups    own 64 keys each: S^T = K Q^T and dP^T = V dO^T become P^T and G^T in registers, which are the
 //                         left operands of dV += P^T dO and dK += G^T Q; G^T is also written to shared memory
@@ -46,9 +47,13 @@ __global__ void __launch_bounds__(kBackwardThreads<Config>, 1)
     if (warp < 4) {
         lower_registers<Config::loader_registers>();
         if (warp == 0) load_works(p, maps, schedule, shared);
-        if (warp == 1) clean_works<T, Mask, Config>(p, schedule.levels);
+        if (warp == 1 && lane() == 0) load_queries(maps, shared);
         if (warp == 2 && lane() == 0) await_turns(p, shared);
-        if (warp == 3 && lane() == 0) pass_turns(p, shared);
+        if (warp == 3) {
+            if (lane() == 0) pass_turns(p, shared);
+            __syncwarp();
+            clean_works<T, Mask, Config>(p, schedule.levels);
+        }
     } else if (warp < 8) {
         lower_registers<Config::query_registers>();
         add_up_queries<T>(p, shared);
@@ -74,7 +79,7 @@ __global__ void __launch_bounds__(kBackwardThreads<Config>, 1)
 template <class T, int kHeadDim, class Mask, class Config>
 void launch_backward(const BackwardParams& p, void* stream_handle) {
     using Shared = BackwardShared<kHeadDim, Mask, Config>;
-    constexpr int kPanel = Shared::QTile::kPanelCols, kBoxRows = Config::rows / Config::cluster;
+    constexpr int kPanel = Shared::QTile::kPanelCols, kPanels = Shared::QTile::kPanels;
     const auto stream = static_cast<cudaStream_t>(stream_handle);
     if (max_of(p.total_q, p.total_k) > 0x7fffffff) throw std::runtime_error("hstu_ext: more than 2^31 - 1 packed rows");
     constexpr auto kKernel = backward_kernel<T, kHeadDim, Mask, Config>;
@@ -84,10 +89,12 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
     if (schedule.places() > 0x3fffffff)
         throw std::runtime_error("hstu_ext: too many blocks of keys: " + std::to_string(schedule.places()));
     const BackwardMaps maps{
-        SequenceMap::make<T>(p.q, p.total_q, p.heads, p.dim_qk, p.max_seqlen_q, kBoxRows, kPanel),
-        SequenceMap::make<T>(p.dout, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, kBoxRows, kPanel),
-        SequenceMap::make<T>(p.k, p.total_k, p.heads, p.dim_qk, p.max_seqlen_k, Config::cols, kPanel),
-        SequenceMap::make<T>(p.v, p.total_k, p.heads, p.dim_v, p.max_seqlen_k, Config::cols, kPanel)};
+        SequenceMap::make<T>(p.q, p.total_q, p.heads, p.dim_qk, p.max_seqlen_q, Config::rows, kPanel, kPanels),
+        SequenceMap::make<T>(p.dout, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, Config::rows, kPanel, kPanels),
+        SequenceMap::make<T>(p.k, p.total_k, p.heads, p.dim_qk, p.max_seqlen_k, Config::cols, kPanel, kPanels),
+        SequenceMap::make<T>(p.v, p.total_k, p.heads, p.dim_v, p.max_seqlen_k, Config::cols, kPanel, kPanels),
+        SequenceMap::make<T>(p.k, p.total_k, p.heads, p.dim_qk, p.max_seqlen_k, Config::cols, kPanel,
+                             Shared::OtherKTile::kPanels)};
     if (schedule.levels > 1) {
         int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
         check_cuda(cudaMemsetAsync(turns, 0, sizeof(int) * Config::cluster * dq_tiles<Config>(p), stream),

@@ -244,21 +244,23 @@ struct KeyGroup {
     }
 };
 
-// Warpgroup `group` of two: 64 of a work's keys. Waits for k_full, q_full and g_empty.
+// Warpgroup `group` of two: 64 of a work's keys. Waits for k_full, v_full, q_full and g_empty.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void own_keys(const BackwardParams& p, const BackwardShared<kHeadDim, Mask, Config>& shared,
                                          int group) {
     RingPosition<Config::stages> q;
     RingPosition<Config::g_stages> g;
-    for (RingPosition<Config::works> k;; k.next()) {
+    for (RingPosition<2> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
         if (shared.work(k.stage).last) break;
         const int tiles = __shfl_sync(0xffffffff, shared.work(k.stage).walk.tiles, 0);
+        if (Config::keys_in_registers) shared.v_full(k.stage).wait(k.phase);
         KeyGroup<T, kHeadDim, Mask, Config> own(shared, group, k.stage);
         const float half_alpha = 0.5f * p.alpha;
         if (tiles > 0) {
             shared.q_full(q.stage).wait(q.phase);
             own.start_s(q.stage);
+            shared.v_full(k.stage).wait(k.phase);
             wait_products<0>();
             for (int t = 0; t < tiles - 1; ++t) {
                 const int stage = q.stage;
@@ -282,12 +284,16 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
             own.start_dp(q.stage);
             own.start_dv(q.stage);
             wait_products<1>();
+            arrive_as_warp(shared.v_empty(k.stage));
             own.use_dp(g);
             own.start_dk(q.stage);
             own.finish_sums();
             arrive_in_cluster<Config::cluster>(shared.q_empty(q.stage));
             g.next();
             q.next();
+        } else {
+            shared.v_full(k.stage).wait(k.phase);
+            arrive_as_warp(shared.v_empty(k.stage));
         }
         const int head = shared.work(k.stage).head, first_key = shared.work(k.stage).col0 + 64 * group;
         const int num_rows = shared.work(k.stage).mask.len_k - first_key;

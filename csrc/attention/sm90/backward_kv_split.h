@@ -59,7 +59,7 @@ __device__ __forceinline__ void own_values(const BackwardParams& p,
     constexpr int kRows = Config::rows;
     RingPosition<Config::stages> q;
     RingPosition<Config::g_stages> g;
-    for (RingPosition<Config::works> k;; k.next()) {
+    for (RingPosition<2> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
         if (shared.work(k.stage).last) break;
         const int tiles = __shfl_sync(0xffffffff, shared.work(k.stage).walk.tiles, 0);
@@ -106,14 +106,14 @@ __device__ __forceinline__ void own_values(const BackwardParams& p,
     }
 }
 
-// dP, G and dK. Waits for k_full, q_full and slopes_full.
+// dP, G and dK. Waits for k_full, v_full, q_full and slopes_full.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void own_gradients(const BackwardParams& p,
                                               const BackwardShared<kHeadDim, Mask, Config>& shared) {
     constexpr int kRows = Config::rows;
     RingPosition<Config::stages> q;
     RingPosition<Config::g_stages> g;
-    for (RingPosition<Config::works> k;; k.next()) {
+    for (RingPosition<2> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
         if (shared.work(k.stage).last) break;
         const int tiles = __shfl_sync(0xffffffff, shared.work(k.stage).walk.tiles, 0);
@@ -123,6 +123,7 @@ __device__ __forceinline__ void own_gradients(const BackwardParams& p,
         Fragments<kRows / 16> gradients;
         Slopes<kRows> slopes;
         dk.clear();
+        shared.v_full(k.stage).wait(k.phase);
         for (int t = 0; t < tiles; ++t, q.next(), g.next()) {
             shared.q_full(q.stage).wait(q.phase);
             begin_products();
@@ -132,6 +133,7 @@ __device__ __forceinline__ void own_gradients(const BackwardParams& p,
             take_slopes(slopes, shared.g(g.stage));
             wait_products<0>();
             hold(dp);
+            if (t == tiles - 1) arrive_as_warp(shared.v_empty(k.stage));
             apply_slopes<T>(dp, slopes, gradients);
             hand_out_gradients(gradients, shared, g.stage, threadIdx.x / 32 % 4 * 16);
             hold(gradients);
@@ -140,6 +142,7 @@ __device__ __forceinline__ void own_gradients(const BackwardParams& p,
             hold(gradients);
             arrive_in_cluster<Config::cluster>(shared.q_empty(q.stage));
         }
+        if (tiles == 0) arrive_as_warp(shared.v_empty(k.stage));
         const int head = shared.work(k.stage).head, col0 = shared.work(k.stage).col0;
         const int num_rows = shared.work(k.stage).mask.len_k - col0;
         const int64_t packed_key = int64_t{shared.work(k.stage).k_begin} + col0;

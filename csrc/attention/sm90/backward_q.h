@@ -46,7 +46,7 @@ __device__ __forceinline__ void await_turns(const BackwardParams& p,
                                             const BackwardShared<kHeadDim, Mask, Config>& shared) {
     const int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
     RingPosition<2> turn;
-    for (RingPosition<Config::works> k;; k.next()) {
+    for (RingPosition<2> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
         const KeyWork<Mask>& work = shared.work(k.stage);
         if (work.last) break;
@@ -68,7 +68,7 @@ __device__ __forceinline__ void pass_turns(const BackwardParams& p,
                                            const BackwardShared<kHeadDim, Mask, Config>& shared) {
     int* const turns = DqScratch<kHeadDim, Config>{p.dq_accum}.turns(p);
     RingPosition<2> turn;
-    for (RingPosition<Config::works> k;; k.next()) {
+    for (RingPosition<2> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
         const KeyWork<Mask> work = shared.work(k.stage);
         shared.k_empty(k.stage).arrive();
@@ -109,7 +109,7 @@ __device__ __forceinline__ void add_sums(const Accumulator<kCols>& acc, float4* 
 }
 
 // One warpgroup: dQ of a work's query tiles, a unit of 64 rows and unit_cols columns after another. Waits for k_full,
-// g_full, turn_came and turn_passed.
+// v_full, g_full, turn_came and turn_passed.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                                                const BackwardShared<kHeadDim, Mask, Config>& shared) {
@@ -117,28 +117,40 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
     constexpr int kUnitsN = kHeadDim / kCluster / kUnitCols, kUnits = kRows / 64 * kUnitsN;
     using Shared = BackwardShared<kHeadDim, Mask, Config>;
     using Scratch = DqScratch<kHeadDim, Config>;
+    constexpr bool kAhead = kCluster > 1;  // single blocks lose more by the waiting than they gain
     const int first_col = blockIdx.x % kCluster * (kHeadDim / kCluster);
     RingPosition<Config::g_stages> g;
     RingPosition<2> came, over;
-    for (RingPosition<Config::works> k;; k.next()) {
+    for (RingPosition<2> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
         const KeyWork<Mask> work = shared.work(k.stage);
         if (work.last) break;
+        shared.v_full(k.stage).wait(k.phase);
         for (int t = 0; t < work.walk.tiles; ++t, g.next()) {
             const int row0 = work.walk[t];
             const Visit<kHeadDim, Mask, Config> visit(p, work, row0);
             float4* const slots =
                 reinterpret_cast<float4*>(p.dq_accum + visit.tile * Scratch::kTile) + threadIdx.x % kWarpgroup;
             const bool reduced = !p.deterministic && !visit.first() && !visit.last();
+            const auto await_turn = [&] {
+                shared.turn_came(came.stage).wait(came.phase);
+                arrive_as_warp(shared.turn_taken(came.stage));
+                came.next();
+            };
 #pragma unroll
             for (int unit = 0; unit < kUnits; ++unit) {
                 const int unit_row = unit / kUnitsN * 64, unit_col = unit % kUnitsN * kUnitCols + first_col;
                 float4* const unit_slots = slots + unit * (64 * kUnitCols / 4);
                 Accumulator<kUnitCols> dq;
+                dq.clear();
+                if (kAhead && visit.last() && !visit.first()) {  // the sums come before G does
+                    if (unit == 0) await_turn();
+                    load_sums(dq, unit_slots);
+                }
                 if (unit == 0) shared.g_full(g.stage).wait(g.phase);
                 begin_products();
-                multiply<T, Config::cols / 16, true>(dq, columns(shared.g(g.stage), unit_row),
-                                                     columns(shared.k(k.stage), unit_col));
+                multiply<T, Config::cols / 16>(dq, columns(shared.g(g.stage), unit_row),
+                                               columns(shared.k(k.stage), unit_col));
                 if constexpr (kCluster == 2)
                     multiply<T, Config::cols / 16>(
                         dq, columns(shared.other_g(g.stage), unit_row),
@@ -150,12 +162,10 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                     arrive_in_cluster<kCluster>(shared.g_empty(g.stage));
                     if (t == work.walk.tiles - 1 && lane() == 0) shared.k_empty(k.stage).arrive();
                 }
-                if (unit == 0 && !visit.first()) {
-                    shared.turn_came(came.stage).wait(came.phase);
-                    arrive_as_warp(shared.turn_taken(came.stage));
-                    came.next();
+                if (!(kAhead && visit.last()) && !visit.first()) {
+                    if (unit == 0) await_turn();
+                    if (!reduced) load_sums(dq, unit_slots);
                 }
-                if (!visit.first() && !reduced) load_sums(dq, unit_slots);
                 if (visit.last()) {
                     const int row = row0 + unit_row;
                     T* const to = p.dq.at<T>(work.q_begin + int64_t{row}, work.head) + unit_col;

@@ -7,7 +7,7 @@
 
 namespace hstu::attention::sm90 {
 
-// One of two warps. Waits for k_full and bias_empty.
+// One of two warps. Waits for work_full and bias_empty.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void write_biases(const BackwardParams& p,
                                              const BackwardShared<kHeadDim, Mask, Config>& shared) {
@@ -26,12 +26,12 @@ __device__ __forceinline__ void write_biases(const BackwardParams& p,
         if (rows.second.end >= mask.len_q) rows.second.end = kAll;
         return rows;
     };
-    shared.k_full(0).wait(0);
+    shared.work_full(0).wait(0);
     if (shared.work(0).last) return;
     Bias bias(shared.bias_tables(), sides_of(shared.work(0)), 1);
     RingPosition<Config::g_stages> at;
-    for (RingPosition<Config::works> k;; k.next()) {
-        shared.k_full(k.stage).wait(k.phase);
+    for (RingPosition<2> k;; k.next()) {
+        shared.work_full(k.stage).wait(k.phase);
         const KeyWork<Mask>& work = shared.work(k.stage);
         if (work.last) break;
         const int tiles = work.walk.tiles;
@@ -54,7 +54,7 @@ __device__ __forceinline__ void write_biases(const BackwardParams& p,
     }
 }
 
-// One of two warps, which has half of the keys. Waits for k_full and g_full.
+// One of two warps, which has half of the keys. Waits for work_full and g_full.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void add_up_tables(const BackwardParams& p,
                                               const BackwardShared<kHeadDim, Mask, Config>& shared, int warp) {
@@ -67,8 +67,8 @@ __device__ __forceinline__ void add_up_tables(const BackwardParams& p,
     const int reach = p.relative.reach;
     QueryTimes<kRows> queries(shared.query_order(warp));
     RingPosition<Config::g_stages> g;
-    for (RingPosition<Config::works> k;; k.next()) {
-        shared.k_full(k.stage).wait(k.phase);
+    for (RingPosition<2> k;; k.next()) {
+        shared.work_full(k.stage).wait(k.phase);
         const KeyWork<Mask>& work = shared.work(k.stage);
         if (work.last) break;
         const int tiles = work.walk.tiles, first_key = work.col0 + warp * (Config::cols / 2);

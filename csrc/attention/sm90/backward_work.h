@@ -1,5 +1,5 @@
-// What a block of the SM90 backward is told and given: places, works, shared memory, and the two warps that hand them
-// out: the loader and the cleaner.
+// What a block of the SM90 backward is told and given: places, works, shared memory, and those that hand them out: the
+// loader of keys, the loader of queries and the cleaner.
 #pragma once
 
 #include "attention/sm90/pipeline.h"
@@ -39,7 +39,7 @@ struct alignas(16) TimeTables {
 };
 
 struct BackwardMaps {
-    SequenceMap q, dout, k, v;
+    SequenceMap q, dout, k, v, other_k;
 };
 
 // One head's keys [col0, col0 + cols) of one sequence, as the loader hands it to the others.
@@ -70,7 +70,7 @@ struct BackwardShared {
     static constexpr int kTiles = kScores + kCluster * kGStages * GTile::kBytes;
     static constexpr bool kRelative = Config::relative;
     static constexpr int kBiasBytes = kRelative ? kCols * kRows * sizeof(float) : 0;
-    static constexpr int kBarriers = 2 * kWorks + 2 * kStages + 14 + (kRelative ? 4 : 0);
+    static constexpr int kBarriers = 2 * kStages + 24 + (kRelative ? 4 : 0);
     static constexpr int kBias = kTiles, kOrders = kBias + kGStages * kBiasBytes;
     static constexpr int kStrip = kRows / 8 * 32;  // float4 of the bias of 16 keys
     static constexpr int kBiasTables = kOrders + (kRelative ? 2 * sizeof(QueryOrder<kRows>) : 0);
@@ -78,16 +78,19 @@ struct BackwardShared {
     static constexpr int kTimeTables = kBiasTables + (kRelative ? (sizeof(BiasTables) + 15) / 16 * 16 : 0);
     static constexpr int kBarrier = kTimeTables + (kRelative ? sizeof(TimeTables) : 0);
     static constexpr int kWork = kBarrier + 8 * kBarriers;
-    static constexpr int kBatch = kWork + kWorks * sizeof(KeyWork<Mask>);
+    static constexpr int kBatch = kWork + 2 * sizeof(KeyWork<Mask>);
     static constexpr int kBytes = kBatch + sizeof(SortedBatch);
+    static_assert(kBytes <= 227 << 10);
 
     unsigned char* start;  // a multiple of 1024
 
     __device__ explicit BackwardShared(unsigned char* memory) : start(memory) {}
     __device__ uint32_t base() const { return shared_address(start); }
+    // Of work 0 or 1, by turns. Where there is room for one work, K of the next comes to where V of this one is, which is
+    // needed no longer than for the last dP, and V to where K is.
     __device__ KTile k(int work) const { return {base() + work * KTile::kBytes}; }
-    __device__ KTile v(int work) const { return k(kWorks + work); }
-    __device__ OtherKTile other_k(int work) const { return {base() + kOtherK + work * OtherKTile::kBytes}; }
+    __device__ KTile v(int work) const { return k(kWorks == 1 ? 1 - work : kWorks + work); }
+    __device__ OtherKTile other_k(int work) const { return {base() + kOtherK + work % kWorks * OtherKTile::kBytes}; }
     __device__ QTile q(int stage) const { return {base() + kRing + stage * QTile::kBytes}; }
     __device__ QTile dout(int stage) const { return q(kStages + stage); }
     __device__ GTile g(int stage) const { return {base() + kScores + stage * GTile::kBytes}; }
@@ -95,9 +98,7 @@ struct BackwardShared {
     __device__ Barrier barrier(int number) const { return {base() + kBarrier + 8 * number}; }
     __device__ Barrier q_full(int stage) const { return barrier(stage); }  // Q and dO
     __device__ Barrier q_empty(int stage) const { return barrier(kStages + stage); }
-    __device__ Barrier k_full(int work) const { return barrier(2 * kStages + work); }  // K, V and the work
-    __device__ Barrier k_empty(int work) const { return barrier(2 * kStages + kWorks + work); }
-    __device__ Barrier pair_barrier(int number) const { return barrier(2 * kStages + 2 * kWorks + number); }
+    __device__ Barrier pair_barrier(int number) const { return barrier(2 * kStages + number); }
     __device__ Barrier g_full(int stage) const { return pair_barrier(stage); }
     __device__ Barrier g_empty(int stage) const { return pair_barrier(2 + stage); }
     __device__ Barrier turn_came(int stage) const { return pair_barrier(4 + stage); }
@@ -105,9 +106,14 @@ struct BackwardShared {
     __device__ Barrier turn_over(int stage) const { return pair_barrier(8 + stage); }
     __device__ Barrier turn_passed(int stage) const { return pair_barrier(10 + stage); }
     __device__ Barrier slopes_full(int stage) const { return pair_barrier(12 + stage); }
+    __device__ Barrier k_full(int work) const { return pair_barrier(14 + work); }  // K and the work
+    __device__ Barrier k_empty(int work) const { return pair_barrier(16 + work); }
+    __device__ Barrier v_full(int work) const { return pair_barrier(18 + work); }  // V and the other block's keys
+    __device__ Barrier v_empty(int work) const { return pair_barrier(20 + work); }
+    __device__ Barrier work_full(int work) const { return pair_barrier(22 + work); }  // the work alone
     // With a relative bias: half of it, in the order of the accumulators of S^T, and room for the bias warps.
-    __device__ Barrier bias_full(int stage) const { return pair_barrier(14 + stage); }
-    __device__ Barrier bias_empty(int stage) const { return pair_barrier(16 + stage); }
+    __device__ Barrier bias_full(int stage) const { return pair_barrier(24 + stage); }
+    __device__ Barrier bias_empty(int stage) const { return pair_barrier(26 + stage); }
     __device__ float4* bias(int stage) const {
         return reinterpret_cast<float4*>(start + kBias + stage * kBiasBytes);
     }
@@ -120,12 +126,13 @@ struct BackwardShared {
     __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
 
     __device__ void init_barriers() const {
-        for (int i = 0; i < kWorks; ++i) k_full(i).init(1), k_empty(i).init(kRelative ? 18 : 14);
         for (int i = 0; i < kStages; ++i) q_full(i).init(1), q_empty(i).init(8 * kCluster);
         for (int i = 0; i < 2; ++i) {
             g_full(i).init(kCols / 16), g_empty(i).init(4 * kCluster + (kRelative ? 2 : 0));
             turn_came(i).init(1), turn_taken(i).init(4), turn_over(i).init(4), turn_passed(i).init(1);
             slopes_full(i).init(4);
+            work_full(i).init(1), k_full(i).init(1), k_empty(i).init(kRelative ? 19 : 15);
+            v_full(i).init(1), v_empty(i).init(Config::split ? 4 : 8);
             if constexpr (kRelative) bias_full(i).init(2), bias_empty(i).init(2);
         }
         fence_barrier_init();
@@ -138,13 +145,13 @@ __device__ __forceinline__ int first_accum_tile(const Sequence& seq, int b) {
     return static_cast<int>(seq.q_begin / Config::rows) + b;
 }
 
-// One warp. Waits for k_empty and q_empty.
+// One warp: writes works down and fetches their K and V. Waits for k_empty and v_empty.
 template <int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void load_works(const BackwardParams& p, const BackwardMaps& maps, const Schedule& schedule,
                                            const BackwardShared<kHeadDim, Mask, Config>& shared) {
     using Shared = BackwardShared<kHeadDim, Mask, Config>;
-    RingPosition<Config::stages> q;
-    RingPosition<Config::works> k;
+    RingPosition<2> k, k_before;
+    bool any_before = false;
     if (schedule.sorted) {
         // The tiles are still unused.
         shared.batch().sort(p, Shared::kClusterCols, schedule.levels, true,
@@ -173,39 +180,74 @@ __device__ __forceinline__ void load_works(const BackwardParams& p, const Backwa
                 const TileWalk walk(aligned(mask.q_range(cluster_col0, Shared::kClusterCols), Config::rows),
                                     Config::rows);
                 const int col0 = cluster_col0 + rank * Config::cols;
-                const SequenceRows q_rows{head, static_cast<int>(seq.q_begin), seq.len_q};
                 const SequenceRows k_rows{head, static_cast<int>(seq.k_begin), seq.len_k};
-                shared.k_empty(k.stage).wait(k.phase ^ 1);
-                shared.work(k.stage) = {mask,         walk,         head,         col0,
-                                        cluster_col0, q_rows.begin, k_rows.begin, first_accum_tile<Config>(seq, b),
+                const Barrier k_full = shared.k_full(k.stage), v_full = shared.v_full(k.stage);
+                // With a place for one work, what it frees last comes last; until then the L2 cache has it.
+                if (Config::works == 1) {
+                    prefetch_rows<typename Shared::KTile>(maps.k, k_rows, col0);
+                    prefetch_rows<typename Shared::KTile>(maps.v, k_rows, col0);
+                    if (any_before) shared.v_empty(k_before.stage).wait(k_before.phase);
+                } else {
+                    shared.k_empty(k.stage).wait(k.phase ^ 1);
+                }
+                shared.work(k.stage) = {mask,
+                                        walk,
+                                        head,
+                                        col0,
+                                        cluster_col0,
+                                        static_cast<int>(seq.q_begin),
+                                        static_cast<int>(seq.k_begin),
+                                        first_accum_tile<Config>(seq, b),
                                         false};
-                const Barrier k_full = shared.k_full(k.stage);
-                k_full.arrive_expecting(2 * Shared::KTile::kBytes +
-                                        (Shared::kCluster - 1) * Shared::OtherKTile::kBytes);
+                shared.work_full(k.stage).arrive();
+                k_full.arrive_expecting(Shared::KTile::kBytes);
                 load_rows(shared.k(k.stage), k_full.address, maps.k, k_rows, col0);
-                load_rows(shared.v(k.stage), k_full.address, maps.v, k_rows, col0);
+                if (Config::works == 1 && any_before) shared.k_empty(k_before.stage).wait(k_before.phase);
+                v_full.arrive_expecting(Shared::KTile::kBytes + (Shared::kCluster - 1) * Shared::OtherKTile::kBytes);
+                load_rows(shared.v(k.stage), v_full.address, maps.v, k_rows, col0);
                 if constexpr (Shared::kCluster == 2)
-                    load_rows(shared.other_k(k.stage), k_full.address, maps.k, k_rows,
+                    load_rows(shared.other_k(k.stage), v_full.address, maps.other_k, k_rows,
                               cluster_col0 + (1 - rank) * Config::cols,
                               rank * Shared::kDqCols / Shared::KTile::kPanelCols * Shared::KTile::kPanelCols);
-                for (int t = 0; t < walk.tiles; ++t, q.next()) {
-                    const uint32_t full = shared.q_full(q.stage).address;
-                    shared.q_empty(q.stage).wait(q.phase ^ 1);
-                    shared.q_full(q.stage).arrive_expecting(2 * Shared::QTile::kBytes);
-                    load_part_of_rows<Shared::kCluster>(shared.q(q.stage), full, maps.q, q_rows, walk[t], rank);
-                    load_part_of_rows<Shared::kCluster>(shared.dout(q.stage), full, maps.dout, q_rows, walk[t], rank);
-                }
             }
             __syncwarp();
-            q.stage = __shfl_sync(0xffffffff, q.stage, turn);
-            q.phase = __shfl_sync(0xffffffff, q.phase, turn);
+            k_before = k, any_before = true;
             k.next();
         }
     }
     if (lane() == 0) {
         shared.k_empty(k.stage).wait(k.phase ^ 1);
         shared.work(k.stage).last = true;
+        shared.work_full(k.stage).arrive();
         shared.k_full(k.stage).arrive();
+    }
+}
+
+// One thread: fetches Q and dO tile by tile. Waits for work_full and q_empty.
+template <int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void load_queries(const BackwardMaps& maps,
+                                             const BackwardShared<kHeadDim, Mask, Config>& shared) {
+    using Shared = BackwardShared<kHeadDim, Mask, Config>;
+    using Rows = RowsIn<typename Shared::QTile, Shared::kCluster>;
+    const int rank = blockIdx.x % Shared::kCluster;
+    RingPosition<Config::stages> q;
+    for (RingPosition<2> k;; k.next()) {
+        shared.work_full(k.stage).wait(k.phase);
+        if (shared.work(k.stage).last) break;
+        const TileWalk walk = shared.work(k.stage).walk;
+        const SequenceRows rows{shared.work(k.stage).head, shared.work(k.stage).q_begin,
+                                shared.work(k.stage).mask.len_q};
+        shared.k_empty(k.stage).arrive();
+        for (int t = 0; t < walk.tiles; ++t, q.next()) {
+            const Barrier full = shared.q_full(q.stage);
+            // Of a cluster's blocks one fetches Q for both, the other dO.
+            const Rows first(rank == 0 ? maps.q : maps.dout, rows, walk[t]);
+            shared.q_empty(q.stage).wait(q.phase ^ 1);
+            full.arrive_expecting(2 * Shared::QTile::kBytes);
+            first.start(rank == 0 ? shared.q(q.stage) : shared.dout(q.stage), full.address);
+            if constexpr (Shared::kCluster == 1)
+                Rows(maps.dout, rows, walk[t]).start(shared.dout(q.stage), full.address);
+        }
     }
 }
 

@@ -617,20 +617,20 @@ __global__ void __launch_bounds__(kThreads<Config>, 1)
 template <class T, int kHeadDim, class Mask, class Config>
 void launch_forward(const Params& p, void* stream) {
     using Shared = ForwardShared<kHeadDim, Mask, Config>;
-    constexpr int kRows = Shared::kRows, kPanel = Shared::QTile::kPanelCols;
+    constexpr int kRows = Shared::kRows, kPanel = Shared::QTile::kPanelCols, kPanels = Shared::QTile::kPanels;
     if (max_of(p.total_q, p.total_k) > 0x7fffffff) throw std::runtime_error("hstu_ext: more than 2^31 - 1 packed rows");
     const int blocks = multiprocessors(p.device);
     const Schedule schedule(p, kRows, blocks);
     if (schedule.places() > 0x3fffffff)
         throw std::runtime_error("hstu_ext: too many row blocks: " + std::to_string(schedule.places()));
     const ForwardMaps maps{
-        SequenceMap::make<T>(p.q, p.total_q, p.heads, p.dim_qk, p.max_seqlen_q, kRows, kPanel),
-        SequenceMap::make<T>(p.k, p.total_k, p.heads, p.dim_qk, p.max_seqlen_k, Config::cols, kPanel),
-        SequenceMap::make<T>(p.v, p.total_k, p.heads, p.dim_v, p.max_seqlen_k, Config::cols, kPanel),
-        SequenceMap::make<T>(p.out, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, kRows, kPanel)};
-    launch_early<forward_kernel<T, kHeadDim, Mask, Config>>(min_of<int64_t>(schedule.places(), blocks),
-                                                            kThreads<Config>, Shared::kBytes, p.device,
-                                                            static_cast<cudaStream_t>(stream), p, maps, schedule);
+        SequenceMap::make<T>(p.q, p.total_q, p.heads, p.dim_qk, p.max_seqlen_q, kRows, kPanel, kPanels),
+        SequenceMap::make<T>(p.k, p.total_k, p.heads, p.dim_qk, p.max_seqlen_k, Config::cols, kPanel, kPanels),
+        SequenceMap::make<T>(p.v, p.total_k, p.heads, p.dim_v, p.max_seqlen_k, Config::cols, kPanel, kPanels),
+        SequenceMap::make<T>(p.out, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, kRows, kPanel, kPanels)};
+    launch_early<forward_kernel<T, kHeadDim, Mask, Config>>(
+        min_of<int64_t>(schedule.places(), blocks), kThreads<Config>, Shared::kBytes, p.device,
+        static_cast<cudaStream_t>(stream), p, maps, schedule);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>

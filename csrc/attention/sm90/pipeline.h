@@ -33,10 +33,10 @@ struct Barrier {
     __device__ __forceinline__ void arrive() const {
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
     }
-    // The same at the barrier of another block of the cluster.
+    // The same at the barrier of another block of the cluster, by a thread that has read and not written: a release at
+    // cluster scope would first wait for every store and reduction of the thread to reach the L2 cache.
     __device__ __forceinline__ void arrive_at(int rank) const {
-        asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_at(address, rank))
-                     : "memory");
+        asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_at(address, rank)) : "memory");
     }
     // One arrival that also announces `bytes` that asynchronous copies will report here.
     __device__ __forceinline__ void arrive_expecting(int bytes) const {
