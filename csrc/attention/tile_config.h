@@ -234,9 +234,15 @@ template <int kHeadDim>
 struct RelativeBackwardTile;
 template <>
 struct RelativeBackwardTile<64> {
-    static constexpr int rows = 64, cols = 128, stages = 3, works = 2, unit_cols = 64, cluster = 1, g_stages = 2;
+    static constexpr int rows = 64, cols = 128, stages = 4, works = 2, unit_cols = 64, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 144, query_registers = 72, loader_registers = 24, bias_registers = 96;
     static constexpr bool keys_in_registers = false, split = false, relative = true;
+};
+template <>
+struct RelativeBackwardTile<128> {
+    static constexpr int rows = 64, cols = 64, stages = 3, works = 1, unit_cols = 64, cluster = 2, g_stages = 2;
+    static constexpr int key_registers = 144, query_registers = 72, loader_registers = 24, bias_registers = 96;
+    static constexpr bool keys_in_registers = false, split = true, relative = true;
 };
 
 }  // namespace hstu::attention::sm90

@@ -97,7 +97,8 @@ void draw_times(Case::Times kind, std::mt19937& random, int64_t* queries, int le
     if (kind == Case::Times::kShuffled) std::shuffle(times.begin(), times.end(), random);
     if (kind == Case::Times::kExtreme)
         for (int64_t& t : times)
-            t = static_cast<int64_t>((uint64_t{random()} << 32 | random()) >> (random() % 3 * 31)) * (random() % 2 ? 1 : -1);
+            t = static_cast<int64_t>((uint64_t{random()} << 32 | random()) >> (random() % 3 * 31)) *
+                (random() % 2 ? 1 : -1);
     std::copy_n(times.begin() + (longest - len_q), len_q, queries);
     std::copy_n(times.begin() + (longest - 1 - len_k), len_k, keys);
 }
@@ -175,8 +176,8 @@ std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
     std::vector<char> used_q(static_cast<size_t>(p.total_q), 0), used_k(static_cast<size_t>(p.total_k), 0);
     std::vector<double> want_q(p.total_q * c.heads * c.dim_qk, 0.0), want_k(p.total_k * c.heads * c.dim_qk, 0.0);
     std::vector<double> want_v(p.total_k * c.heads * c.dim_v, 0.0);
-    std::vector<double> want_position(position.size(), 0.0), want_time(time.size(), 0.0), sizes_position = want_position,
-                                                                                         sizes_time = want_time;
+    std::vector<double> want_position(position.size(), 0.0), want_time(time.size(), 0.0),
+        sizes_position = want_position, sizes_time = want_time;
     for (int b = 0; b < p.batch; ++b) {
         const Sequence s(p, b);
         for (int h = 0; h < c.heads; ++h) {
@@ -209,7 +210,8 @@ std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
                     const double of_score = sigmoid * (1 + x * (1 - sigmoid)) * p.inv_scaling * dp;
                     const double g = p.alpha * of_score;
                     if (of_position)
-                        want_position[at_position] += of_score, sizes_position[at_position] += std::abs(dp) * p.inv_scaling;
+                        want_position[at_position] += of_score,
+                            sizes_position[at_position] += std::abs(dp) * p.inv_scaling;
                     if (of_time) want_time[at_time] += of_score, sizes_time[at_time] += std::abs(dp) * p.inv_scaling;
                     for (int d = 0; d < c.dim_qk; ++d) {
                         want_q[(row * c.heads + h) * c.dim_qk + d] += g * static_cast<float>(k.at(key, h, d));
@@ -257,7 +259,8 @@ const std::vector<Case> kRelativeCases = [] {
         c.name = name, c.times = times, c.reach = reach, c.num_buckets = num_buckets, c.table_per_head = table_per_head;
         cases.push_back(c);
     };
-    const Case causal{"", {200, 1, 129, 0, 70}, {200, 1, 129, 0, 70}}, &full = kWindowCases[2], &window = kWindowCases[3], &delta_q = kWindowCases[4];
+    const Case causal{"", {200, 1, 129, 0, 70}, {200, 1, 129, 0, 70}},
+        &full = kWindowCases[2], &window = kWindowCases[3], &delta_q = kWindowCases[4];
     const Case &more_queries = kWindowCases[5], &used = kWindowCases[6];
     add(causal, "relative", Times::kRising, 400, 64, false);
     add(causal, "relative_positions", Times::kNone, 50, 0, true);
@@ -301,8 +304,7 @@ void check_orders(const Case& c) {
 int main() {
     if (RELATIVE) {
         for (Case c : kRelativeCases) c.dim_qk = DIM_QK, c.dim_v = DIM_V, check_once<WindowMask>(c);
-        for (Case c : kTargetCases)
-            c.dim_qk = DIM_QK, c.dim_v = DIM_V, c.reach = 90, check_orders<TargetMask>(c);
+        for (Case c : kTargetCases) c.dim_qk = DIM_QK, c.dim_v = DIM_V, c.reach = 90, check_orders<TargetMask>(c);
         std::printf("d%d, relative bias: ok\n", HEAD_DIM);
         return 0;
     }

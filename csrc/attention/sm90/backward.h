@@ -27,7 +27,7 @@
 
 namespace hstu::attention::sm90 {
 
-// With a relative bias a fifth warpgroup writes it and adds up the tables' gradients (backward_relative.h).
+// With a relative bias a fifth warpgroup adds up the gradient of the time table (backward_relative.h).
 template <class Config>
 constexpr int kBackwardThreads = (Config::relative ? 5 : 4) * kWarpgroup;
 
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kBackwardThreads<Config>, 1)
     if (warp < 4) {
         lower_registers<Config::loader_registers>();
         if (warp == 0) load_works(p, maps, schedule, shared);
-        if (warp == 1 && lane() == 0) load_queries(maps, shared);
+        if (warp == 1 && (Config::relative || lane() == 0)) load_queries(p, maps, shared);
         if (warp == 2 && lane() == 0) await_turns(p, shared);
         if (warp == 3) {
             if (lane() == 0) pass_turns(p, shared);
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kBackwardThreads<Config>, 1)
     } else if (Config::relative && warp >= 16) {
         if constexpr (Config::relative) {
             lower_registers<Config::bias_registers>();
-            serve_bias<T>(p, shared, warp - 16);
+            add_up_times<T>(p, shared, warp - 16);
         }
     } else {
         raise_registers<Config::key_registers>();

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention/activation.h"
-#include "attention/sm90/backward_work.h"
+#include "attention/sm90/backward_bias.h"
 
 namespace hstu::attention::sm90 {
 
@@ -89,20 +89,6 @@ template <int kRows>
 struct Slopes {
     __half2 x[kRows / 4];
 };
-
-// S^T -> half of alpha S^T + bias. `half_bias`: of the block's tile.
-template <int kRows>
-__device__ __forceinline__ void add_half_bias(Accumulator<kRows>& s, const float4* half_bias, int group,
-                                              float half_alpha) {
-    const float4* const from = half_bias + (group * 4 + threadIdx.x / 32 % 4) * (kRows / 8) * 32 + lane();
-#pragma unroll
-    for (int block = 0; block < kRows / 8; ++block) {
-        const float4 b = from[block * 32];
-        float* const x = s.x + block * 4;
-        x[0] = fmaf(half_alpha, x[0], b.x), x[1] = fmaf(half_alpha, x[1], b.y);
-        x[2] = fmaf(half_alpha, x[2], b.z), x[3] = fmaf(half_alpha, x[3], b.w);
-    }
-}
 
 // S^T -> P^T N as a left operand, 0 where masked, and the slopes.
 template <class T, bool kMasked, int kRows, class Mask>
@@ -203,13 +189,13 @@ struct KeyGroup {
         commit_products();
     }
     // S is there: P and the slopes.
-    __device__ __forceinline__ void use_s(int t, float half_alpha, RingPosition<Config::g_stages> g) {
+    __device__ __forceinline__ void use_s(const BackwardParams& p, int t, int stage) {
+        float half_alpha = 0.5f * p.alpha;
         const int row0 = shared.work(number).walk[t], first_key = shared.work(number).col0 + 64 * group;
         const Mask mask = shared.work(number).mask;
         hold(s);
         if constexpr (Config::relative) {
-            shared.bias_full(g.stage).wait(g.phase);
-            add_half_bias(s, shared.bias(g.stage), group, half_alpha);
+            add_half_bias(s, p, shared, shared.work(number), row0, first_key, stage, half_alpha);
             half_alpha = 1.0f;
         }
         if (mask.is_full(row0, kRows, first_key, 64))
@@ -248,15 +234,17 @@ struct KeyGroup {
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void own_keys(const BackwardParams& p, const BackwardShared<kHeadDim, Mask, Config>& shared,
                                          int group) {
+    using Shared = BackwardShared<kHeadDim, Mask, Config>;
     RingPosition<Config::stages> q;
     RingPosition<Config::g_stages> g;
+    TimeTable<Shared, 2 * kWarpgroup> table{shared};
     for (RingPosition<2> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
         if (shared.work(k.stage).last) break;
         const int tiles = __shfl_sync(0xffffffff, shared.work(k.stage).walk.tiles, 0);
         if (Config::keys_in_registers) shared.v_full(k.stage).wait(k.phase);
         KeyGroup<T, kHeadDim, Mask, Config> own(shared, group, k.stage);
-        const float half_alpha = 0.5f * p.alpha;
+        if constexpr (Config::relative) table.take_head(p, shared.work(k.stage).head);
         if (tiles > 0) {
             shared.q_full(q.stage).wait(q.phase);
             own.start_s(q.stage);
@@ -264,7 +252,7 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
             wait_products<0>();
             for (int t = 0; t < tiles - 1; ++t) {
                 const int stage = q.stage;
-                own.use_s(t, half_alpha, g);
+                own.use_s(p, t, stage);
                 own.start_dp(stage);
                 own.start_dv(stage);
                 wait_products<0>();
@@ -280,7 +268,7 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
                 arrive_in_cluster<Config::cluster>(shared.q_empty(stage));
                 own.finish_sums();
             }
-            own.use_s(tiles - 1, half_alpha, g);
+            own.use_s(p, tiles - 1, q.stage);
             own.start_dp(q.stage);
             own.start_dv(q.stage);
             wait_products<1>();

@@ -59,6 +59,7 @@ __device__ __forceinline__ void own_values(const BackwardParams& p,
     constexpr int kRows = Config::rows;
     RingPosition<Config::stages> q;
     RingPosition<Config::g_stages> g;
+    TimeTable<BackwardShared<kHeadDim, Mask, Config>, kWarpgroup> table{shared};
     for (RingPosition<2> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
         if (shared.work(k.stage).last) break;
@@ -69,6 +70,7 @@ __device__ __forceinline__ void own_values(const BackwardParams& p,
         Fragments<kRows / 16> weights;
         Slopes<kRows> slopes;
         dv.clear();
+        if constexpr (Config::relative) table.take_head(p, shared.work(k.stage).head);
         for (int t = 0; t < tiles; ++t, q.next()) {
             shared.q_full(q.stage).wait(q.phase);
             begin_products();
@@ -80,8 +82,7 @@ __device__ __forceinline__ void own_values(const BackwardParams& p,
             const Mask mask = shared.work(k.stage).mask;
             float half_alpha = 0.5f * p.alpha;
             if constexpr (Config::relative) {
-                shared.bias_full(g.stage).wait(g.phase);
-                add_half_bias(s, shared.bias(g.stage), 0, half_alpha);
+                add_half_bias(s, p, shared, shared.work(k.stage), row0, col0, q.stage, half_alpha);
                 half_alpha = 1.0f;
             }
             if (mask.is_full(row0, kRows, col0, Config::cols))

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "attention/sm90/backward_kv.h"
+#include "attention/sm90/backward_relative.h"
 #include "attention/sm90/plan.h"
 
 namespace hstu::attention::sm90 {
@@ -126,6 +127,7 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
         const KeyWork<Mask> work = shared.work(k.stage);
         if (work.last) break;
         shared.v_full(k.stage).wait(k.phase);
+        ClippedSum clipped;
         for (int t = 0; t < work.walk.tiles; ++t, g.next()) {
             const int row0 = work.walk[t];
             const Visit<kHeadDim, Mask, Config> visit(p, work, row0);
@@ -142,12 +144,18 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                 const int unit_row = unit / kUnitsN * 64, unit_col = unit % kUnitsN * kUnitCols + first_col;
                 float4* const unit_slots = slots + unit * (64 * kUnitCols / 4);
                 Accumulator<kUnitCols> dq;
+                if constexpr (Config::relative) {
+                    if (unit == 0) {
+                        shared.g_full(g.stage).wait(g.phase);
+                        add_positions<T>(p, work, shared.g(g.stage), row0, clipped);
+                    }
+                }
                 dq.clear();
                 if (kAhead && visit.last() && !visit.first()) {  // the sums come before G does
                     if (unit == 0) await_turn();
                     load_sums(dq, unit_slots);
                 }
-                if (unit == 0) shared.g_full(g.stage).wait(g.phase);
+                if (unit == 0 && !Config::relative) shared.g_full(g.stage).wait(g.phase);
                 begin_products();
                 multiply<T, Config::cols / 16>(dq, columns(shared.g(g.stage), unit_row),
                                                columns(shared.k(k.stage), unit_col));
@@ -182,6 +190,9 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                 arrive_as_warp(shared.turn_over(over.stage));
                 over.next();
             }
+        }
+        if constexpr (Config::relative) {
+            if (p.dposition != nullptr) clipped.flush(table_gradients(p, work.head));
         }
         __syncwarp();
         if (work.walk.tiles == 0 && lane() == 0) shared.k_empty(k.stage).arrive();

@@ -4,7 +4,6 @@
 
 #include "attention/sm90/pipeline.h"
 #include "attention/sm90/product.h"
-#include "attention/sm90/relative.h"
 #include "attention/sm90/schedule.h"
 #include "attention/sm90/tensor_map.h"
 
@@ -32,8 +31,21 @@ struct alignas(16) QueryOrder {
     uint8_t places[kQueries];      // of the queries in that order, unless it is their own
 };
 
-// Copies of time_bucket.h for the sums by bucket.
+// Of the query rows of a tile; behind the last one, its time.
+template <int kRows>
+struct alignas(16) TileTimes {
+    int64_t at[kRows];
+    int64_t low, high;
+};
+
+// Copies of time_bucket.h, and half of a head's time table by quarters of octaves of differences below 2^31.
 struct alignas(16) TimeTables {
+    struct alignas(16) Quarter {
+        uint32_t edge;
+        float below, above;  // the edge
+        uint32_t unused;
+    };
+    Quarter values[4 * 32];
     uint64_t edges[kTimeBuckets];
     TimeQuarter quarters[256];
 };
@@ -69,14 +81,13 @@ struct BackwardShared {
     static constexpr int kScores = kRing + 2 * kStages * QTile::kBytes;
     static constexpr int kTiles = kScores + kCluster * kGStages * GTile::kBytes;
     static constexpr bool kRelative = Config::relative;
-    static constexpr int kBiasBytes = kRelative ? kCols * kRows * sizeof(float) : 0;
-    static constexpr int kBarriers = 2 * kStages + 24 + (kRelative ? 4 : 0);
-    static constexpr int kBias = kTiles, kOrders = kBias + kGStages * kBiasBytes;
-    static constexpr int kStrip = kRows / 8 * 32;  // float4 of the bias of 16 keys
-    static constexpr int kBiasTables = kOrders + (kRelative ? 2 * sizeof(QueryOrder<kRows>) : 0);
-    using BiasTables = BiasShared<kCols / 32, kRows>;
-    static constexpr int kTimeTables = kBiasTables + (kRelative ? (sizeof(BiasTables) + 15) / 16 * 16 : 0);
-    static constexpr int kBarrier = kTimeTables + (kRelative ? sizeof(TimeTables) : 0);
+    static constexpr int kBarriers = 2 * kStages + 24;
+    // With a relative bias: the times of each Q tile's rows, the time table, and what the sums of its gradients need.
+    static constexpr int kTimes = kTiles;
+    static constexpr int kTables = kTimes + (kRelative ? kStages * sizeof(TileTimes<kRows>) : 0);
+    static constexpr int kOrders = kTables + (kRelative ? sizeof(TimeTables) : 0);
+    static constexpr int kSums = kOrders + (kRelative ? kCols / 32 * sizeof(QueryOrder<kRows>) : 0);
+    static constexpr int kBarrier = kSums + (kRelative ? kCols * kRows * sizeof(float) : 0);
     static constexpr int kWork = kBarrier + 8 * kBarriers;
     static constexpr int kBatch = kWork + 2 * sizeof(KeyWork<Mask>);
     static constexpr int kBytes = kBatch + sizeof(SortedBatch);
@@ -111,29 +122,25 @@ struct BackwardShared {
     __device__ Barrier v_full(int work) const { return pair_barrier(18 + work); }  // V and the other block's keys
     __device__ Barrier v_empty(int work) const { return pair_barrier(20 + work); }
     __device__ Barrier work_full(int work) const { return pair_barrier(22 + work); }  // the work alone
-    // With a relative bias: half of it, in the order of the accumulators of S^T, and room for the bias warps.
-    __device__ Barrier bias_full(int stage) const { return pair_barrier(24 + stage); }
-    __device__ Barrier bias_empty(int stage) const { return pair_barrier(26 + stage); }
-    __device__ float4* bias(int stage) const {
-        return reinterpret_cast<float4*>(start + kBias + stage * kBiasBytes);
+    __device__ TileTimes<kRows>& times(int stage) const {
+        return reinterpret_cast<TileTimes<kRows>*>(start + kTimes)[stage];
     }
-    __device__ BiasTables& bias_tables() const { return *reinterpret_cast<BiasTables*>(start + kBiasTables); }
-    __device__ TimeTables& time_tables() const { return *reinterpret_cast<TimeTables*>(start + kTimeTables); }
-    __device__ QueryOrder<kRows>& query_order(int warp) const {
-        return reinterpret_cast<QueryOrder<kRows>*>(start + kOrders)[warp];
+    __device__ TimeTables& time_tables() const { return *reinterpret_cast<TimeTables*>(start + kTables); }
+    __device__ QueryOrder<kRows>& query_order(int strip) const {
+        return reinterpret_cast<QueryOrder<kRows>*>(start + kOrders)[strip];
     }
+    __device__ float* sums(int strip) const { return reinterpret_cast<float*>(start + kSums) + strip * 32 * kRows; }
     __device__ KeyWork<Mask>& work(int number) const { return reinterpret_cast<KeyWork<Mask>*>(start + kWork)[number]; }
     __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
 
     __device__ void init_barriers() const {
         for (int i = 0; i < kStages; ++i) q_full(i).init(1), q_empty(i).init(8 * kCluster);
         for (int i = 0; i < 2; ++i) {
-            g_full(i).init(kCols / 16), g_empty(i).init(4 * kCluster + (kRelative ? 2 : 0));
+            g_full(i).init(kCols / 16), g_empty(i).init(4 * kCluster + (kRelative ? kCols / 32 : 0));
             turn_came(i).init(1), turn_taken(i).init(4), turn_over(i).init(4), turn_passed(i).init(1);
             slopes_full(i).init(4);
-            work_full(i).init(1), k_full(i).init(1), k_empty(i).init(kRelative ? 19 : 15);
+            work_full(i).init(1), k_full(i).init(1), k_empty(i).init(15 + (kRelative ? kCols / 32 : 0));
             v_full(i).init(1), v_empty(i).init(Config::split ? 4 : 8);
-            if constexpr (kRelative) bias_full(i).init(2), bias_empty(i).init(2);
         }
         fence_barrier_init();
     }
@@ -223,9 +230,27 @@ __device__ __forceinline__ void load_works(const BackwardParams& p, const Backwa
     }
 }
 
-// One thread: fetches Q and dO tile by tile. Waits for work_full and q_empty.
+// One warp: writes down the times of a tile's rows.
+template <int kRows>
+__device__ __forceinline__ void write_times(TileTimes<kRows>& to, const int64_t* times, int row, int len_q) {
+    int64_t low = 0, high = 0;
+#pragma unroll
+    for (int i = 0; i < kRows / 32; ++i) {
+        const int64_t t = __ldg(times + min_of(row + 32 * i + lane(), len_q - 1));
+        to.at[32 * i + lane()] = t;
+        low = i == 0 ? t : min_of(low, t), high = i == 0 ? t : max_of(high, t);
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+        low = min_of(low, __shfl_xor_sync(0xffffffff, low, step));
+        high = max_of(high, __shfl_xor_sync(0xffffffff, high, step));
+    }
+    if (lane() == 0) to.low = low, to.high = high;
+}
+
+// One thread, with a relative bias a warp: fetches Q and dO tile by tile, and the times. Waits for work_full and q_empty.
 template <int kHeadDim, class Mask, class Config>
-__device__ __forceinline__ void load_queries(const BackwardMaps& maps,
+__device__ __forceinline__ void load_queries(const BackwardParams& p, const BackwardMaps& maps,
                                              const BackwardShared<kHeadDim, Mask, Config>& shared) {
     using Shared = BackwardShared<kHeadDim, Mask, Config>;
     using Rows = RowsIn<typename Shared::QTile, Shared::kCluster>;
@@ -237,12 +262,19 @@ __device__ __forceinline__ void load_queries(const BackwardMaps& maps,
         const TileWalk walk = shared.work(k.stage).walk;
         const SequenceRows rows{shared.work(k.stage).head, shared.work(k.stage).q_begin,
                                 shared.work(k.stage).mask.len_q};
-        shared.k_empty(k.stage).arrive();
+        if constexpr (Config::relative) __syncwarp();
+        if (!Config::relative || lane() == 0) shared.k_empty(k.stage).arrive();
         for (int t = 0; t < walk.tiles; ++t, q.next()) {
             const Barrier full = shared.q_full(q.stage);
             // Of a cluster's blocks one fetches Q for both, the other dO.
             const Rows first(rank == 0 ? maps.q : maps.dout, rows, walk[t]);
             shared.q_empty(q.stage).wait(q.phase ^ 1);
+            if constexpr (Config::relative) {
+                if (p.relative.time != nullptr)
+                    write_times(shared.times(q.stage), p.relative.query_times + rows.begin, walk[t], rows.len);
+                __syncwarp();
+                if (lane() != 0) continue;
+            }
             full.arrive_expecting(2 * Shared::QTile::kBytes);
             first.start(rank == 0 ? shared.q(q.stage) : shared.dout(q.stage), full.address);
             if constexpr (Shared::kCluster == 1)

@@ -72,10 +72,10 @@ __device__ __forceinline__ void read_blocks(uint32_t (&blocks)[4], uint32_t from
 template <class T>
 __device__ __forceinline__ void multiply_blocks(float (&sums)[4], const uint32_t (&left)[4], uint32_t right0,
                                                 uint32_t right1) {
-#define HSTU_MULTIPLY_BLOCKS(type)                                                       \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                           \
-        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"           \
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                     \
+#define HSTU_MULTIPLY_BLOCKS(type)                                             \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])           \
         : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1))
     if constexpr (std::is_same_v<T, bf16>)
         HSTU_MULTIPLY_BLOCKS("bf16");

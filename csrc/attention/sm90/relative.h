@@ -62,17 +62,13 @@ struct BiasShared {
         int bucket;                // below the edge
     };
 
-    struct alignas(8) Place {
-        unsigned char bytes[64];
-    } sides[4];  // of each warp
     Bucket buckets[kTimeBuckets];
     Quarter quarters[kQuarters];
     float col_times[4][kCols];  // each warp's, of this tile, counted from the block's first row
     float row_times[4][kGroups * 16];
 };
 
-// By kWarps warps beside one another.
-template <class Shared, bool kRowsAreKeys, int kWarps = 4>
+template <class Shared, bool kRowsAreKeys>
 class BiasWarps {
   public:
     using Sides = RelativeSides<kRowsAreKeys>;
@@ -81,9 +77,7 @@ class BiasWarps {
 
     // named_barrier: that the four warps meet at when they fill the tables.
     __device__ __forceinline__ BiasWarps(Shared& shared, const Sides& first, int named_barrier)
-        : shared(shared), sides(*reinterpret_cast<Sides*>(shared.sides + warp())), named_barrier(named_barrier) {
-        static_assert(sizeof(Sides) <= sizeof(shared.sides[0]));
-        put(first);
+        : shared(shared), sides(first), named_barrier(named_barrier) {
         fill_tables();
     }
 
@@ -91,13 +85,12 @@ class BiasWarps {
     static __device__ __forceinline__ int group_of_lane() { return min_of(lane() / kPieces, Shared::kGroups - 1); }
     static __device__ __forceinline__ int piece_of_lane() { return lane() % kPieces; }
     // This warp's rows of a group start here.
-    static __device__ __forceinline__ int first_row(int row0, int group) { return row0 + 16 * (kWarps * group + warp()); }
+    static __device__ __forceinline__ int first_row(int row0, int group) { return row0 + 64 * group + 16 * warp(); }
 
     // Rows from row0 on, and the columns that the 16 rows of this lane's group need. col0: of the first tile.
     __device__ __forceinline__ void begin_block(const Sides& of, int row0_, const Spans& wanted_, int col0_) {
         const bool other_tables = of.time != sides.time;
-        put(of);
-        row0 = row0_, wanted = wanted_;
+        sides = of, row0 = row0_, wanted = wanted_;
         if (other_tables) fill_tables();
         if (sides.time == nullptr) return;
         base = __ldg(sides.row_times + min_of(row0, sides.num_rows - 1));
@@ -185,7 +178,7 @@ class BiasWarps {
         }
 #pragma unroll
         for (int n = 0; n < 4 * kCount; ++n)
-            to[n * 32 + lane_anew()] = float4{x[4 * n], x[4 * n + 1], x[4 * n + 2], x[4 * n + 3]};
+            to[n * 32 + lane()] = float4{x[4 * n], x[4 * n + 1], x[4 * n + 2], x[4 * n + 3]};
     }
     __device__ __forceinline__ void write(int group, int piece, float4* to) const { write(read<1>(group, piece), to); }
 
@@ -197,29 +190,24 @@ class BiasWarps {
         float low, high;
     };
 
-    __device__ __forceinline__ void put(const Sides& of) {
-        __syncwarp();
-        if (lane() == 0) const_cast<Sides&>(sides) = of;
-        __syncwarp();
-    }
-    static __device__ __forceinline__ int warp() { return threadIdx.x / 32 % kWarps; }
+    static __device__ __forceinline__ int warp() { return threadIdx.x / 32 % 4; }
 
     __device__ __forceinline__ void fill_tables() const {
-        named_sync(named_barrier, 32 * kWarps);
+        named_sync(named_barrier, kWarpgroup);
         const auto half = [&](int b) {
             return sides.time ? 0.5f * __ldg(sides.time + min_of(b, sides.num_buckets)) : 0.0f;
         };
-        const int thread = threadIdx.x % (32 * kWarps);
-        for (int b = thread; b < kTimeBuckets; b += 32 * kWarps) {
+        const int thread = threadIdx.x % kWarpgroup;
+        for (int b = thread; b < kTimeBuckets; b += kWarpgroup) {
             const uint32_t edge = kEdgesOfTime.at[min_of(b + 1, kTimeBuckets - 1)];
             shared.buckets[b] = {half(b), 1.0f - static_cast<float>(edge), half(b + 1) - half(b), 0.0f};
         }
-        for (int q = thread; q < Shared::kQuarters; q += 32 * kWarps) {
+        for (int q = thread; q < Shared::kQuarters; q += kWarpgroup) {
             const TimeQuarter& quarter = kQuartersOfTime.at[min_of(q, 255)];
             shared.quarters[q] = {static_cast<float>(quarter.edge_low), half(quarter.bucket), half(quarter.bucket + 1),
                                   quarter.bucket};
         }
-        named_sync(named_barrier, 32 * kWarps);
+        named_sync(named_barrier, kWarpgroup);
     }
 
     // A time counted from the block's first: exact below 2^24, else off by at most 1 + 2^-23 of itself.
@@ -282,7 +270,7 @@ class BiasWarps {
             for (int k = 0; k < 2 * kDiagonals; ++k) part.band[k / 2][k % 2] = 0.0f;
             return;
         }
-        const int corner = sides.distance(row, col), at = sides.distance(row + lane_anew() / 4, col + lane_anew() % 4 * 2);
+        const int corner = sides.distance(row, col), at = sides.distance(row + lane() / 4, col + lane() % 4 * 2);
         const int cols = kCount * kPieceCols - 1;
         const int farthest = kRowsAreKeys ? max_of(15 - corner, corner + cols) : max_of(corner + 15, cols - corner);
         if (farthest <= sides.reach) {
@@ -299,8 +287,8 @@ class BiasWarps {
     // The time bias from differences in fp32: above a piece's first bucket, or all of it.
     template <int kCount>
     __device__ __forceinline__ void add_times(float (&x)[16 * kCount], const Part<kCount>& part, int most) const {
-        const float* row_times = shared.row_times[warp()] + part.group * 16 + lane_anew() / 4;
-        const float* col_times = shared.col_times[warp()] + part.first * kPieceCols + lane_anew() % 4 * 2;
+        const float* row_times = shared.row_times[warp()] + part.group * 16 + lane() / 4;
+        const float* col_times = shared.col_times[warp()] + part.first * kPieceCols + lane() % 4 * 2;
         const float of_row[2] = {row_times[0], row_times[8]};
         float t[16 * kCount];
 #pragma unroll
@@ -340,12 +328,12 @@ class BiasWarps {
     // All of it, from differences of integers. Seldom: a loop keeps the code small.
     template <int kCount>
     __device__ __forceinline__ void add_exactly(float (&x)[16 * kCount], const Part<kCount>& part) const {
-        const int row = first_row(row0, part.group) + lane_anew() / 4;
+        const int row = first_row(row0, part.group) + lane() / 4;
         const int64_t of_row[2] = {__ldg(sides.row_times + min_of(row, sides.num_rows - 1)),
                                    __ldg(sides.row_times + min_of(row + 8, sides.num_rows - 1))};
 #pragma unroll 1
         for (int n = 0; n < 4 * kCount; ++n) {
-            const int col = col0 + part.first * kPieceCols + n * 8 + lane_anew() % 4 * 2;
+            const int col = col0 + part.first * kPieceCols + n * 8 + lane() % 4 * 2;
             float add[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -359,7 +347,7 @@ class BiasWarps {
     }
 
     Shared& shared;
-    const Sides& sides;  // in shared memory: registers are what is short
+    Sides sides;
     const int named_barrier;
     int row0 = 0, col0 = 0, described = 0;
     Spans wanted;  // of this lane's piece, as the times of its rows

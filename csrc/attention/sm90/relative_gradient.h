@@ -11,7 +11,7 @@
 // Strips out of reach of the position table or within one bucket need their sum alone.
 #pragma once
 
-#include "attention/sm90/backward_kv.h"
+#include "attention/sm90/backward_bias.h"
 #include "attention/table_gradients.h"
 
 namespace hstu::attention::sm90 {
@@ -36,7 +36,8 @@ __device__ __forceinline__ void fill(TimeTables& tables, int thread, int threads
 // lane / 4. These are of 8 rows: 1 on the diagonal, and 1 on and above it.
 template <class T>
 struct Ones {
-    static constexpr uint32_t kLow = std::is_same_v<T, bf16> ? 0x3f80 : 0x3c00, kHigh = kLow << 16, kBoth = kLow | kHigh;
+    static constexpr uint32_t kLow = std::is_same_v<T, bf16> ? 0x3f80 : 0x3c00, kHigh = kLow << 16,
+                              kBoth = kLow | kHigh;
 
     static __device__ __forceinline__ uint32_t diagonal(int lane) {
         const int row = lane % 4 * 2, col = lane / 4;
@@ -59,7 +60,8 @@ struct GradientStrip {
 
     // Columns [16 step, 16 step + 16) of 16 rows as a left operand.
     __device__ __forceinline__ void load(uint32_t (&to)[4], int half, int step) const {
-        read_blocks(to, tile.address + Tile::chunk_offset(row + 16 * half + lane % 16, col + 16 * step + lane / 16 * 8));
+        read_blocks(to,
+                    tile.address + Tile::chunk_offset(row + 16 * half + lane % 16, col + 16 * step + lane / 16 * 8));
     }
     // Blocks of 8 x 8 on diagonals of blocks: the n-th and the next one of diagonal k above those of diagonal k + 1. Diagonal
     // k has blocks with (queries - keys) = k - (kKeys / 8 - 1); 0 where it has no n-th.
@@ -67,7 +69,8 @@ struct GradientStrip {
         constexpr int kLast = kKeys / 8 - 1;
         const auto first = [&](int diagonal) { return max_of(0, kLast - diagonal); };
         const int upper = lane / 8 % 2, right = lane / 16;
-        const int keys = ((upper ? first(k + 1) : first(k)) + n + right) & kLast, queries = (keys + k + upper - kLast) & (kBlocks - 1);
+        const int keys = ((upper ? first(k + 1) : first(k)) + n + right) & kLast,
+                  queries = (keys + k + upper - kLast) & (kBlocks - 1);
         read_blocks(to, tile.address + Tile::chunk_offset(row + 8 * keys + lane % 8, col + 8 * queries));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -99,44 +102,48 @@ __device__ __forceinline__ float sum_over_lanes(float x) {
     return x;
 }
 
-// A warp's sums over one work: by bucket, in lane b % 32, and those of one entry that are still spread over the lanes.
-struct TableSums {
-    static constexpr int kSlots = ceil_div(kTimeBuckets, 32);
-    float by_bucket[kSlots] = {};
-    int bucket = 0, clipped = 0;  // the entries that these belong to
-    float of_bucket = 0.0f, of_clipped = 0.0f;
+// A warp's sum of one entry of the position table, that of the distances at an end, spread over the lanes.
+struct ClippedSum {
+    int distance = 0;
+    float sum = 0.0f;
 
-    // Buckets first to first + 3; lane l has the sum of one, with the same remainder by 4.
+    __device__ __forceinline__ void add(int of, float x, const TableGradients& to) {
+        if (of != distance) flush(to), distance = of;
+        sum += x;
+    }
+    __device__ __forceinline__ void flush(const TableGradients& to) {
+        const float all = sum_over_lanes(sum);
+        if (lane() == 0) to.add(to.position, to.exact_position, distance, all);
+        sum = 0.0f;
+    }
+};
+
+// A warp's sums over one work by bucket, in lane b % 32, and that of one bucket which is still spread over the lanes.
+struct BucketSums {
+    static constexpr int kSlots = ceil_div(kTimeBuckets, 32);
+    float at[kSlots] = {};
+    int bucket = 0;
+    float of_bucket = 0.0f;
+
+    // Buckets from `first` on; lane l has the sum of bucket first + (l - first) % buckets.
     __device__ __forceinline__ void keep(int first, int buckets, float sum) {
 #pragma unroll
         for (int slot = 0; slot < kSlots; ++slot)
-            by_bucket[slot] +=
-                static_cast<uint32_t>(slot * 32 + lane() - first) < static_cast<uint32_t>(buckets) ? sum : 0.0f;
+            at[slot] += static_cast<uint32_t>(slot * 32 + lane() - first) < static_cast<uint32_t>(buckets) ? sum : 0.0f;
     }
-    __device__ __forceinline__ void add_to_bucket(int of, float x) {
+    __device__ __forceinline__ void add(int of, float x) {
         if (of != bucket) {
             keep(bucket, 1, sum_over_lanes(of_bucket));
             bucket = of, of_bucket = 0.0f;
         }
         of_bucket += x;
     }
-    __device__ __forceinline__ void add_to_clipped(int distance, float x, const TableGradients& to) {
-        if (distance != clipped) flush_clipped(to), clipped = distance;
-        of_clipped += x;
-    }
-    __device__ __forceinline__ void flush_clipped(const TableGradients& to) {
-        const float sum = sum_over_lanes(of_clipped);
-        if (lane() == 0) to.add(to.position, to.exact_position, clipped, sum);
-        of_clipped = 0.0f;
-    }
     __device__ __forceinline__ void flush(const TableGradients& to, int num_buckets) {
-        if (to.position != nullptr) flush_clipped(to);
-        if (to.time == nullptr) return;
-        add_to_bucket(-1, 0.0f);
+        add(-1, 0.0f);
 #pragma unroll
         for (int slot = 0; slot < kSlots; ++slot) {
             const int b = slot * 32 + lane();
-            if (b <= num_buckets) to.add(to.time, to.exact_time, b, by_bucket[slot]);
+            if (b <= num_buckets) to.add(to.time, to.exact_time, b, at[slot]);
         }
     }
 };
@@ -171,7 +178,7 @@ struct DistanceSums {
         const int lane = lane_anew(), r = lane / 4;
         // Adds `part` of the lane that is `rows` further, where its distance is the same; lanes wrap around into the next k.
         const auto gather = [&](const float* part, int rows, int columns) {
-            // Downwards: at[k - 1] is still what it was.
+        // Downwards: at[k - 1] is still what it was.
 #pragma unroll
             for (int k = kSlots - 1; k >= 0; --k) {
                 const float sent = r < rows ? (k > 0 ? part[k - 1] : 0.0f) : part[k];
@@ -296,8 +303,8 @@ struct SortedTimes {
     }
 };
 
-// Sums of each key's first 1 to kQueries queries in the order of their times, in shared memory. Rows are shifted against
-// one another so that neither writing nor reading the same place of all meets many bank conflicts.
+// Sums of each key's first 1 to kQueries queries in the order of their times, in shared memory. Places are permuted
+// from row to row so that neither writing nor reading the same place of all meets many bank conflicts.
 template <int kQueries>
 struct SumsInOrder {
     float* at;
@@ -307,7 +314,7 @@ struct SumsInOrder {
     static __device__ __forceinline__ int shift(int key) { return key % 4 * 8 + key / 4 % 4 * 2; }
     // Of this lane's key.
     __device__ __forceinline__ float first(int n) const {
-        return n == 0 ? 0.0f : at[row(lane) + ((n - 1 + shift(lane)) & (kQueries - 1))];
+        return n == 0 ? 0.0f : at[row(lane) + ((n - 1) ^ shift(lane))];
     }
 
     template <class T, class Tile>
@@ -338,8 +345,7 @@ struct SumsInOrder {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int of = key + 8 * half + lane / 4, col = place + lane % 4 * 2;
-            *reinterpret_cast<float2*>(at + row(of) + ((col + shift(of)) & (kQueries - 1))) =
-                float2{x[2 * half], x[2 * half + 1]};
+            *reinterpret_cast<float2*>(at + row(of) + (col ^ shift(of))) = float2{x[2 * half], x[2 * half + 1]};
         }
     }
     template <class T, class Tile>
@@ -413,7 +419,7 @@ struct TimeLimits<int64_t> {
 // Adds the buckets first to last of a strip, four at a time, of which those that hold nothing are passed over.
 // kNegative: times of queries before their keys' count.
 template <bool kNegative, class Time, int kQueries>
-__device__ __forceinline__ void add_buckets(TableSums& sums, const SumsInOrder<kQueries>& in_order,
+__device__ __forceinline__ void add_buckets(BucketSums& sums, const SumsInOrder<kQueries>& in_order,
                                             const SortedTimes<Time, kQueries>& queries, TimeLimits<Time> limits,
                                             const uint64_t* edges, int equal, int first, int last) {
     struct Place {
@@ -462,7 +468,9 @@ __device__ __forceinline__ void add_buckets(TableSums& sums, const SumsInOrder<k
 template <class Mask>
 __device__ __forceinline__ int masked_rows(const Mask& mask, int key, int row) {
     const Spans rows = mask.q_range(key, 1);
-    const int first = rows.first.size() > 0 ? rows.first.begin : rows.second.size() > 0 ? rows.second.begin : 0x7fffffff;
+    const int first = rows.first.size() > 0    ? rows.first.begin
+                      : rows.second.size() > 0 ? rows.second.begin
+                                               : 0x7fffffff;
     return first - row;
 }
 
@@ -482,22 +490,21 @@ struct TimeSums {
         constexpr uint64_t kNear = TimeLimits<int32_t>::kReach / 2;
         const uint64_t to_first = time_difference(key_time, queries.first);
         const uint64_t to_last = time_difference(key_time, queries.last), farthest = max_of(to_first, to_last);
-        const bool before = key_time < queries.first, behind = key_time > queries.last;
+        const bool before = key_time<queries.first, behind = key_time> queries.last;
         const uint64_t nearest = before ? to_first : behind ? to_last : 0;
         first = __reduce_min_sync(0xffffffff, min_of(bucket(nearest), num_buckets));
         last = __reduce_max_sync(0xffffffff, min_of(bucket(farthest), num_buckets));
-        near = __all_sync(0xffffffff,
-                          farthest <= kNear && time_difference(queries.first, queries.last) <= kNear);
+        near = __all_sync(0xffffffff, farthest <= kNear && time_difference(queries.first, queries.last) <= kNear);
     }
     template <class T, class Tile>
-    __device__ __forceinline__ void start(TableSums& sums, const GradientStrip<T, Tile, kQueries>& strip) const {
+    __device__ __forceinline__ void start(BucketSums& sums, const GradientStrip<T, Tile, kQueries>& strip) const {
         if (first == last)
-            sums.add_to_bucket(first, strip.sum());
+            sums.add(first, strip.sum());
         else
             SumsInOrder<kQueries>{scratch}.write(strip, queries);
     }
     // masked: so many of the first queries do not count.
-    __device__ __forceinline__ void finish(TableSums& sums, int masked) const {
+    __device__ __forceinline__ void finish(BucketSums& sums, int masked) const {
         if (first == last) return;
         if (near)
             add(sums, TimeLimits<int32_t>{static_cast<int32_t>(key_time - queries.first)}, masked);
@@ -507,7 +514,7 @@ struct TimeSums {
 
   private:
     template <class Time>
-    __device__ __forceinline__ void add(TableSums& sums, TimeLimits<Time> limits, int masked) const {
+    __device__ __forceinline__ void add(BucketSums& sums, TimeLimits<Time> limits, int masked) const {
         const SumsInOrder<kQueries> in_order{scratch};
         __syncwarp();
         queries.template store<Time>();
