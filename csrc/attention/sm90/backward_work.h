@@ -6,6 +6,7 @@
 #include "attention/sm90/product.h"
 #include "attention/sm90/schedule.h"
 #include "attention/sm90/tensor_map.h"
+#include "attention/time_bucket.h"
 
 namespace hstu::attention::sm90 {
 
