@@ -32,9 +32,9 @@ struct TimeTable {
         const float* const table = static_cast<const float*>(r.time) + of * r.time_head_stride;
         for (int i = threadIdx.x % kThreads; i < 4 * 32; i += kThreads) {
             const TimeQuarter quarter = kQuartersOfTime.at[i];
-            shared.time_tables().values[i] = {quarter.edge_low,
-                                              0.5f * __ldg(table + min_of(quarter.bucket, r.num_buckets)),
-                                              0.5f * __ldg(table + min_of(quarter.bucket + 1, r.num_buckets)), 0};
+            shared.time_tables().values[i] = {
+                quarter.edge_low, 0.5f * __ldg(table + min_of(quarter.bucket, r.num_buckets)),
+                0.5f * __ldg(table + min_of(quarter.bucket + 1, r.num_buckets)), quarter.bucket};
         }
         named_sync(1, kThreads);
     }
@@ -70,14 +70,32 @@ __device__ __forceinline__ void add_half_bias(Accumulator<kRows>& s, const Backw
     if (bias.time == nullptr) return;
     const auto& times = shared.times(stage);
     int64_t key_times[2];
-    bool narrow = true;
+    uint64_t nearest[2], farthest[2];  // over the rows
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        key_times[half] = __ldg(bias.key_times + min_of(first_key + 8 * half, bias.len_k - 1));
-        narrow = narrow && max_of(time_difference(key_times[half], times.low),
-                                  time_difference(key_times[half], times.high)) < (uint64_t{1} << 31);
+        const int64_t t = __ldg(bias.key_times + min_of(first_key + 8 * half, bias.len_k - 1));
+        const uint64_t to_low = time_difference(t, times.low), to_high = time_difference(t, times.high);
+        nearest[half] = t < times.low ? to_low : t > times.high ? to_high : 0;
+        farthest[half] = max_of(to_low, to_high);
+        key_times[half] = t;
     }
-    if (__all_sync(0xffffffff, narrow)) {
+    const auto value_of = [&](uint32_t x, int& bucket) {
+        const auto quarter = shared.time_tables().values[quarter_of(__uint2float_rz(x))];
+        bucket = quarter.bucket + (x >= quarter.edge ? 1 : 0);
+        return x >= quarter.edge ? quarter.above : quarter.below;
+    };
+    if (__all_sync(0xffffffff, max_of(farthest[0], farthest[1]) < (uint64_t{1} << 31))) {
+        // One bucket for all?
+        int first[2], last[2];
+        const float value = value_of(static_cast<uint32_t>(nearest[0]), first[0]);
+        value_of(static_cast<uint32_t>(nearest[1]), first[1]);
+        value_of(static_cast<uint32_t>(farthest[0]), last[0]), value_of(static_cast<uint32_t>(farthest[1]), last[1]);
+        const int one = __shfl_sync(0xffffffff, first[0], 0);
+        if (__all_sync(0xffffffff, first[0] == one && first[1] == one && last[0] == one && last[1] == one)) {
+#pragma unroll
+            for (int i = 0; i < kRows / 2; ++i) s.x[i] += value;
+            return;
+        }
         const uint32_t of_key[2] = {static_cast<uint32_t>(key_times[0]), static_cast<uint32_t>(key_times[1])};
 #pragma unroll
         for (int n = 0; n < kRows / 8; ++n) {
@@ -86,8 +104,8 @@ __device__ __forceinline__ void add_half_bias(Accumulator<kRows>& s, const Backw
             for (int i = 0; i < 4; ++i) {
                 const int difference = static_cast<int>((i % 2 ? words.z : words.x) - of_key[i / 2]);
                 const uint32_t x = static_cast<uint32_t>(difference < 0 ? -difference : difference);
-                const auto quarter = shared.time_tables().values[quarter_of(__uint2float_rz(x))];
-                s.x[4 * n + i] += x >= quarter.edge ? quarter.above : quarter.below;
+                int bucket;
+                s.x[4 * n + i] += value_of(x, bucket);
             }
         }
         return;

@@ -65,9 +65,11 @@ __device__ __forceinline__ void add_up_times(const BackwardParams& p,
             const bool needed = wanted && keeps_any(work.mask, row, kRows, col, kKeys);
             TimeSums<kRows> times{shared.time_tables(), queries, shared.sums(warp), key_time};
             if (wanted) {
-                queries.take();
-                queries.load(bias, work.walk[t + 1]);
-                times.find_buckets(bias.num_buckets);
+                if (needed) {
+                    queries.take();
+                    times.find_buckets(bias.num_buckets);
+                }
+                queries.load(bias, t + 1 < tiles ? work.walk[t + 1] : row);
             }
             shared.g_full(g.stage).wait(g.phase);
             if (needed) times.start(sums, Strip{shared.g(g.stage), warp * kKeys, 0});

@@ -44,7 +44,7 @@ struct alignas(16) TimeTables {
     struct alignas(16) Quarter {
         uint32_t edge;
         float below, above;  // the edge
-        uint32_t unused;
+        int bucket;          // below it
     };
     Quarter values[4 * 32];
     uint64_t edges[kTimeBuckets];
