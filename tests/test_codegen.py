@@ -154,8 +154,8 @@ bias = ["none"]
             "sm90 has the masks ('window', 'target') and the biases ('none', 'relative'), got attn_fwd_sm90_bf16_d64",
         ),
         (
-            ENTRY.replace("sm80", "sm90").replace("none", "relative").replace("64", "256"),
-            "sm90 has a relative fwd for the head dimensions (32, 64, 128), got attn_fwd_sm90_bf16_d256_window_rel",
+            ENTRY.replace("sm80", "sm90").replace("none", "relative").replace("fwd", "bwd").replace("64", "256"),
+            "sm90 has a relative bwd for the head dimensions (64, 128), got attn_bwd_sm90_bf16_d256_window_relative",
         ),
         (ENTRY.replace("[[ci]]", "[[tiny]]"), "sets must be among ('ci', 'default', 'full'), got ['tiny']"),
         (ENTRY + ENTRY, "set ci lists cells twice: ['attn_fwd_sm80_bf16_d64_window']"),

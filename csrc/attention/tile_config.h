@@ -123,26 +123,23 @@ struct CompactBackwardTile<256> {
 namespace hstu::attention::sm90 {
 
 // consumers: warpgroups of 64 query rows each; stages: K and V tiles in flight; q_stages: Q tiles.
-// Registers: (loader + consumers * consumer + bias) * 128 <= 65536.
-struct ForwardTileWithoutBias {
-    static constexpr int bias_cols = 0, bias_stages = 0, bias_registers = 0;
-};
+// Registers: (loader + consumers * consumer) * 128 <= 65536.
 template <int kHeadDim>
 struct ForwardTile;
 template <>
-struct ForwardTile<32> : ForwardTileWithoutBias {
+struct ForwardTile<32> {
     static constexpr int consumers = 3, cols = 128, stages = 4, q_stages = 2;
     static constexpr int loader_registers = 32, consumer_registers = 160;
 };
 template <>
 struct ForwardTile<64> : ForwardTile<32> {};
 template <>
-struct ForwardTile<128> : ForwardTileWithoutBias {
+struct ForwardTile<128> {
     static constexpr int consumers = 3, cols = 64, stages = 3, q_stages = 2;
     static constexpr int loader_registers = 32, consumer_registers = 160;
 };
 template <>
-struct ForwardTile<256> : ForwardTileWithoutBias {
+struct ForwardTile<256> {
     static constexpr int consumers = 2, cols = 80, stages = 2, q_stages = 1;
     static constexpr int loader_registers = 56, consumer_registers = 224;
 };
@@ -153,7 +150,7 @@ struct ShortForwardTile : ForwardTile<kHeadDim> {
     static constexpr int up_to = 0;
 };
 template <>
-struct ShortForwardTile<32> : ForwardTileWithoutBias {
+struct ShortForwardTile<32> {
     static constexpr int consumers = 2, cols = 128, stages = 4, q_stages = 3;
     static constexpr int loader_registers = 56, consumer_registers = 224;
     static constexpr int up_to = 4096;
@@ -161,27 +158,10 @@ struct ShortForwardTile<32> : ForwardTileWithoutBias {
 template <>
 struct ShortForwardTile<64> : ShortForwardTile<32> {};
 template <>
-struct ShortForwardTile<128> : ForwardTileWithoutBias {
-    static constexpr int consumers = 2, cols = 64, stages = 4, q_stages = 2;
+struct ShortForwardTile<128> {
+    static constexpr int consumers = 2, cols = 64, stages = 4, q_stages = 3;
     static constexpr int loader_registers = 56, consumer_registers = 224;
-    static constexpr int up_to = 1024;
-};
-
-// With a relative bias, which a warpgroup of its own computes for each consumer in tiles of 64 x bias_cols; bias_stages:
-// such tiles in shared memory, a consumer.
-template <int kHeadDim>
-struct RelativeForwardTile;
-template <>
-struct RelativeForwardTile<32> {
-    static constexpr int consumers = 2, cols = 128, stages = 3, q_stages = 2, bias_cols = 64, bias_stages = 2;
-    static constexpr int loader_registers = 40, consumer_registers = 168, bias_registers = 136;
-};
-template <>
-struct RelativeForwardTile<64> : RelativeForwardTile<32> {};
-template <>
-struct RelativeForwardTile<128> {
-    static constexpr int consumers = 2, cols = 64, stages = 3, q_stages = 2, bias_cols = 32, bias_stages = 3;
-    static constexpr int loader_registers = 40, consumer_registers = 168, bias_registers = 136;
+    static constexpr int up_to = 2048;
 };
 
 // A block owns `cols` keys and walks over the queries in steps of `rows`. Its two key warpgroups have 64 keys each or,
@@ -226,7 +206,7 @@ struct ShortBackwardTile<128> {
     static constexpr int rows = 64, cols = 128, stages = 3, works = 1, unit_cols = 64, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 208, query_registers = 72, loader_registers = 24;
     static constexpr bool keys_in_registers = false, split = false, relative = false;
-    static constexpr int up_to = 512;
+    static constexpr int up_to = 200;
 };
 
 // With a relative bias, for which a fifth warpgroup takes bias_registers: of 480, as 640 threads start with 96.

@@ -1,5 +1,4 @@
-// sm90/forward.h on the emulator against the definition: masks, ragged batches, every tile, early and late copies, with a
-// relative bias too.
+// sm90/forward.h on the emulator against the definition: masks, ragged batches, every tile, early and late copies.
 #include "emulator.h"
 
 #include "attention/sm90/forward.h"
@@ -42,73 +41,8 @@ std::vector<int> offsets_of(const std::vector<int>& lengths, int before) {
     return offsets;
 }
 
-// Tables, and times of one of several kinds: reach and num_buckets below 0 for no table.
-struct Relative {
-    int reach, num_buckets;
-    bool per_head;
-    int kind;
-    std::vector<float> position, time;
-    std::vector<int64_t> query_times, key_times;
-
-    Relative(int reach, int num_buckets, bool per_head, int kind)
-        : reach(reach), num_buckets(num_buckets), per_head(per_head), kind(kind) {}
-
-    int64_t next_time(std::mt19937_64& random, int64_t& now) const {
-        now += random() % 5 == 0 ? 0 : static_cast<int64_t>(std::exp(static_cast<double>(random() % 1000) * 0.013));
-        switch (kind) {
-            case 0: return now;                                                 // ascending seconds
-            case 1: return now * 1000 + static_cast<int64_t>(random() % 1000);  // milliseconds
-            case 2: return static_cast<int64_t>(random() % 13) - 6;             // small, in no order
-            case 3: return 77;                                                  // all the same
-            case 4: return static_cast<int64_t>(random());                      // all of int64
-            case 5: return static_cast<int64_t>(random()) >> (random() % 64);   // of all sizes
-            case 6: return now / 100;                                           // slow: a few edges in a piece
-            case 7:
-                return random() % 2 ? INT64_MIN + static_cast<int64_t>(random() % 3)
-                                    : INT64_MAX - static_cast<int64_t>(random() % 3);
-            default: {  // edges of buckets, from a first time
-                const uint64_t edge = kTimeEdges[random() % (kind == 8 ? 60 : 76)];
-                return 1600000000 + static_cast<int64_t>(edge) + static_cast<int64_t>(random() % 3) - 1;
-            }
-        }
-    }
-    void fill(Params& p, unsigned seed) {
-        std::mt19937_64 random(seed);
-        std::uniform_real_distribution<float> uniform(-1, 1);
-        int64_t now = 1600000000;
-        const int tables = per_head ? p.heads : 1;
-        if (reach >= 0) position.resize(static_cast<size_t>(tables * (2 * reach + 1)));
-        if (num_buckets >= 0) time.resize(static_cast<size_t>(tables * (num_buckets + 1)));
-        for (float& x : position) x = uniform(random);
-        for (float& x : time) x = uniform(random);
-        for (int64_t i = 0; i < p.total_q; ++i) query_times.push_back(next_time(random, now));
-        now = 1600000000;
-        for (int64_t i = 0; i < p.total_k; ++i) key_times.push_back(next_time(random, now));
-        p.relative.position = reach >= 0 ? position.data() : nullptr;
-        p.relative.reach = reach;
-        p.relative.position_head_stride = per_head ? 2 * reach + 1 : 0;
-        if (num_buckets < 0) return;
-        p.relative.time = time.data(), p.relative.num_buckets = num_buckets;
-        p.relative.time_head_stride = per_head ? num_buckets + 1 : 0;
-        p.relative.query_times = query_times.data(), p.relative.key_times = key_times.data();
-    }
-    static double at(const Params& p, const Sequence& s, int head, int i, int j) {
-        const auto& r = p.relative;
-        double sum = 0;
-        if (r.position)
-            sum += static_cast<const float*>(r.position)[head * r.position_head_stride + r.reach +
-                                                         clamp_to(i + s.len_k - s.len_q - j, -r.reach, r.reach)];
-        if (r.time) {
-            const uint64_t x = time_difference(r.query_times[s.q_begin + i], r.key_times[s.k_begin + j]);
-            sum +=
-                static_cast<const float*>(r.time)[head * r.time_head_stride + std::min(time_bucket(x), r.num_buckets)];
-        }
-        return sum;
-    }
-};
-
 template <int kHeadDim, class Mask, class Config>
-void check(const Case& c, unsigned seed, Relative* relative = nullptr) {
+void check(const Case& c, unsigned seed) {
     const std::vector<int> cu_q = offsets_of(c.lengths_q, c.before), cu_k = offsets_of(c.lengths_k, c.before);
     Params p;
     p.batch = static_cast<int>(c.lengths_q.size());
@@ -141,7 +75,6 @@ void check(const Case& c, unsigned seed, Relative* relative = nullptr) {
         }
     }
 
-    if (relative) relative->fill(p, seed);
     emulated::random_numbers.seed(seed);
     sm90::launch_forward<bf16, kHeadDim, Mask, Config>(p, nullptr);
 
@@ -161,7 +94,7 @@ void check(const Case& c, unsigned seed, Relative* relative = nullptr) {
                     for (int d = 0; d < c.dim_qk; ++d)
                         x += static_cast<float>(q.at(s.q_begin + i, h, d)) *
                              static_cast<float>(k.at(s.k_begin + j, h, d));
-                    x = p.alpha * x + Relative::at(p, s, h, i, j);
+                    x *= p.alpha;
                     const double weight = x / (1 + std::exp(-x)) * p.inv_scaling;
                     for (int d = 0; d < c.dim_v; ++d)
                         expected[d] += weight * static_cast<float>(v.at(s.k_begin + j, h, d));
@@ -203,30 +136,6 @@ const std::vector<Case> kTargetCases = {
     {"target_delta_q", {90, 130}, {300, 130}, 1, -1, 0, {}, {}, {9, 0}, {60, 20}, 1},
 };
 
-// Every kind of times and of tables, each with one of the cases.
-template <int kHeadDim, class Config>
-void check_bias(int dim_qk, int dim_v) {
-    const std::vector<Relative> biases = {
-        {400, 128, false, 0}, {400, 128, true, 0}, {30, 128, false, 1}, {100, -1, true, 0}, {-1, 20, true, 2},
-        {0, 5, false, 3},     {40, 145, false, 4}, {-1, 200, false, 5}, {5, 0, false, 6},   {300, 128, true, 6},
-        {64, 128, false, 7},  {-1, 128, false, 8}, {90, 60, true, 8},   {20, 128, false, 9}};
-    unsigned seed = 0;
-    for (bool late : {false, true}) {
-        emulated::late = late;
-        emulated::multiprocessor_count = late ? 4 : 1;
-        for (Relative bias : biases) {
-            Case c =
-                seed % 3 == 2 ? kTargetCases[seed % kTargetCases.size()] : kWindowCases[seed % kWindowCases.size()];
-            c.dim_qk = dim_qk, c.dim_v = dim_v;
-            if (seed % 3 == 2)
-                check<kHeadDim, TargetMask, Config>(c, seed, &bias);
-            else
-                check<kHeadDim, WindowMask, Config>(c, seed, &bias);
-            ++seed;
-        }
-    }
-}
-
 template <int kHeadDim, class Config>
 void check_tile(int dim_qk, int dim_v) {
     for (bool late : {false, true}) {
@@ -247,9 +156,6 @@ void check_tile(int dim_qk, int dim_v) {
 
 // One tile a program: HEAD_DIM, TILE (a row of the tile table), DIM_QK, DIM_V.
 int main() {
-    if constexpr (sm90::TILE<HEAD_DIM>::bias_stages > 0)
-        check_bias<HEAD_DIM, sm90::TILE<HEAD_DIM>>(DIM_QK, DIM_V);
-    else
-        check_tile<HEAD_DIM, sm90::TILE<HEAD_DIM>>(DIM_QK, DIM_V);
+    check_tile<HEAD_DIM, sm90::TILE<HEAD_DIM>>(DIM_QK, DIM_V);
     return 0;
 }

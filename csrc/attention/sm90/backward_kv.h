@@ -61,7 +61,8 @@ __device__ __forceinline__ void transpose_in_quad(uint32_t (&w)[4]) {
     w[0] = odd ? c : low[0], w[1] = odd ? low[1] : c, w[2] = odd ? d : high[0], w[3] = odd ? high[1] : d;
 }
 
-// Scales, converts and writes a product's first num_rows rows and num_cols columns, 16 bytes a lane.
+// Scales, converts and writes a product's first num_rows rows and num_cols columns, 16 bytes a lane. Nobody reads them
+// soon: the L2 cache is for dQ's sums.
 template <class T, int kCols>
 __device__ __forceinline__ void store_product(const Accumulator<kCols>& acc, float factor, T* to, int64_t stride,
                                               int num_rows, int num_cols) {
@@ -79,7 +80,7 @@ __device__ __forceinline__ void store_product(const Accumulator<kCols>& acc, flo
             }
             transpose_in_quad(w);
             if (row < num_rows && n + col < num_cols)
-                *reinterpret_cast<uint4*>(to + row * stride + n + col) = uint4{w[0], w[1], w[2], w[3]};
+                __stcs(reinterpret_cast<uint4*>(to + row * stride + n + col), uint4{w[0], w[1], w[2], w[3]});
         }
     }
 }

@@ -2,7 +2,7 @@
 // out: the query warpgroup those of positions, a warpgroup of its own those of times. A warp has 32 keys.
 #pragma once
 
-#include "attention/sm90/relative_gradient.h"
+#include "attention/sm90/relative_times.h"
 
 namespace hstu::attention::sm90 {
 

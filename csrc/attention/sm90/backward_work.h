@@ -209,14 +209,15 @@ __device__ __forceinline__ void load_works(const BackwardParams& p, const Backwa
                                         false};
                 shared.work_full(k.stage).arrive();
                 k_full.arrive_expecting(Shared::KTile::kBytes);
-                load_rows(shared.k(k.stage), k_full.address, maps.k, k_rows, col0);
+                load_rows(shared.k(k.stage), k_full.address, maps.k, k_rows, col0, 0, kReadOnce);
                 if (Config::works == 1 && any_before) shared.k_empty(k_before.stage).wait(k_before.phase);
                 v_full.arrive_expecting(Shared::KTile::kBytes + (Shared::kCluster - 1) * Shared::OtherKTile::kBytes);
-                load_rows(shared.v(k.stage), v_full.address, maps.v, k_rows, col0);
+                load_rows(shared.v(k.stage), v_full.address, maps.v, k_rows, col0, 0, kReadOnce);
                 if constexpr (Shared::kCluster == 2)
                     load_rows(shared.other_k(k.stage), v_full.address, maps.other_k, k_rows,
                               cluster_col0 + (1 - rank) * Config::cols,
-                              rank * Shared::kDqCols / Shared::KTile::kPanelCols * Shared::KTile::kPanelCols);
+                              rank * Shared::kDqCols / Shared::KTile::kPanelCols * Shared::KTile::kPanelCols,
+                              kReadOnce);
             }
             __syncwarp();
             k_before = k, any_before = true;

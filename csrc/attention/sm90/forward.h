@@ -1,6 +1,6 @@
 // HSTU attention forward, wgmma + TMA (compute capability 9.0).
 //
-//   O_i = 1/N sum_j keep(i, j) silu(alpha q_i.k_j + bias_ij) v_j
+//   O_i = 1/N sum_j keep(i, j) silu(alpha q_i.k_j) v_j
 //
 // A block of threads stays and takes up (head, 64 * consumers query rows of one sequence) after another; each consumer
 // warpgroup owns 64 of the rows and the mask's key spans are walked in tiles of `cols` keys. Four roles:
@@ -10,8 +10,6 @@
 //   cleaner (warp 2)   writes 0 to the rows of `out` that nobody else writes
 //   consumers          S(t + 1) = Q K(t + 1)^T and O += P(t) V(t) run on the tensor cores while S(t + 1), once it is
 //                      there, becomes P(t + 1) in registers;                            wait for q_full, k_full, v_full
-//   bias warps         with a relative bias: half of it for tile after tile, piece by   wait for q_full, bias_empty
-//                      piece in the order of S (relative.h);                            (consumers for bias_full)
 // Rows past the end of a sequence are read as 0 and silu(0) = 0, so only tiles that the mask cuts are tested element by
 // element. Q has q_stages buffers: the next work's Q (and K, V, as stages come free) arrives during this one's products.
 #pragma once
@@ -20,7 +18,6 @@
 #include "attention/bias.h"
 #include "attention/sm90/pipeline.h"
 #include "attention/sm90/product.h"
-#include "attention/sm90/relative.h"
 #include "attention/sm90/schedule.h"
 #include "attention/sm90/tensor_map.h"
 #include "attention/tile_config.h"
@@ -40,34 +37,22 @@ struct Work {
     int head, q_begin, row0;
     bool last;  // nothing to do and nothing behind it
 };
-template <class Mask>
-struct WorkWithBias : Work<Mask> {
-    int k_begin;
-};
-
-template <class Config>
-constexpr bool kBiased = Config::bias_stages > 0;
 
 template <int kHeadDim, class Mask, class Config>
 struct ForwardShared {
     static constexpr int kRows = 64 * Config::consumers, kQ = Config::q_stages, kKv = Config::stages;
     using QTile = Tile<kRows, kHeadDim>;
     using KTile = Tile<Config::cols, kHeadDim>;
-    using WorkHere = std::conditional_t<kBiased<Config>, WorkWithBias<Mask>, Work<Mask>>;
-    using Bias = BiasShared<Config::consumers, Config::cols>;
-    static constexpr int kBiasTiles = Config::consumers * Config::bias_stages, kBiasFloats = 64 * Config::bias_cols;
-    static constexpr int kBiases = kQ * QTile::kBytes + 2 * kKv * KTile::kBytes;
-    static constexpr int kTiles = kBiases + kBiasTiles * kBiasFloats * 4;
-    static constexpr int kBarriers = 3 * kQ + 4 * kKv + 2 * kBiasTiles;
+    static constexpr int kTiles = kQ * QTile::kBytes + 2 * kKv * KTile::kBytes;
+    static constexpr int kBarriers = 3 * kQ + 4 * kKv;
     static constexpr int kWork = kTiles + 8 * kBarriers;
-    static constexpr int kBatch = kWork + kQ * sizeof(WorkHere);
-    static constexpr int kTables = (kBatch + static_cast<int>(sizeof(SortedBatch)) + 15) / 16 * 16;
-    static constexpr int kEnd = kBiased<Config> ? kTables + sizeof(Bias) : kBatch + sizeof(SortedBatch);
-    static constexpr int kBytes = kEnd + 1024;  // the start is moved to a multiple of 1024
+    static constexpr int kBatch = kWork + kQ * sizeof(Work<Mask>);
+    static constexpr int kBytes = kBatch + sizeof(SortedBatch);
+    static_assert(kBytes <= 227 << 10);
 
-    unsigned char* start;
+    unsigned char* start;  // a multiple of 1024
 
-    __device__ explicit ForwardShared(unsigned char* memory) : start(memory + (-shared_address(memory) & 1023)) {}
+    __device__ explicit ForwardShared(unsigned char* memory) : start(memory) {}
 
     __device__ uint32_t base() const { return shared_address(start); }
     __device__ QTile q(int stage) const { return {base() + stage * QTile::kBytes}; }  // O at the end
@@ -81,18 +66,7 @@ struct ForwardShared {
     __device__ Barrier k_empty(int stage) const { return barrier(3 * kQ + kKv + stage); }
     __device__ Barrier v_full(int stage) const { return barrier(3 * kQ + 2 * kKv + stage); }
     __device__ Barrier v_empty(int stage) const { return barrier(3 * kQ + 3 * kKv + stage); }
-    __device__ Barrier bias_full(int group, int stage) const {
-        return barrier(3 * kQ + 4 * kKv + group * Config::bias_stages + stage);
-    }
-    __device__ Barrier bias_empty(int group, int stage) const {
-        return {bias_full(group, stage).address + 8 * kBiasTiles};
-    }
-    // A consumer's tile of the bias: [4 warps][bias_cols / 8 blocks of columns][32 lanes].
-    __device__ float4* bias(int group, int stage) const {
-        return reinterpret_cast<float4*>(start + kBiases) + (group * Config::bias_stages + stage) * (kBiasFloats / 4);
-    }
-    __device__ Bias& bias_tables() const { return *reinterpret_cast<Bias*>(start + kTables); }
-    __device__ WorkHere& work(int stage) const { return reinterpret_cast<WorkHere*>(start + kWork)[stage]; }
+    __device__ Work<Mask>& work(int stage) const { return reinterpret_cast<Work<Mask>*>(start + kWork)[stage]; }
     __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
 
     __device__ void init_barriers() const {
@@ -104,7 +78,6 @@ struct ForwardShared {
             k_full(i).init(1), v_full(i).init(1);
             k_empty(i).init(Config::consumers), v_empty(i).init(Config::consumers);
         }
-        for (int i = 0; i < kBiasTiles; ++i) bias_full(0, i).init(4), bias_empty(0, i).init(4);
         fence_barrier_init();
     }
 };
@@ -139,8 +112,7 @@ __device__ __forceinline__ void load_works(const Params& p, const ForwardMaps& m
                 const SequenceRows q_rows{head, static_cast<int>(seq.q_begin), seq.len_q};
                 const SequenceRows k_rows{head, static_cast<int>(seq.k_begin), seq.len_k};
                 shared.q_empty(q.stage).wait(q.phase ^ 1);
-                static_cast<Work<Mask>&>(shared.work(q.stage)) = {mask, walk, head, q_rows.begin, row0, false};
-                if constexpr (kBiased<Config>) shared.work(q.stage).k_begin = k_rows.begin;
+                shared.work(q.stage) = {mask, walk, head, q_rows.begin, row0, false};
                 shared.q_full(q.stage).arrive_expecting(Shared::QTile::kBytes);
                 load_rows(shared.q(q.stage), shared.q_full(q.stage).address, maps.q, q_rows, row0);
                 for (int t = 0; t < walk.tiles; ++t, kv.next()) {
@@ -222,25 +194,6 @@ __device__ __forceinline__ void activate(Accumulator<kCols>& s, const Mask& mask
     }
 }
 
-// The same on columns [first, first + kBiasCols) of S, with half a bias from shared memory.
-template <bool kMasked, int kBiasCols, int kCols, class Mask>
-__device__ __forceinline__ void activate_with_bias(Accumulator<kCols>& s, int first, const float4* half_bias,
-                                                   const Mask& mask, int row0, int col0, float half_alpha) {
-    const typename Mask::Row rows[2] = {mask.row(row0), mask.row(row0 + 8)};
-#pragma unroll
-    for (int n = 0; n < kBiasCols / 8; ++n) {
-        const float4 add = half_bias[n * 32];
-        const float of[4] = {add.x, add.y, add.z, add.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float& x = s.x[first / 2 + 4 * n + i];
-            float h = fmaf(half_alpha, x, of[i]);
-            if constexpr (kMasked) h = rows[i / 2].keeps(col0 + first + n * 8 + i % 2) ? h : 0.0f;
-            x = silu_of_twice(h);
-        }
-    }
-}
-
 // Scales, converts and writes 64 rows into a tile, 16 bytes a lane where lanes / 8 differ.
 template <class T, int kHeadDim, class QTile>
 __device__ __forceinline__ void write_rows(const Accumulator<kHeadDim>& out, QTile tile, int group, float factor) {
@@ -304,7 +257,6 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     const bool signals = threadIdx.x % kWarpgroup == 0;
     RingPosition<Config::stages> kv;
     RingPosition<Config::q_stages> q;
-    RingPosition<max_of(1, Config::bias_stages)> bias;
     Accumulator<kCols> s;
     Accumulator<kHeadDim> out;
     Fragments<kCols / 16> weights;
@@ -330,26 +282,10 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         hold(s);
         if (signals) shared.k_empty(kv.stage).arrive();
         const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
-        if constexpr (kBiased<Config>) {
-            // Behind the last key there is a bias too.
-            const bool full = mask.is_full(row0, 64, walk[t], kCols) && walk[t] + kCols <= mask.len_k;
-#pragma unroll
-            for (int first = 0; first < kCols; first += Config::bias_cols, bias.next()) {
-                const float4* from =
-                    shared.bias(group, bias.stage) + threadIdx.x / 32 % 4 * (Config::bias_cols * 4) + lane();
-                shared.bias_full(group, bias.stage).wait(bias.phase);
-                if (full)
-                    activate_with_bias<false, Config::bias_cols>(s, first, from, mask, row, col, half_alpha);
-                else
-                    activate_with_bias<true, Config::bias_cols>(s, first, from, mask, row, col, half_alpha);
-                __syncwarp();
-                if (lane() == 0) shared.bias_empty(group, bias.stage).arrive();
-            }
-        } else if (mask.is_full(row0, 64, walk[t], kCols)) {
+        if (mask.is_full(row0, 64, walk[t], kCols))
             activate<false>(s, mask, row, col, half_alpha);
-        } else {
+        else
             activate<true>(s, mask, row, col, half_alpha);
-        }
     };
     const auto convert = [&] {
 #pragma unroll
@@ -535,58 +471,12 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
     }
 }
 
-// The bias of the consumers' tiles, in the order in which they come to them.
-template <int kHeadDim, class Mask, class Config>
-__device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared) {
-    using Bias = BiasWarps<typename ForwardShared<kHeadDim, Mask, Config>::Bias, false>;
-    constexpr int kBlocks = Config::bias_cols / 8, kPieces = Config::bias_cols / kPieceCols;
-    constexpr int kSteps = Config::cols / Config::bias_cols * Config::consumers;
-    const int warp = threadIdx.x / 32 % 4;
-    RingPosition<Config::q_stages> q;
-    RingPosition<Config::bias_stages> at;
-    shared.q_full(0).wait(0);
-    const auto sides_of = [&](const WorkWithBias<Mask>& work) {
-        return RelativeSides<false>(p.relative, work.head, work.q_begin, work.k_begin, work.mask.len_q,
-                                    work.mask.len_k);
-    };
-    if (shared.work(0).last) return;
-    Bias bias(shared.bias_tables(), sides_of(shared.work(0)), 1);
-    for (;; q.next()) {
-        shared.q_full(q.stage).wait(q.phase);
-        const WorkWithBias<Mask>& work = shared.work(q.stage);
-        if (work.last) return;
-        const TileWalk walk = work.walk;
-        const int row = Bias::first_row(work.row0, Bias::group_of_lane());
-        bias.begin_block(sides_of(work), work.row0, row < work.mask.len_q ? work.mask.kv_range(row, 16) : Spans{},
-                         walk[0]);
-        for (int t = 0; t < walk.tiles; ++t) {
-            bias.begin_tile(walk[t], walk[t + 1]);
-            // The next part is read while this one is computed.
-            auto next = bias.template read<kPieces>(0, 0);
-#pragma unroll 1
-            for (int step = 0; step < kSteps; ++step) {
-                const auto part = next;
-                const int group = step % Config::consumers, after = (step + 1) % kSteps;
-                next = bias.template read<kPieces>(after % Config::consumers, after / Config::consumers * kPieces);
-                shared.bias_empty(group, at.stage).wait(at.phase ^ 1);
-                bias.write(part, shared.bias(group, at.stage) + warp * (kBlocks * 32));
-                __syncwarp();
-                if (lane() == 0) shared.bias_full(group, at.stage).arrive();
-                if (group == Config::consumers - 1) at.next();
-            }
-        }
-    }
-}
-
-template <class Config>
-constexpr int kThreads = (Config::consumers + 1 + kBiased<Config>)*kWarpgroup;
-
 template <class T, int kHeadDim, class Mask, class Config>
-__global__ void __launch_bounds__(kThreads<Config>, 1)
+__global__ void __launch_bounds__((Config::consumers + 1) * kWarpgroup, 1)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ ForwardMaps maps,
                    const __grid_constant__ Schedule schedule) {
     using Shared = ForwardShared<kHeadDim, Mask, Config>;
-    extern __shared__ unsigned char shared_memory[];
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
     const Shared shared(shared_memory);
     const int warp = uniform_warp();
     if (threadIdx.x == 0) shared.init_barriers();
@@ -599,12 +489,6 @@ __global__ void __launch_bounds__(kThreads<Config>, 1)
         if (warp == 0) load_works<T>(p, maps, schedule, shared);
         if (warp == 1 && Config::q_stages > 1) store_works(maps, shared);
         if (warp == 2) clean<T, kHeadDim, Mask, Config>(p, schedule.levels);
-    } else if (kBiased<Config> && warp / 4 > Config::consumers) {
-        if constexpr (kBiased<Config>) {
-            lower_registers<Config::bias_registers>();
-            wait_for_previous_kernel();
-            bias_works(p, shared);
-        }
     } else {
         raise_registers<Config::consumer_registers>();
         if constexpr (Config::q_stages == 1)
@@ -629,23 +513,18 @@ void launch_forward(const Params& p, void* stream) {
         SequenceMap::make<T>(p.v, p.total_k, p.heads, p.dim_v, p.max_seqlen_k, Config::cols, kPanel, kPanels),
         SequenceMap::make<T>(p.out, p.total_q, p.heads, p.dim_v, p.max_seqlen_q, kRows, kPanel, kPanels)};
     launch_early<forward_kernel<T, kHeadDim, Mask, Config>>(
-        min_of<int64_t>(schedule.places(), blocks), kThreads<Config>, Shared::kBytes, p.device,
+        min_of<int64_t>(schedule.places(), blocks), (Config::consumers + 1) * kWarpgroup, Shared::kBytes, p.device,
         static_cast<cudaStream_t>(stream), p, maps, schedule);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>
 void run_forward(const Params& p, void* stream) {
-    static_assert(Bias::kKind != BiasKind::kRab);
-    if constexpr (Bias::kKind == BiasKind::kRelative) {
-        launch_forward<T, kHeadDim, Mask, RelativeForwardTile<kHeadDim>>(p, stream);
-    } else {
-        using Short = ShortForwardTile<kHeadDim>;
-        if constexpr (Short::up_to > 0) {
-            if (p.total_q <= int64_t{Short::up_to} * p.batch)
-                return launch_forward<T, kHeadDim, Mask, Short>(p, stream);
-        }
-        launch_forward<T, kHeadDim, Mask, ForwardTile<kHeadDim>>(p, stream);
+    static_assert(Bias::kKind == BiasKind::kNone);
+    using Short = ShortForwardTile<kHeadDim>;
+    if constexpr (Short::up_to > 0) {
+        if (p.total_q <= int64_t{Short::up_to} * p.batch) return launch_forward<T, kHeadDim, Mask, Short>(p, stream);
     }
+    launch_forward<T, kHeadDim, Mask, ForwardTile<kHeadDim>>(p, stream);
 }
 
 }  // namespace hstu::attention::sm90

@@ -116,6 +116,9 @@ struct SequenceRows {
     int head, begin, len;
 };
 
+// How long the L2 cache shall keep what a copy brings in, in the code of createpolicy.
+constexpr uint64_t kKeepAsUsual = 0x1000000000000000, kReadOnce = 0x12f0000000000000;
+
 // The box of a sequence's rows from `row` on and columns from `first_col`, where a panel of kPanelCols starts, on.
 template <int kPanelCols>
 struct Box {
@@ -134,11 +137,11 @@ struct Box {
             col = 0, row = 1, head = 0, end = 0, panel = 0;
         }
     }
-    __device__ __forceinline__ void copy_in(uint32_t to, uint32_t barrier) const {
+    __device__ __forceinline__ void copy_in(uint32_t to, uint32_t barrier, uint64_t keep) const {
         asm volatile(
-            "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-            "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(to),
-            "l"(map), "r"(barrier), "r"(col), "r"(row), "r"(head), "r"(end), "r"(panel)
+            "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+            "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(to),
+            "l"(map), "r"(barrier), "r"(col), "r"(row), "r"(head), "r"(end), "r"(panel), "l"(keep)
             : "memory");
     }
     // The same to all blocks of the cluster in `mask`, each at its own `to` and `barrier`.
@@ -186,16 +189,18 @@ struct RowsIn {
 
     __device__ __forceinline__ RowsIn(const SequenceMap& from, SequenceRows rows, int row, int col = 0)
         : from(from), rows(rows), row(row), col(col), first(from, rows, row, col) {}
-    __device__ __forceinline__ void start(Tile tile, uint32_t barrier) const {
-        copy(first, tile.address, barrier);
+    __device__ __forceinline__ void start(Tile tile, uint32_t barrier, uint64_t keep = kKeepAsUsual) const {
+        copy(first, tile.address, barrier, keep);
         for (int panel = from.panels; panel < Tile::kPanels; panel += from.panels)
-            copy({from, rows, row, col + panel * Tile::kPanelCols}, tile.address + panel * Tile::kPanelBytes, barrier);
+            copy({from, rows, row, col + panel * Tile::kPanelCols}, tile.address + panel * Tile::kPanelBytes, barrier,
+                 keep);
     }
 
   private:
-    static __device__ __forceinline__ void copy(const Box<Tile::kPanelCols>& box, uint32_t to, uint32_t barrier) {
+    static __device__ __forceinline__ void copy(const Box<Tile::kPanelCols>& box, uint32_t to, uint32_t barrier,
+                                                uint64_t keep) {
         if constexpr (kBlocks == 1)
-            box.copy_in(to, barrier);
+            box.copy_in(to, barrier, keep);
         else
             box.copy_in_to_all(to, barrier, (1 << kBlocks) - 1);
     }
@@ -203,8 +208,8 @@ struct RowsIn {
 
 template <class Tile>
 __device__ __forceinline__ void load_rows(Tile tile, uint32_t barrier, const SequenceMap& from, SequenceRows rows,
-                                          int row, int col = 0) {
-    RowsIn<Tile>(from, rows, row, col).start(tile, barrier);
+                                          int row, int col = 0, uint64_t keep = kKeepAsUsual) {
+    RowsIn<Tile>(from, rows, row, col).start(tile, barrier, keep);
 }
 
 // Fetches the same rows into the L2 cache, ahead of load_rows().

@@ -369,3 +369,7 @@ inline float __uint2float_rz(uint32_t x) { return __ull2float_rz(x); }
 inline unsigned long long __float2ull_rz(float x) {
     return x <= 0 ? 0 : x >= 0x1p64f ? ~0ull : static_cast<unsigned long long>(x);
 }
+template <class T>
+void __stcs(T* to, T value) {
+    *to = value;
+}

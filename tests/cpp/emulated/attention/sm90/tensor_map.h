@@ -52,6 +52,8 @@ inline void copy_chunk(unsigned char* shared, const bf16* global) {
         std::memset(shared, 0, 16);
 }
 
+constexpr uint64_t kReadOnce = 0;
+
 template <class Tile, int kBlocks = 1>
 struct RowsIn {
     SequenceMap from;
@@ -71,7 +73,8 @@ struct RowsIn {
 };
 
 template <class Tile>
-void load_rows(Tile tile, uint32_t barrier, const SequenceMap& from, SequenceRows rows, int row, int col = 0) {
+void load_rows(Tile tile, uint32_t barrier, const SequenceMap& from, SequenceRows rows, int row, int col = 0,
+               uint64_t = 0) {
     RowsIn<Tile>(from, rows, row, col).start(tile, barrier);
 }
 
