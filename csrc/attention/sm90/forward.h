@@ -3,7 +3,7 @@
 //   O_i = 1/N sum_j keep(i, j) silu(alpha q_i.k_j + bias_ij) v_j
 //
 // A block of threads stays and takes up (head, 64 * consumers query rows of one sequence) after another; each consumer
-// warpgroup owns 64 of the rows and the mask's key spans are walked in tiles of `cols` keys. Four roles:
+// warpgroup owns 64 of the rows and the mask's key spans are walked in tiles of `cols` keys. Roles:
 //   loader (warp 0)    writes the Work down, fetches its Q, then K and V tile by tile;  waits for q_empty, k_empty, v_empty
 //   storer (warp 1)    sends the finished rows, which lie where Q lay;                  waits for q_full, o_full
 //                      (with a single place for Q the consumers store them, and Q is free after its last product)

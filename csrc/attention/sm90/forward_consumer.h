@@ -108,6 +108,44 @@ __device__ __forceinline__ void store_directly(const Accumulator<kHeadDim>& out,
     }
 }
 
+// The steps of a tile of keys, which both streams of products below are made of: S once K is there,
+template <class T, int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void start_scores(Accumulator<Config::cols>& s,
+                                             const ForwardShared<kHeadDim, Mask, Config>& shared, int group,
+                                             int q_stage, RingPosition<Config::stages> kv) {
+    shared.k_full(kv.stage).wait(kv.phase);
+    hold(s);
+    begin_products();
+    multiply<T, kHeadDim / 16, true>(s, rows(shared.q(q_stage), 64 * group), rows(shared.k(kv.stage)));
+    commit_products();
+}
+// O += P V once V is there,
+template <class T, int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void start_values(Accumulator<kHeadDim>& out, const Fragments<Config::cols / 16>& weights,
+                                             const ForwardShared<kHeadDim, Mask, Config>& shared,
+                                             RingPosition<Config::stages> kv) {
+    shared.v_full(kv.stage).wait(kv.phase);
+    begin_products();
+    multiply<T, Config::cols / 16>(out, weights, columns(shared.v(kv.stage)));
+    commit_products();
+}
+// S -> P N of the warpgroup's rows from row0 on and the keys from col0 on, tested where the mask cuts the tile,
+template <int kCols, class Mask>
+__device__ __forceinline__ void activate_tile(Accumulator<kCols>& s, const Mask& mask, int row0, int col0,
+                                              float half_alpha) {
+    const int row = row0 + Accumulator<kCols>::row(), col = col0 + Accumulator<kCols>::col();
+    if (mask.is_full(row0, 64, col0, kCols))
+        activate<false>(s, mask, row, col, half_alpha);
+    else
+        activate<true>(s, mask, row, col, half_alpha);
+}
+// and P as a left operand.
+template <class T, int kCols>
+__device__ __forceinline__ void convert(Fragments<kCols / 16>& weights, const Accumulator<kCols>& s) {
+#pragma unroll
+    for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
+}
+
 // One warpgroup's stream of products. Its tiles follow one another across works: the scores of the next work's first tile
 // are computed while the values of this work's last tile are added.
 template <class T, int kHeadDim, class Mask, class Config>
@@ -131,19 +169,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     TileWalk walk = shared.work(0).walk;
     int row0;
 
-    const auto begin_scores = [&] {
-        shared.k_full(kv.stage).wait(kv.phase);
-        hold(s);
-        begin_products();
-        multiply<T, kHeadDim / 16, true>(s, rows(shared.q(q.stage), 64 * group), rows(shared.k(kv.stage)));
-        commit_products();
-    };
-    const auto begin_values = [&](RingPosition<Config::stages> at) {
-        shared.v_full(at.stage).wait(at.phase);
-        begin_products();
-        multiply<T, kCols / 16>(out, weights, columns(shared.v(at.stage)));
-        commit_products();
-    };
+    const auto begin_scores = [&] { start_scores<T>(s, shared, group, q.stage, kv); };
     // The bias of 32 columns is read while those before it are activated, the first while S is computed.
     [[maybe_unused]] const auto read_bias = [&](int first) {
         if constexpr (kBiased<Config>) {
@@ -184,22 +210,16 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     const auto activate_scores = [&](int t) {
         hold(s);
         if (signals) shared.k_empty(kv.stage).arrive();
-        const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
         if constexpr (kBiased<Config>) {
+            const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
             // Behind the last key there is a bias too.
             if (mask.is_full(row0, 64, walk[t], kCols) && walk[t] + kCols <= mask.len_k)
                 activate_with_bias(row, col, std::false_type{});
             else
                 activate_with_bias(row, col, std::true_type{});
-        } else if (mask.is_full(row0, 64, walk[t], kCols)) {
-            activate<false>(s, mask, row, col, half_alpha);
         } else {
-            activate<true>(s, mask, row, col, half_alpha);
+            activate_tile(s, mask, row0, walk[t], half_alpha);
         }
-    };
-    const auto convert = [&] {
-#pragma unroll
-        for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
     };
     // Rows go through Q's place to the storer.
     const auto hand_over = [&](int q_stage) {
@@ -223,7 +243,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     read_bias(0);
     wait_products<0>();
     activate_scores(0);
-    convert();
+    convert<T>(weights, s);
     out.clear();
     for (int t = 0;;) {
         const RingPosition<Config::stages> before = kv;
@@ -232,7 +252,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         if (ends) {
             q.next();
             if (!take()) {
-                begin_values(kv);
+                start_values<T>(out, weights, shared, kv);
                 wait_products<0>();
                 hold(out);
                 return hand_over(before_q);
@@ -241,7 +261,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         t = ends ? 0 : t + 1;
         kv.next();
         begin_scores();
-        begin_values(before);
+        start_values<T>(out, weights, shared, before);
         read_bias(0);
         wait_products<1>();
         activate_scores(t);
@@ -252,7 +272,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
             hand_over(before_q);
             out.clear();
         }
-        convert();
+        convert<T>(weights, s);
     }
 }
 
@@ -280,19 +300,7 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
     T* finished = nullptr;  // the rows that `out` belongs to
     int finished_rows = 0;  // so many
 
-    const auto begin_scores = [&] {
-        shared.k_full(kv.stage).wait(kv.phase);
-        hold(s);
-        begin_products();
-        multiply<T, kHeadDim / 16, true>(s, rows(shared.q(0), 64 * group), rows(shared.k(kv.stage)));
-        commit_products();
-    };
-    const auto begin_values = [&](RingPosition<Config::stages> at) {
-        shared.v_full(at.stage).wait(at.phase);
-        begin_products();
-        multiply<T, kCols / 16>(out, weights, columns(shared.v(at.stage)));
-        commit_products();
-    };
+    const auto begin_scores = [&] { start_scores<T>(s, shared, group, 0, kv); };
     const auto end_values = [&](RingPosition<Config::stages> at) {
         wait_products<0>();
         hold(out), hold(weights);
@@ -306,15 +314,7 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
     const auto activate_scores = [&] {
         hold(s);
         release_k();
-        const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
-        if (mask.is_full(row0, 64, walk[t], kCols))
-            activate<false>(s, mask, row, col, half_alpha);
-        else
-            activate<true>(s, mask, row, col, half_alpha);
-    };
-    const auto convert = [&] {
-#pragma unroll
-        for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
+        activate_tile(s, mask, row0, walk[t], half_alpha);
     };
     const auto store = [&] { store_directly(out, finished, p.out.row_stride, finished_rows, p.dim_v, p.inv_scaling); };
     // The work at `q`, if there is one.
@@ -355,7 +355,7 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
         store();
         wait_products<0>();
         activate_scores();
-        convert();
+        convert<T>(weights, s);
         out.clear();
         owes();
         for (;;) {
@@ -363,20 +363,20 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
             ++t, kv.next();
             if (t < walk.tiles && needed()) {
                 begin_scores();
-                begin_values(before);
+                start_values<T>(out, weights, shared, before);
                 wait_products<1>();
                 activate_scores();
                 end_values(before);
-                convert();
+                convert<T>(weights, s);
                 continue;
             }
-            begin_values(before);
+            start_values<T>(out, weights, shared, before);
             end_values(before);
             if (!seek()) break;
             begin_scores();
             wait_products<0>();
             activate_scores();
-            convert();
+            convert<T>(weights, s);
         }
         q.next();
         more = take();

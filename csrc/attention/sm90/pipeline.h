@@ -90,12 +90,9 @@ __device__ __forceinline__ void copy_to_block(int rank, uint32_t to, uint32_t fr
                  : "memory");
 }
 
-// Named barriers 1 to 15; number 0 is __syncthreads. `threads` counts every thread that syncs or arrives.
+// Named barriers 1 to 15; number 0 is __syncthreads. `threads` counts every thread that syncs.
 __device__ __forceinline__ void named_sync(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void named_arrive(int number, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 // Registers a thread of this warpgroup may use from here on (a multiple of 8); all its warps must call it.
@@ -123,20 +120,6 @@ __device__ __forceinline__ bool elected() {
 
 // The warp's number within the block, known to be the same in all its lanes.
 __device__ __forceinline__ int uniform_warp() { return __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x / 32), 0); }
-
-// 16 bytes of shared memory.
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-    uint4 x;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(address)
-                 : "memory");
-    return x;
-}
-__device__ __forceinline__ void store_shared(uint32_t address, uint4 x) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
-                 : "memory");
-}
 
 // ---- Between blocks ----
 

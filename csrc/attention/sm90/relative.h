@@ -7,14 +7,13 @@
 //               blocks of 8 x 8 on the same diagonal share a pair of its values a thread (WindowReader)
 //   times       of pieces of 16 rows and 32 columns: a constant where one bucket alone can occur, which is most of them;
 //               else all values, in the order of the accumulators
-// Which buckets can occur follows from the ranges of the times on both sides; TileDescriber finds it, one lane a piece, ahead
-// of the warpgroup BiasWarps, which writes all the rest. A piece with up to
-// three edges between buckets costs as many comparisons an element: saturating |x| + 1 - edge gives 0 or 1, for x is an
-// integer. More: a look-up of x's quarter of an octave (time_bucket.h) in shared memory: an edge and the values on its
-// sides. Differences are taken in fp32, exact where times lie less than 2^24 from the block's first one; else modulo 2^32
-// below 2^31, and in 64 bits above.
+// Which buckets can occur follows from the ranges of the times on both sides; TileDescriber finds it, one lane a piece,
+// ahead of the warpgroup BiasWarps, which writes all the rest. A piece with up to three edges between buckets costs as many
+// comparisons an element: saturating |x| + 1 - edge gives 0 or 1, for x is an integer. More: a look-up of x's quarter of an
+// octave (time_bucket.h) in shared memory: an edge and the values on its sides. Differences are taken in fp32, exact where
+// times lie less than 2^24 from the block's first one; else modulo 2^32 below 2^31, and in 64 bits above.
 // Warp w of the bias warps has rows [16 w, 16 w + 16) of each group of 64 rows, as warp w of the warpgroup that owns the
-// group. Rows may be queries and columns keys (the forward) or the other way round (the backward).
+// group. Rows are queries and columns keys, as the forward has them, or the other way round.
 #pragma once
 
 #include "attention/gpu.h"
@@ -58,7 +57,6 @@ struct BiasShared {
     };
     struct alignas(16) Quarter {
         float edge, below, above;  // half the values
-        int bucket;                // below the edge
     };
 
     // Half the position bias of this tile and the next: [kRows - 1 - row + column], and the same a word later, so that the
@@ -317,7 +315,7 @@ class BiasWarps {
         if (thread < Shared::kQuarters) {
             const TimeQuarter& quarter = kQuartersOfTime.at[thread];
             shared.quarters[thread] = {static_cast<float>(quarter.edge_low), half(quarter.bucket),
-                                       half(quarter.bucket + 1), quarter.bucket};
+                                       half(quarter.bucket + 1)};
         }
         named_sync(named_barrier, kWarpgroup);
     }

@@ -73,14 +73,10 @@ inline void copy_to_block(int rank, uint32_t to, uint32_t from, int bytes, Barri
     });
 }
 
-inline void named_arrive(int number, int threads) {
-    emulated::NamedBarrier& b = emulated::block->named[number];
-    if (++b.arrived == threads) b.arrived = 0, ++b.round;
-}
 inline void named_sync(int number, int threads) {
     emulated::NamedBarrier& b = emulated::block->named[number];
     const int round = b.round;
-    named_arrive(number, threads);
+    if (++b.arrived == threads) b.arrived = 0, ++b.round;
     emulated::wait_until("a named barrier", [&b, round] { return b.round != round; });
 }
 
@@ -90,17 +86,6 @@ template <int kCount>
 void lower_registers() {}
 inline bool elected() { return threadIdx.x % 32 == 0; }
 inline int uniform_warp() { return threadIdx.x / 32; }
-
-inline uint4 load_shared(uint32_t address) {
-    if (address % 16 != 0) emulated::fail("an address that is not aligned");
-    uint4 x;
-    std::memcpy(&x, emulated::shared_window + address, 16);
-    return x;
-}
-inline void store_shared(uint32_t address, uint4 x) {
-    if (address % 16 != 0) emulated::fail("an address that is not aligned");
-    std::memcpy(emulated::shared_window + address, &x, 16);
-}
 
 inline void await_counter(const int* counter, int least) {
     emulated::wait_until("a counter", [=] { return *counter >= least; });
