@@ -125,7 +125,7 @@ namespace hstu::attention::sm90 {
 // consumers: warpgroups of 64 query rows each; stages: K and V tiles in flight; q_stages: Q tiles.
 // Registers: (loader + consumers * consumer + bias) * 128 <= 65536.
 struct ForwardTileWithoutBias {
-    static constexpr int bias_cols = 0, bias_stages = 0, bias_registers = 0;
+    static constexpr int bias_stages = 0, bias_registers = 0;
 };
 template <int kHeadDim>
 struct ForwardTile;
@@ -167,19 +167,18 @@ struct ShortForwardTile<128> : ForwardTileWithoutBias {
     static constexpr int up_to = 2048;
 };
 
-// With a relative bias, which a warpgroup of its own hands to each consumer in parts of 64 x bias_cols pairs; bias_stages:
-// such parts in shared memory, a consumer, together no more than a tile.
+// With a relative bias; bias_stages: places for values of times, of 16 x 32 pairs, a consumer warp.
 template <int kHeadDim>
 struct RelativeForwardTile;
 template <>
 struct RelativeForwardTile<64> {
-    static constexpr int consumers = 2, cols = 128, stages = 3, q_stages = 3, bias_cols = 64, bias_stages = 2;
-    static constexpr int loader_registers = 56, consumer_registers = 184, bias_registers = 88;
+    static constexpr int consumers = 2, cols = 128, stages = 3, q_stages = 3, bias_stages = 3;
+    static constexpr int loader_registers = 40, consumer_registers = 192, bias_registers = 88;
 };
 template <>
 struct RelativeForwardTile<128> {
-    static constexpr int consumers = 2, cols = 64, stages = 3, q_stages = 2, bias_cols = 32, bias_stages = 2;
-    static constexpr int loader_registers = 56, consumer_registers = 184, bias_registers = 88;
+    static constexpr int consumers = 2, cols = 64, stages = 3, q_stages = 2, bias_stages = 2;
+    static constexpr int loader_registers = 40, consumer_registers = 192, bias_registers = 88;
 };
 
 // A block owns `cols` keys and walks over the queries in steps of `rows`. Its two key warpgroups have 64 keys each or,

@@ -10,14 +10,16 @@
 //   cleaner (warp 2)   writes 0 to the rows of `out` that nobody else writes
 //   consumers          S(t + 1) = Q K(t + 1)^T and O += P(t) V(t) run on the tensor cores while S(t + 1), once it is
 //                      there, becomes P(t + 1) in registers;                            wait for q_full, k_full, v_full
-//   describer (warp 3) with a relative bias: which time buckets a tile can have;        waits for q_full, described_empty
-//   bias warps         write down what consumers add to S, tile after tile (relative.h; wait for q_full, described_full,
-//                      consumers wait for bias_full);                                   bias_empty
+//   describer (warp 3) with a relative bias: which time buckets a tile can have;        waits for work_full, described_empty
+//   bias warps         write what consumers need for the bias, tile after tile, and     wait for work_full, described_full,
+//                      values where they cannot do without (relative.h);                values_empty, described_empty
+//                      consumers                                                        wait for described_full, values_full
 // Rows past the end of a sequence are read as 0 and silu(0) = 0, so only tiles that the mask cuts are tested element by
 // element. Q has q_stages buffers: the next work's Q (and K, V, as stages come free) arrives during this one's products.
 #pragma once
 
 #include "attention/sm90/forward_consumer.h"
+#include "attention/sm90/forward_relative.h"
 #include "attention/sm90/forward_work.h"
 #include "attention/tile_config.h"
 #include "common/cuda_launch.h"
@@ -55,7 +57,9 @@ __global__ void __launch_bounds__(kThreads<Config>, 1)
         }
     } else {
         raise_registers<Config::consumer_registers>();
-        if constexpr (Config::q_stages == 1)
+        if constexpr (kBiased<Config>)
+            consume_works_with_bias<T>(p, shared, warp / 4 - 1);
+        else if constexpr (Config::q_stages == 1)
             consume_works_of_one_place<T>(p, shared, warp / 4 - 1);
         else
             consume_works<T>(p, shared, warp / 4 - 1);

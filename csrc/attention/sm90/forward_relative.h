@@ -1,0 +1,189 @@
+// The roles of the sm90 forward that a relative bias changes or adds: describer, bias warps, consumers (forward.h says who
+// waits on whom, relative.h what each of them does for the bias).
+#pragma once
+
+#include "attention/sm90/forward_consumer.h"
+#include "attention/sm90/relative_scores.h"
+
+namespace hstu::attention::sm90 {
+
+template <class Mask>
+__device__ __forceinline__ RelativeSides sides_of(const Params& p, const WorkWithBias<Mask>& work) {
+    return {p.relative, work.head, work.q_begin, work.k_begin, work.mask.len_q, work.mask.len_k};
+}
+
+// Finds out about the times of the works' tiles.
+template <int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void describe_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared) {
+    using Describer = TileDescriber<typename ForwardShared<kHeadDim, Mask, Config>::Bias>;
+    RingPosition<Config::q_stages> q;
+    RingPosition<kDescribed> at;
+    shared.work_full(0).wait(0);
+    if (shared.work(0).last) return;
+    Describer describer(sides_of(p, shared.work(0)));
+    for (;; q.next()) {
+        shared.work_full(q.stage).wait(q.phase);
+        const WorkWithBias<Mask>& work = shared.work(q.stage);
+        if (work.last) return;
+        const TileWalk walk = work.walk;
+        const int row = work.row0 + 16 * Describer::strip_of_lane();
+        describer.begin_block(sides_of(p, work), work.row0,
+                              row < work.mask.len_q ? work.mask.kv_range(row, 16) : Spans{}, walk[0],
+                              shared.bias().places[q.stage]);
+        for (int t = 0; t < walk.tiles; ++t, at.next()) {
+            shared.described_empty(at.stage).wait(at.phase ^ 1);
+            describer.describe_tile(shared.bias().tiles[at.stage], walk[t], walk[t + 1]);
+            __syncwarp();
+            if (lane() == 0) shared.described_full(at.stage).arrive();
+        }
+    }
+}
+
+// Windows, tables and values, in the order in which consumers come to them.
+template <int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared) {
+    using Shared = ForwardShared<kHeadDim, Mask, Config>;
+    constexpr int kPieces = Shared::Bias::kPieces;
+    const int warp = threadIdx.x / 32 % 4;
+    RingPosition<Config::q_stages> q;
+    RingPosition<kDescribed> at;
+    RingPosition<Config::bias_stages> values[Config::consumers];
+    int works = 0;
+    shared.work_full(0).wait(0);
+    if (shared.work(0).last) return;
+    BiasWarps<typename Shared::Bias> bias(sides_of(p, shared.work(0)));
+    for (;; q.next(), ++works) {
+        shared.work_full(q.stage).wait(q.phase);
+        const WorkWithBias<Mask>& work = shared.work(q.stage);
+        if (work.last) return;
+        const TileWalk walk = work.walk;
+        auto& place = shared.bias().places[q.stage];
+        bias.begin_block(sides_of(p, work), work.row0, walk[0]);
+        // A table of all heads stays in the place.
+        if (p.relative.time_head_stride != 0 || works < Config::q_stages) bias.write_tables(place);
+        for (int t = 0; t < walk.tiles; ++t, at.next()) {
+            auto& tile = shared.bias().tiles[at.stage];
+            shared.described_empty(at.stage).wait(at.phase ^ 1);
+            bias.write_window(tile, walk[t + 1]);
+            __syncwarp();
+            if (lane() == 0) shared.described_full(at.stage).arrive();
+            shared.described_full(at.stage).wait(at.phase);
+            // Bit by bit: the pieces with values, this warp's rows of all groups behind one another.
+            const int found =
+                lane() < Config::consumers * kPieces ? tile.pieces[lane() / kPieces * 4 + warp][lane() % kPieces] : 0;
+#pragma unroll
+            for (int group = 0; group < Config::consumers; ++group) {
+                unsigned left = __ballot_sync(0xffffffff, PieceTimes{found}.has_values() && lane() / kPieces == group);
+                for (; left != 0; left &= left - 1, values[group].next()) {
+                    const int number = __ffs(left) - 1, stage = values[group].stage;
+                    shared.values_empty(group * 4 + warp, stage).wait(values[group].phase ^ 1);
+                    bias.write_values(place, tile, {__shfl_sync(0xffffffff, found, number)}, group, number % kPieces,
+                                      walk[t], shared.values(group * 4 + warp, stage));
+                    __syncwarp();
+                    if (lane() == 0) shared.values_full(group * 4 + warp, stage).arrive();
+                }
+            }
+            if (lane() == 0) shared.described_empty(at.stage).arrive();
+        }
+    }
+}
+
+// The values that bias warps hand to one consumer warp.
+template <int kHeadDim, class Mask, class Config>
+struct ValuesRing {
+    const ForwardShared<kHeadDim, Mask, Config>& shared;
+    const int warp;
+    RingPosition<Config::bias_stages> at;
+
+    __device__ __forceinline__ void begin() const { shared.values_full(warp, at.stage).wait(at.phase); }
+    __device__ __forceinline__ float4 operator()(int n) const { return shared.values(warp, at.stage)[n * 32 + lane()]; }
+    __device__ __forceinline__ void end() {
+        __syncwarp();
+        if (lane() == 0) shared.values_empty(warp, at.stage).arrive();
+        at.next();
+    }
+};
+
+// One warpgroup's stream of products, as consume_works(), with the bias.
+template <class T, int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void consume_works_with_bias(const Params& p,
+                                                        const ForwardShared<kHeadDim, Mask, Config>& shared,
+                                                        int group) {
+    using Bias = BiasOfTile<typename ForwardShared<kHeadDim, Mask, Config>::Bias>;
+    constexpr int kCols = Config::cols;
+    static_assert(Config::q_stages > 1);
+    const float half_alpha = 0.5f * p.alpha;
+    RingPosition<Config::stages> kv;
+    RingPosition<Config::q_stages> q;
+    RingPosition<kDescribed> described;
+    ValuesRing<kHeadDim, Mask, Config> values{shared, static_cast<int>(threadIdx.x / 32) - 4, {}};
+    Accumulator<kCols> s;
+    Accumulator<kHeadDim> out;
+    Fragments<kCols / 16> weights;
+    shared.q_full(0).wait(0);
+    Mask mask = shared.work(0).mask;
+    TileWalk walk = shared.work(0).walk;
+    int row0;
+
+    const auto begin_scores = [&] { start_scores<T>(s, shared, group, q.stage, kv); };
+    const auto read_bias = [&] {
+        shared.described_full(described.stage).wait(described.phase);
+        return Bias(shared.bias().places[q.stage], shared.bias().tiles[described.stage], group);
+    };
+    const auto activate_scores = [&](int t, const Bias& bias, auto kAny) {
+        hold(s);
+        if (lane() == 0) shared.k_empty(kv.stage).arrive();
+        bias.template activate<decltype(kAny)::value>(s, mask, row0, walk[t], half_alpha, values);
+        __syncwarp();
+        if (lane() == 0) shared.described_empty(described.stage).arrive();
+        described.next();
+    };
+    const auto hand_over = [&](int q_stage) { hand_rows_over<T>(out, shared, group, q_stage, p.inv_scaling); };
+    // The next work, if there is one.
+    const auto take = [&] {
+        shared.q_full(q.stage).wait(q.phase);
+        const WorkWithBias<Mask>& work = shared.work(q.stage);
+        if (work.last) return false;
+        mask = work.mask, walk = work.walk, row0 = work.row0 + 64 * group;
+        return true;
+    };
+
+    if (!take()) return;
+    begin_scores();
+    const Bias first_bias = read_bias();
+    wait_products<0>();
+    activate_scores(0, first_bias, std::true_type{});
+    convert<T>(weights, s);
+    out.clear();
+    for (int t = 0;;) {
+        const RingPosition<Config::stages> before = kv;
+        const int before_q = q.stage;
+        const bool ends = t + 1 == walk.tiles;
+        if (ends) {
+            q.next();
+            if (!take()) {
+                start_values<T>(out, weights, shared, kv);
+                wait_products<0>();
+                hold(out);
+                return hand_over(before_q);
+            }
+        }
+        t = ends ? 0 : t + 1;
+        kv.next();
+        begin_scores();
+        start_values<T>(out, weights, shared, before);
+        const Bias bias = read_bias();
+        wait_products<1>();
+        activate_scores(t, bias, std::false_type{});
+        wait_products<0>();
+        hold(out), hold(weights);
+        if (lane() == 0) shared.v_empty(before.stage).arrive();
+        if (ends) {
+            hand_over(before_q);
+            out.clear();
+        }
+        convert<T>(weights, s);
+    }
+}
+
+}  // namespace hstu::attention::sm90
