@@ -10,10 +10,9 @@
 //   cleaner (warp 2)   writes 0 to the rows of `out` that nobody else writes
 //   consumers          S(t + 1) = Q K(t + 1)^T and O += P(t) V(t) run on the tensor cores while S(t + 1), once it is
 //                      there, becomes P(t + 1) in registers;                            wait for q_full, k_full, v_full
-//   describer (warp 3) with a relative bias: which time buckets a tile can have;        waits for work_full, described_empty
-//   bias warps         write what consumers need for the bias, tile after tile, and     wait for work_full, described_full,
-//                      values where they cannot do without (relative.h);                values_empty, described_empty
-//                      consumers                                                        wait for described_full, values_full
+//   bias warps         with a relative bias: write down what consumers need for it, tile after tile (relative.h);
+//                                                                                       wait for work_full, described_empty,
+//                      consumers wait for described_full and values_full too            values_empty
 // Rows past the end of a sequence are read as 0 and silu(0) = 0, so only tiles that the mask cuts are tested element by
 // element. Q has q_stages buffers: the next work's Q (and K, V, as stages come free) arrives during this one's products.
 #pragma once
@@ -46,9 +45,6 @@ __global__ void __launch_bounds__(kThreads<Config>, 1)
         if (warp == 0) load_works<T>(p, maps, schedule, shared);
         if (warp == 1 && Config::q_stages > 1) store_works(maps, shared);
         if (warp == 2) clean<T, kHeadDim, Mask, Config>(p, schedule.levels);
-        if constexpr (kBiased<Config>) {
-            if (warp == 3) describe_works(p, shared);
-        }
     } else if (kBiased<Config> && warp / 4 > Config::consumers) {
         if constexpr (kBiased<Config>) {
             lower_registers<Config::bias_registers>();

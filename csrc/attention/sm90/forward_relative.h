@@ -1,4 +1,4 @@
-// The roles of the sm90 forward that a relative bias changes or adds: describer, bias warps, consumers (forward.h says who
+// The roles of the sm90 forward that a relative bias adds or changes: bias warps and consumers (forward.h says who
 // waits on whom, relative.h what each of them does for the bias).
 #pragma once
 
@@ -12,33 +12,6 @@ __device__ __forceinline__ RelativeSides sides_of(const Params& p, const WorkWit
     return {p.relative, work.head, work.q_begin, work.k_begin, work.mask.len_q, work.mask.len_k};
 }
 
-// Finds out about the times of the works' tiles.
-template <int kHeadDim, class Mask, class Config>
-__device__ __forceinline__ void describe_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared) {
-    using Describer = TileDescriber<typename ForwardShared<kHeadDim, Mask, Config>::Bias>;
-    RingPosition<Config::q_stages> q;
-    RingPosition<kDescribed> at;
-    shared.work_full(0).wait(0);
-    if (shared.work(0).last) return;
-    Describer describer(sides_of(p, shared.work(0)));
-    for (;; q.next()) {
-        shared.work_full(q.stage).wait(q.phase);
-        const WorkWithBias<Mask>& work = shared.work(q.stage);
-        if (work.last) return;
-        const TileWalk walk = work.walk;
-        const int row = work.row0 + 16 * Describer::strip_of_lane();
-        describer.begin_block(sides_of(p, work), work.row0,
-                              row < work.mask.len_q ? work.mask.kv_range(row, 16) : Spans{}, walk[0],
-                              shared.bias().places[q.stage]);
-        for (int t = 0; t < walk.tiles; ++t, at.next()) {
-            shared.described_empty(at.stage).wait(at.phase ^ 1);
-            describer.describe_tile(shared.bias().tiles[at.stage], walk[t], walk[t + 1]);
-            __syncwarp();
-            if (lane() == 0) shared.described_full(at.stage).arrive();
-        }
-    }
-}
-
 // Windows, tables and values, in the order in which consumers come to them.
 template <int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared) {
@@ -48,37 +21,38 @@ __device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<
     RingPosition<Config::q_stages> q;
     RingPosition<kDescribed> at;
     RingPosition<Config::bias_stages> values[Config::consumers];
-    int works = 0;
-    shared.work_full(0).wait(0);
-    if (shared.work(0).last) return;
-    BiasWarps<typename Shared::Bias> bias(sides_of(p, shared.work(0)));
-    for (;; q.next(), ++works) {
+    BiasWarps<typename Shared::Bias> bias;
+    for (int works = 0;; ++works, q.next()) {
         shared.work_full(q.stage).wait(q.phase);
         const WorkWithBias<Mask>& work = shared.work(q.stage);
         if (work.last) return;
         const TileWalk walk = work.walk;
         auto& place = shared.bias().places[q.stage];
-        bias.begin_block(sides_of(p, work), work.row0, walk[0]);
+        const int row = work.row0 + 64 * bias.group_of_lane() + 16 * warp;
+        bias.begin_block(sides_of(p, work), work.row0,
+                         row < work.mask.len_q ? work.mask.kv_range(row, 16) : Spans{}, walk[0], place);
         // A table of all heads stays in the place.
-        if (p.relative.time_head_stride != 0 || works < Config::q_stages) bias.write_tables(place);
+        if (p.relative.time_head_stride != 0 || works < Config::q_stages) bias.write_tables(sides_of(p, work), place);
         for (int t = 0; t < walk.tiles; ++t, at.next()) {
             auto& tile = shared.bias().tiles[at.stage];
             shared.described_empty(at.stage).wait(at.phase ^ 1);
-            bias.write_window(tile, walk[t + 1]);
+            bias.write_tile(tile, walk[t + 1]);
+            named_sync(1, kWarpgroup);
+            const PieceTimes found = bias.find(tile, walk[t]);
             __syncwarp();
             if (lane() == 0) shared.described_full(at.stage).arrive();
-            shared.described_full(at.stage).wait(at.phase);
-            // Bit by bit: the pieces with values, this warp's rows of all groups behind one another.
-            const int found =
-                lane() < Config::consumers * kPieces ? tile.pieces[lane() / kPieces * 4 + warp][lane() % kPieces] : 0;
 #pragma unroll
             for (int group = 0; group < Config::consumers; ++group) {
-                unsigned left = __ballot_sync(0xffffffff, PieceTimes{found}.has_values() && lane() / kPieces == group);
+                unsigned left = __ballot_sync(0xffffffff, found.has_values() && lane() / kPieces == group);
                 for (; left != 0; left &= left - 1, values[group].next()) {
                     const int number = __ffs(left) - 1, stage = values[group].stage;
                     shared.values_empty(group * 4 + warp, stage).wait(values[group].phase ^ 1);
-                    bias.write_values(place, tile, {__shfl_sync(0xffffffff, found, number)}, group, number % kPieces,
-                                      walk[t], shared.values(group * 4 + warp, stage));
+                    float4* const to = shared.values(group * 4 + warp, stage);
+                    if (__shfl_sync(0xffffffff, found.code, number) & PieceTimes::kWide)
+                        bias.look_up_wide(sides_of(p, work), place, work.row0 + 64 * group,
+                                          walk[t] + number % kPieces * kPieceCols, to);
+                    else
+                        bias.look_up(place, tile, group, number % kPieces, to);
                     __syncwarp();
                     if (lane() == 0) shared.values_full(group * 4 + warp, stage).arrive();
                 }

@@ -101,7 +101,7 @@ struct ForwardShared {
             for (int i = 0; i < kValues; ++i) values_full(0, i).init(1), values_empty(0, i).init(1);
             for (int i = 0; i < kQ; ++i) work_full(i).init(1);
             for (int i = 0; i < kDescribed; ++i)
-                described_full(i).init(1 + 4), described_empty(i).init(4 + 4 * Config::consumers);
+                described_full(i).init(4), described_empty(i).init(4 + 4 * Config::consumers);
         }
         fence_barrier_init();
     }

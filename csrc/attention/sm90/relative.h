@@ -8,9 +8,9 @@
 //   times       of pieces of 16 rows and 32 columns, by the buckets that can occur there (PieceTimes): of one bucket a
 //               constant; a few edges between buckets, where all rows are later than all columns or all earlier, are
 //               compared by the consumers, an integer a column; else all values, in the order of the accumulators
-// Which buckets can occur follows from the ranges of the times on both sides; TileDescriber finds it, one lane a piece.
-// BiasWarps, a warpgroup, writes windows, tables and values: by a look-up of a difference's quarter of an octave
-// (time_bucket.h) in shared memory, an edge and the values on its sides. Integers are counted from the piece's first
+// BiasWarps, a warpgroup, writes windows, tables and values and finds out which buckets can occur, from the ranges of the
+// times on both sides, one lane a piece. Values are a look-up of a difference's quarter of an octave (time_bucket.h) in
+// shared memory, an edge and the values on its sides. Integers are counted from the piece's first
 // column, modulo 2^32, and serve below 2^30; differences in fp32 are exact below 2^24; all others are taken in 64 bits.
 // Warp w of the bias warps has rows [16 w, 16 w + 16) of each group of 64 rows, as warp w of the warpgroup that owns the
 // group.
@@ -84,6 +84,7 @@ struct BiasShared {
         alignas(8) float near_float[kCols];
         alignas(4 * kPieces) int pieces[4 * kGroups][kPieces];  // PieceTimes by rows / 16
         alignas(4 * kPieces) uint32_t bases[kPieces];
+        float2 ranges[kPieces];  // of the columns' times, counted from the block's first row
     };
 
     Place places[kPlaces];
@@ -98,126 +99,14 @@ __device__ __forceinline__ float time_from(int64_t base, int64_t t) {
                : about;
 }
 
-// One warp that finds out about the times of tiles, ahead of all others.
-template <class Shared>
-class TileDescriber {
-  public:
-    static constexpr int kPieces = Shared::kPieces, kStrips = 4 * Shared::kGroups;
-    static_assert(kStrips * kPieces <= 32);
-
-    // The 16 rows and the piece of columns that this lane describes.
-    static __device__ __forceinline__ int strip_of_lane() { return min_of(lane() / kPieces, kStrips - 1); }
-    static __device__ __forceinline__ int piece_of_lane() { return lane() % kPieces; }
-
-    __device__ __forceinline__ TileDescriber(const RelativeSides& first) : sides(first) {}
-
-    // Rows from row0 on, and the columns that this lane's strip needs. col0: of the first tile.
-    __device__ __forceinline__ void begin_block(const RelativeSides& of, int row0, const Spans& wanted_, int col0,
-                                                typename Shared::Place& place) {
-        sides = of, wanted = wanted_;
-        if (sides.time == nullptr) return;
-        int64_t time[kStrips / 2];
-#pragma unroll
-        for (int i = 0; i < kStrips / 2; ++i)
-            time[i] = __ldg(sides.query_times + min_of(row0 + 32 * i + lane(), sides.len_q - 1));
-        base = __ldg(sides.query_times + min_of(row0, sides.len_q - 1));
-        read_col_times(col0);
-#pragma unroll
-        for (int i = 0; i < kStrips / 2; ++i) {
-            place.row_words[32 * i + lane()] = static_cast<uint32_t>(time[i]);
-            const float t = time_from(base, time[i]);
-            Range range{t, t};
-#pragma unroll
-            for (int step = 1; step < 16; step *= 2) {
-                range.low = fminf(range.low, __shfl_xor_sync(0xffffffff, range.low, step));
-                range.high = fmaxf(range.high, __shfl_xor_sync(0xffffffff, range.high, step));
-            }
-            const int from = strip_of_lane() * 16 - 32 * i;
-            const float low = __shfl_sync(0xffffffff, range.low, from),
-                        high = __shfl_sync(0xffffffff, range.high, from);
-            if (from >= 0 && from < 32) rows = {low, high};
-        }
-    }
-    // next: where the block's next tile starts, or any column.
-    __device__ __forceinline__ void describe_tile(typename Shared::Tile& to, int col0, int next) {
-        Range cols = {};
-        if (sides.time != nullptr) {
-#pragma unroll
-            for (int piece = 0; piece < kPieces; ++piece) {
-                const int order = ordered(time_from(base, col_time[piece]));
-                const int low = __reduce_min_sync(0xffffffff, order), high = __reduce_max_sync(0xffffffff, order);
-                if (piece == piece_of_lane()) cols = {from_ordered(low), from_ordered(high)};
-                const int word = static_cast<int>(static_cast<uint32_t>(col_time[piece]));
-                const int first = __shfl_sync(0xffffffff, word, 0);
-                const int near = static_cast<int>(static_cast<uint32_t>(word) - static_cast<uint32_t>(first));
-                to.near[piece * kPieceCols + lane()] = near;
-                to.near_float[piece * kPieceCols + lane()] = static_cast<float>(near);
-                if (lane() == 0) to.bases[piece] = static_cast<uint32_t>(first);
-            }
-            read_col_times(next);
-        }
-        if (lane() < kStrips * kPieces) to.pieces[lane() / kPieces][piece_of_lane()] = find(cols, col0);
-    }
-
-  private:
-    struct Range {
-        float low, high;
-    };
-
-    // Integers in the order of floats.
-    static __device__ __forceinline__ int ordered(float x) {
-        const int bits = __float_as_int(x);
-        return bits ^ (bits >> 31 & 0x7fffffff);
-    }
-    static __device__ __forceinline__ float from_ordered(int order) {
-        return __int_as_float(order ^ (order >> 31 & 0x7fffffff));
-    }
-    __device__ __forceinline__ void read_col_times(int first) {
-#pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece)
-            col_time[piece] = __ldg(sides.key_times + min_of(first + piece * kPieceCols + lane(), sides.len_k - 1));
-    }
-    // ln(x) / 0.301 to within a thousandth: the bucket below or above, where the table has as many.
-    __device__ __forceinline__ int bucket(float x, float slack) const {
-        return clamp_to(static_cast<int>(fmaf(__log2f(fmaxf(x, 1.0f)), 2.3028145f, slack)), 0, sides.num_buckets);
-    }
-    __device__ __forceinline__ int find(const Range& cols, int col0) const {
-        if (sides.time == nullptr || !overlaps(wanted, col0 + piece_of_lane() * kPieceCols, kPieceCols)) return 0;
-        const float later = rows.low - cols.high, earlier = cols.low - rows.high, span = cols.high - cols.low;
-        const float low = fmaxf(later, earlier), high = fmaxf(rows.high - cols.low, cols.high - rows.low);
-        const float largest = fmaxf(fmaxf(fabsf(rows.low), fabsf(rows.high)), fmaxf(fabsf(cols.low), fabsf(cols.high)));
-        const bool exact = fmaxf(largest, high) < 0x1p24f - 4.0f;
-        const float slack = exact ? 0.0f : fmaf(largest, 0x1p-21f, 4.0f);
-        const int first = bucket(low - slack, -1e-3f), edges = bucket(high + slack, 1e-3f) - first;
-        if (edges == 0) return first;
-        if (edges <= PieceTimes::kMostEdges && low >= slack && high + slack < 0x1p30f)
-            return first | edges << 8 | (earlier > later ? PieceTimes::kEarlier : 0);
-        return fmaxf(high, span) + slack < 0x1p24f - 4.0f ? PieceTimes::kLookUp : PieceTimes::kWide;
-    }
-
-    RelativeSides sides;
-    Spans wanted;
-    Range rows = {};
-    int64_t base = 0;                // the block's first time
-    int64_t col_time[kPieces] = {};  // of the tile to come
-};
-
 template <class Shared>
 class BiasWarps {
   public:
     using Place = typename Shared::Place;
     using Tile = typename Shared::Tile;
 
-    __device__ __forceinline__ BiasWarps(const RelativeSides& first) : sides(first) {}
-
-    // Rows from row0 on. col0: of the first tile.
-    __device__ __forceinline__ void begin_block(const RelativeSides& of, int row0_, int col0) {
-        sides = of, row0 = row0_;
-        read_positions(col0);
-    }
-
     // This thread's share of the time tables.
-    __device__ __forceinline__ void write_tables(Place& place) const {
+    static __device__ __forceinline__ void write_tables(const RelativeSides& sides, Place& place) {
         const auto half = [&](int b) {
             return sides.time ? 0.5f * __ldg(sides.time + min_of(b, sides.num_buckets)) : 0.0f;
         };
@@ -230,27 +119,105 @@ class BiasWarps {
                                       half(quarter.bucket + 1)};
         }
     }
-    // This thread's share of a tile's window. next: where the block's next tile starts, or any column.
-    __device__ __forceinline__ void write_window(Tile& tile, int next) {
+
+    // The group whose rows, and the piece of columns, that this lane looks after; lanes from kLanes on after none.
+    static constexpr int kPieces = Shared::kPieces, kLanes = Shared::kGroups * kPieces;
+    static __device__ __forceinline__ int group_of_lane() { return min_of(lane() / kPieces, Shared::kGroups - 1); }
+    static __device__ __forceinline__ int piece_of_lane() { return lane() % kPieces; }
+
+    // Rows from row0 on, and the columns that this warp's rows of this lane's group need. col0: of the first tile.
+    __device__ __forceinline__ void begin_block(const RelativeSides& sides, int row0, const Spans& wanted_, int col0,
+                                                Place& place) {
+        wanted = wanted_;
+        positions = sides.position, reach = sides.reach, first = row0 + sides.offset;
+        has_times = sides.time != nullptr, key_times = sides.key_times;
+        len_k = sides.len_k, num_buckets = sides.num_buckets;
+        read_ahead(col0);
+        if (!has_times) return;
+        base = __ldg(sides.query_times + min_of(row0, sides.len_q - 1));
+#pragma unroll
+        for (int i = 0; i < Shared::kGroups; i += 2) {
+            // 16 lanes a group.
+            const int group = min_of(i + lane() / 16, Shared::kGroups - 1);
+            const int row = 64 * group + 16 * warp() + lane() % 16;
+            const int64_t time = __ldg(sides.query_times + min_of(row0 + row, sides.len_q - 1));
+            place.row_words[row] = static_cast<uint32_t>(time);
+            const float t = time_from(base, time);
+            float low = t, high = t;
+#pragma unroll
+            for (int step = 1; step < 16; step *= 2) {
+                low = fminf(low, __shfl_xor_sync(0xffffffff, low, step));
+                high = fmaxf(high, __shfl_xor_sync(0xffffffff, high, step));
+            }
+            const int from = 16 * (group_of_lane() - i);
+            low = __shfl_sync(0xffffffff, low, from), high = __shfl_sync(0xffffffff, high, from);
+            if (from == 0 || from == 16) rows = {low, high};
+        }
+    }
+    // A tile's windows and columns. next: where the block's next tile starts, or any column.
+    __device__ __forceinline__ void write_tile(Tile& tile, int next) {
 #pragma unroll
         for (int i = 0; i < kPositions; ++i) {
             const int place = threadIdx.x % kWarpgroup + i * kWarpgroup;
             if (place < Shared::kWindow) tile.window[0][place] = tile.window[1][place + 1] = 0.5f * position[i];
         }
-        read_positions(next);
+        if (has_times && warp() < kPieces) {
+            const int order = ordered(time_from(base, col_time));
+            const int low = __reduce_min_sync(0xffffffff, order), high = __reduce_max_sync(0xffffffff, order);
+            const uint32_t word = static_cast<uint32_t>(col_time), first_word = __shfl_sync(0xffffffff, word, 0);
+            const int near = static_cast<int>(word - first_word), place = warp() * kPieceCols + lane();
+            tile.near[place] = near, tile.near_float[place] = static_cast<float>(near);
+            if (lane() == 0)
+                tile.bases[warp()] = first_word, tile.ranges[warp()] = {from_ordered(low), from_ordered(high)};
+        }
+        read_ahead(next);
+    }
+    // What is found about the piece of this lane, once all warps have written the tile.
+    __device__ __forceinline__ PieceTimes find(Tile& tile, int col0) const {
+        PieceTimes found = {0};
+        if (lane() < kLanes) {
+            if (has_times) found = find(tile.ranges[piece_of_lane()], col0);
+            tile.pieces[4 * group_of_lane() + warp()][piece_of_lane()] = found.code;
+        }
+        return found;
     }
 
     // The times of this warp's 16 rows of a group and 32 columns, as [4 blocks of 8 columns][32 lanes] of (row r: columns
-    // c, c + 1; row r + 8: c, c + 1) with r = lane / 4 and c = lane % 4 * 2. col0: of the tile.
-    __device__ __forceinline__ void write_values(const Place& place, const Tile& tile, PieceTimes found, int group,
-                                                 int piece, int col0, float4* to) const {
-        float x[16];  // [4 n + 2 half + c]
-        if (found.code & PieceTimes::kWide)
-            look_up_wide(x, place, group, col0 + piece * kPieceCols);
-        else
-            look_up(x, place, tile, group, piece);
+    // c, c + 1; row r + 8: c, c + 1) with r = lane / 4 and c = lane % 4 * 2. From differences in fp32:
+    static __device__ __forceinline__ void look_up(const Place& place, const Tile& tile, int group, int piece,
+                                                   float4* to) {
+        const uint32_t* const words = place.row_words + row_of(group);
+        const uint32_t base = tile.bases[piece];
+        const float above = static_cast<float>(static_cast<int>(words[0] - base)),
+                    below = static_cast<float>(static_cast<int>(words[8] - base));
+        const float* const cols = tile.near_float + piece * kPieceCols + lane() % 4 * 2;
+        const auto value = [&](float row, float col) {
+            const float t = fabsf(row - col);
+            const typename Shared::Quarter quarter = place.quarters[quarter_of(t)];
+            return t >= quarter.edge ? quarter.above : quarter.below;
+        };
 #pragma unroll
-        for (int n = 0; n < 4; ++n) to[n * 32 + lane()] = float4{x[4 * n], x[4 * n + 1], x[4 * n + 2], x[4 * n + 3]};
+        for (int n = 0; n < 4; ++n) {
+            const float2 col = *reinterpret_cast<const float2*>(cols + n * 8);
+            to[n * 32 + lane()] = {value(above, col.x), value(above, col.y), value(below, col.x), value(below, col.y)};
+        }
+    }
+    // and in 64 bits, seldom. row0, col0: the first of the group and of the piece.
+    static __device__ __forceinline__ void look_up_wide(const RelativeSides& sides, const Place& place, int row0,
+                                                        int col0, float4* to) {
+        const int row = row0 + row_of(0);
+        const int64_t above = __ldg(sides.query_times + min_of(row, sides.len_q - 1)),
+                      below = __ldg(sides.query_times + min_of(row + 8, sides.len_q - 1));
+        const auto value = [&](int64_t of_row, int64_t of_col) {
+            return place.buckets[bucket_of(time_difference(of_row, of_col))].value;
+        };
+#pragma unroll 1
+        for (int n = 0; n < 4; ++n) {
+            const int col = col0 + n * 8 + lane() % 4 * 2;
+            const int64_t left = __ldg(sides.key_times + min_of(col, sides.len_k - 1)),
+                          right = __ldg(sides.key_times + min_of(col + 1, sides.len_k - 1));
+            to[n * 32 + lane()] = {value(above, left), value(above, right), value(below, left), value(below, right)};
+        }
     }
 
   private:
@@ -259,58 +226,58 @@ class BiasWarps {
     static __device__ __forceinline__ int row_of(int group) {
         return 64 * group + threadIdx.x / 32 % 4 * 16 + lane() / 4;
     }
+    static __device__ __forceinline__ int warp() { return threadIdx.x / 32 % 4; }
 
-    // This thread's share of a window.
-    __device__ __forceinline__ void read_positions(int col0) {
-        if (sides.position == nullptr) return;
+    // This thread's share of a tile.
+    __device__ __forceinline__ void read_ahead(int col0) {
+        if (positions != nullptr) {
 #pragma unroll
-        for (int i = 0; i < kPositions; ++i) {
-            const int place = threadIdx.x % kWarpgroup + i * kWarpgroup - (Shared::kRows - 1);  // column - row
-            position[i] =
-                __ldg(sides.position + clamp_to(row0 + sides.offset - col0 - place, -sides.reach, sides.reach));
-        }
-    }
-    // From differences in fp32.
-    __device__ __forceinline__ void look_up(float (&x)[16], const Place& place, const Tile& tile, int group,
-                                            int piece) const {
-        struct alignas(8) Pair {
-            float of[2];
-        };
-        const uint32_t* const words = place.row_words + row_of(group);
-        const uint32_t base = tile.bases[piece];
-        const float of_row[2] = {static_cast<float>(static_cast<int>(words[0] - base)),
-                                 static_cast<float>(static_cast<int>(words[8] - base))};
-        const float* const cols = tile.near_float + piece * kPieceCols + lane() % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            const Pair of_col = *reinterpret_cast<const Pair*>(cols + i / 4 * 8);
-            const float t = fabsf(of_row[i / 2 % 2] - of_col.of[i % 2]);
-            const typename Shared::Quarter quarter = place.quarters[quarter_of(t)];
-            x[i] = t >= quarter.edge ? quarter.above : quarter.below;
-        }
-    }
-    // From differences in 64 bits. Seldom: a loop keeps the code small.
-    __device__ __forceinline__ void look_up_wide(float (&x)[16], const Place& place, int group, int first) const {
-        const int row = row0 + row_of(group);
-        const int64_t of_row[2] = {__ldg(sides.query_times + min_of(row, sides.len_q - 1)),
-                                   __ldg(sides.query_times + min_of(row + 8, sides.len_q - 1))};
-#pragma unroll 1
-        for (int n = 0; n < 4; ++n) {
-            const int col = first + n * 8 + lane() % 4 * 2;
-            float found[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int64_t of_col = __ldg(sides.key_times + min_of(col + i % 2, sides.len_k - 1));
-                found[i] = place.buckets[bucket_of(time_difference(of_row[i / 2], of_col))].value;
+            for (int i = 0; i < kPositions; ++i) {
+                const int place = threadIdx.x % kWarpgroup + i * kWarpgroup - (Shared::kRows - 1);  // column - row
+                position[i] = __ldg(positions + clamp_to(first - col0 - place, -reach, reach));
             }
-#pragma unroll
-            for (int i = 0; i < 16; ++i) x[i] = i / 4 == n ? found[i % 4] : n == 0 ? 0.0f : x[i];
         }
+        if (has_times && warp() < kPieces)
+            col_time = __ldg(key_times + min_of(col0 + warp() * kPieceCols + lane(), len_k - 1));
+    }
+    // Integers in the order of floats.
+    static __device__ __forceinline__ int ordered(float x) {
+        const int bits = __float_as_int(x);
+        return bits ^ (bits >> 31 & 0x7fffffff);
+    }
+    static __device__ __forceinline__ float from_ordered(int order) {
+        return __int_as_float(order ^ (order >> 31 & 0x7fffffff));
+    }
+    // ln(x) / 0.301 to within a thousandth: the bucket below or above, where the table has as many.
+    __device__ __forceinline__ int bucket(float x, float slack) const {
+        return clamp_to(static_cast<int>(fmaf(__log2f(fmaxf(x, 1.0f)), 2.3028145f, slack)), 0, num_buckets);
+    }
+    __device__ __forceinline__ PieceTimes find(float2 cols, int col0) const {
+        if (!overlaps(wanted, col0 + piece_of_lane() * kPieceCols, kPieceCols)) return {0};
+        const float later = rows.x - cols.y, earlier = cols.x - rows.y, span = cols.y - cols.x;
+        const float low = fmaxf(later, earlier), high = fmaxf(rows.y - cols.x, cols.y - rows.x);
+        const float largest = fmaxf(fmaxf(fabsf(rows.x), fabsf(rows.y)), fmaxf(fabsf(cols.x), fabsf(cols.y)));
+        const bool exact = fmaxf(largest, high) < 0x1p24f - 4.0f;
+        const float slack = exact ? 0.0f : fmaf(largest, 0x1p-21f, 4.0f);
+        const int lowest = bucket(low - slack, -1e-3f), edges = bucket(high + slack, 1e-3f) - lowest;
+        if (edges == 0) return {lowest};
+        if (edges <= PieceTimes::kMostEdges && low >= slack && high + slack < 0x1p30f)
+            return {lowest | edges << 8 | (earlier > later ? PieceTimes::kEarlier : 0)};
+        return {fmaxf(high, span) + slack < 0x1p24f - 4.0f ? PieceTimes::kLookUp : PieceTimes::kWide};
     }
 
-    RelativeSides sides;
-    int row0 = 0;
-    float position[kPositions] = {};  // of the window to come
+    // Of the block: the position table, and the first row's position.
+    const float* positions = nullptr;
+    int reach = 0, first = 0;
+    bool has_times = false;
+    const int64_t* key_times = nullptr;
+    int len_k = 0, num_buckets = 0;
+    int64_t base = 0;  // the first row's time
+    Spans wanted;
+    float2 rows = {0.0f, 0.0f};  // the range of the times of this warp's rows of this lane's group
+    // Of the tile to come.
+    float position[kPositions] = {};
+    int64_t col_time = 0;
 };
 
 }  // namespace hstu::attention::sm90
