@@ -60,10 +60,10 @@ struct {
 // The values of one tile for one warp, written when they are read.
 template <class Shared>
 struct Values {
-    const sm90::BiasWarps<Shared>& bias;
+    sm90::RelativeSides sides;
     const typename Shared::Place& place;
     const typename Shared::Tile& tile;
-    int group, col0;
+    int group, row0, col0;
     float4* buffer;
     int piece = -1;
 
@@ -71,7 +71,10 @@ struct Values {
         const int* const pieces = tile.pieces[group * 4 + threadIdx.x / 32];
         do ++piece;
         while (!sm90::PieceTimes{pieces[piece]}.has_values());
-        bias.write_values(place, tile, {pieces[piece]}, group, piece, col0, buffer);
+        if (pieces[piece] & sm90::PieceTimes::kWide)
+            sm90::BiasWarps<Shared>::look_up_wide(sides, place, tile, group, piece, row0, col0, buffer);
+        else
+            sm90::BiasWarps<Shared>::look_up(place, tile, group, piece, buffer);
         __syncwarp();
     }
     float4 operator()(int n) const { return buffer[n * 32 + lane()]; }
@@ -97,45 +100,39 @@ void check(int kind, int round) {
     const int row0 = 64 * integer(0, (len_q - 1) / 64);
     const Span wanted{integer(0, len_k), len_k};
     const WindowMask mask(len_q, len_k, -1, -1);
-    const float score = static_cast<float>(uniform()), half_alpha = 0.25f;
+    const float score = static_cast<float>(uniform()), alpha = 0.25f;
     std::vector<float> out(static_cast<size_t>(kHeads) * kGroups * 64 * kTiles * kCols, NAN);
     const auto place_of = [&](int head, int row, int col) {
         return (static_cast<size_t>(head) * kGroups * 64 + row) * kTiles * kCols + col;
     };
     std::vector<float4> buffers(4 * 128);
     emulated::random_numbers.seed(static_cast<unsigned>(round));
-    emulated::run_grid(1, sm90::kWarpgroup + 32, [&] {
+    emulated::run_grid(1, sm90::kWarpgroup, [&] {
         auto& shared = *reinterpret_cast<Shared*>(sm90::shared_memory);
         const auto sides = [&](int head) { return sm90::RelativeSides(r, head, 0, 0, len_q, len_k); };
-        const auto meet = [] { sm90::named_sync(2, sm90::kWarpgroup + 32); };
-        if (threadIdx.x >= sm90::kWarpgroup) {
-            sm90::TileDescriber<Shared> describer(sides(0));
-            for (int head = 0, buffer = 0; head < kHeads; ++head) {
-                describer.begin_block(sides(head), row0, {wanted, {}}, 0, shared.places[head]);
-                for (int tile = 0; tile < kTiles; ++tile, buffer ^= 1) {
-                    describer.describe_tile(shared.tiles[buffer], tile * kCols, (tile + 1) * kCols);
-                    meet();
-                    meet();
-                }
-            }
-            return;
-        }
+        const auto meet = [] { sm90::named_sync(1, sm90::kWarpgroup); };
         const int warp = threadIdx.x / 32;
-        sm90::BiasWarps<Shared> bias(sides(0));
+        sm90::BiasWarps<Shared> bias(alpha);
         for (int head = 0, buffer = 0; head < kHeads; ++head) {
             const auto& place = shared.places[head];
-            bias.begin_block(sides(head), row0, 0);
-            bias.write_tables(shared.places[head]);
+            bias.begin_block(sides(head), row0, {wanted, {}}, 0, shared.places[head]);
+            bias.write_tables(sides(head), shared.places[head]);
             for (int t = 0; t < kTiles; ++t, buffer ^= 1) {
                 auto& tile = shared.tiles[buffer];
-                bias.write_window(tile, (t + 1) * kCols);
+                bias.write_tile(tile, (t + 1) * kCols);
+                meet();
+                bias.find(tile, t * kCols);
                 meet();
                 for (int group = 0; group < kGroups; ++group) {
-                    Values<Shared> values{bias, place, tile, group, t * kCols, buffers.data() + warp * 128};
+                    Values<Shared> values{
+                        sides(head), place, tile, group, row0, t * kCols, buffers.data() + warp * 128};
                     sm90::Accumulator<kCols> s;
-                    for (float& x : s.x) x = score;
+                    float constants[kCols / 32];
                     const sm90::BiasOfTile<Shared> of_tile(place, tile, group);
-                    of_tile.template activate<false>(s, mask, row0 + 64 * group, t * kCols, half_alpha, values);
+                    of_tile.begin_scores(s, values);
+                    of_tile.read_constants(constants);
+                    for (float& x : s.x) x += score;
+                    sm90::activate_with_constants<false>(s, constants, mask, 0, 0, 0.5f * alpha);
                     for (int i = 0; i < kCols / 2; ++i)
                         out[place_of(head, 64 * group + s.row() + i / 2 % 2 * 8,
                                      t * kCols + s.col() + i / 4 * 8 + i % 2)] = s.x[i];
@@ -149,7 +146,7 @@ void check(int kind, int round) {
     for (int head = 0; head < kHeads; ++head)
         for (int row = row0; row < std::min(row0 + 64 * kGroups, len_q); ++row)
             for (int col = wanted.begin; col < std::min(len_k, kTiles * kCols); ++col) {
-                double x = 2 * half_alpha * score;
+                double x = alpha * score;
                 if (r.position)
                     x += position[head * (2 * reach + 1) + reach + clamp_to(row + len_k - len_q - col, -reach, reach)];
                 if (r.time)

@@ -21,7 +21,7 @@ __device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<
     RingPosition<Config::q_stages> q;
     RingPosition<kDescribed> at;
     RingPosition<Config::bias_stages> values[Config::consumers];
-    BiasWarps<typename Shared::Bias> bias;
+    BiasWarps<typename Shared::Bias> bias(p.alpha);
     for (int works = 0;; ++works, q.next()) {
         shared.work_full(q.stage).wait(q.phase);
         const WorkWithBias<Mask>& work = shared.work(q.stage);
@@ -29,8 +29,8 @@ __device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<
         const TileWalk walk = work.walk;
         auto& place = shared.bias().places[q.stage];
         const int row = work.row0 + 64 * bias.group_of_lane() + 16 * warp;
-        bias.begin_block(sides_of(p, work), work.row0,
-                         row < work.mask.len_q ? work.mask.kv_range(row, 16) : Spans{}, walk[0], place);
+        bias.begin_block(sides_of(p, work), work.row0, row < work.mask.len_q ? work.mask.kv_range(row, 16) : Spans{},
+                         walk[0], place);
         // A table of all heads stays in the place.
         if (p.relative.time_head_stride != 0 || works < Config::q_stages) bias.write_tables(sides_of(p, work), place);
         for (int t = 0; t < walk.tiles; ++t, at.next()) {
@@ -49,8 +49,8 @@ __device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<
                     shared.values_empty(group * 4 + warp, stage).wait(values[group].phase ^ 1);
                     float4* const to = shared.values(group * 4 + warp, stage);
                     if (__shfl_sync(0xffffffff, found.code, number) & PieceTimes::kWide)
-                        bias.look_up_wide(sides_of(p, work), place, work.row0 + 64 * group,
-                                          walk[t] + number % kPieces * kPieceCols, to);
+                        bias.look_up_wide(sides_of(p, work), place, tile, group, number % kPieces, work.row0, walk[t],
+                                          to);
                     else
                         bias.look_up(place, tile, group, number % kPieces, to);
                     __syncwarp();
@@ -78,15 +78,15 @@ struct ValuesRing {
     }
 };
 
-// One warpgroup's stream of products, as consume_works(), with the bias.
+// One warpgroup's stream of products, with the bias: S(t + 1) begins with it while O += P(t) V(t) runs on the tensor cores.
 template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void consume_works_with_bias(const Params& p,
                                                         const ForwardShared<kHeadDim, Mask, Config>& shared,
                                                         int group) {
-    using Bias = BiasOfTile<typename ForwardShared<kHeadDim, Mask, Config>::Bias>;
     constexpr int kCols = Config::cols;
     static_assert(Config::q_stages > 1);
-    const float half_alpha = 0.5f * p.alpha;
+    const float half_alpha = 0.5f * divisor_of(p.alpha);
+    const bool signals = lane() == 0;
     RingPosition<Config::stages> kv;
     RingPosition<Config::q_stages> q;
     RingPosition<kDescribed> described;
@@ -94,23 +94,37 @@ __device__ __forceinline__ void consume_works_with_bias(const Params& p,
     Accumulator<kCols> s;
     Accumulator<kHeadDim> out;
     Fragments<kCols / 16> weights;
+    float constants[kCols / kPieceCols];
     shared.q_full(0).wait(0);
     Mask mask = shared.work(0).mask;
     TileWalk walk = shared.work(0).walk;
     int row0;
 
-    const auto begin_scores = [&] { start_scores<T>(s, shared, group, q.stage, kv); };
     const auto read_bias = [&] {
         shared.described_full(described.stage).wait(described.phase);
-        return Bias(shared.bias().places[q.stage], shared.bias().tiles[described.stage], group);
-    };
-    const auto activate_scores = [&](int t, const Bias& bias, auto kAny) {
-        hold(s);
-        if (lane() == 0) shared.k_empty(kv.stage).arrive();
-        bias.template activate<decltype(kAny)::value>(s, mask, row0, walk[t], half_alpha, values);
+        const BiasOfTile<typename ForwardShared<kHeadDim, Mask, Config>::Bias> bias(
+            shared.bias().places[q.stage], shared.bias().tiles[described.stage], group);
+        bias.begin_scores(s, values);
+        bias.read_constants(constants);
         __syncwarp();
-        if (lane() == 0) shared.described_empty(described.stage).arrive();
+        if (signals) shared.described_empty(described.stage).arrive();
         described.next();
+    };
+    const auto add_scores = [&] {
+        shared.k_full(kv.stage).wait(kv.phase);
+        begin_products();
+        multiply<T, kHeadDim / 16>(s, rows(shared.q(q.stage), 64 * group), rows(shared.k(kv.stage)));
+        commit_products();
+    };
+    const auto activate_scores = [&](int t) {
+        hold(s);
+        if (signals) shared.k_empty(kv.stage).arrive();
+        const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
+        // Behind the last key there is a bias too.
+        if (mask.is_full(row0, 64, walk[t], kCols) && walk[t] + kCols <= mask.len_k)
+            activate_with_constants<false>(s, constants, mask, row, col, half_alpha);
+        else
+            activate_with_constants<true>(s, constants, mask, row, col, half_alpha);
     };
     const auto hand_over = [&](int q_stage) { hand_rows_over<T>(out, shared, group, q_stage, p.inv_scaling); };
     // The next work, if there is one.
@@ -123,20 +137,20 @@ __device__ __forceinline__ void consume_works_with_bias(const Params& p,
     };
 
     if (!take()) return;
-    begin_scores();
-    const Bias first_bias = read_bias();
+    read_bias();
+    add_scores();
     wait_products<0>();
-    activate_scores(0, first_bias, std::true_type{});
+    activate_scores(0);
     convert<T>(weights, s);
     out.clear();
     for (int t = 0;;) {
         const RingPosition<Config::stages> before = kv;
         const int before_q = q.stage;
         const bool ends = t + 1 == walk.tiles;
+        start_values<T>(out, weights, shared, before);
         if (ends) {
             q.next();
             if (!take()) {
-                start_values<T>(out, weights, shared, kv);
                 wait_products<0>();
                 hold(out);
                 return hand_over(before_q);
@@ -144,18 +158,17 @@ __device__ __forceinline__ void consume_works_with_bias(const Params& p,
         }
         t = ends ? 0 : t + 1;
         kv.next();
-        begin_scores();
-        start_values<T>(out, weights, shared, before);
-        const Bias bias = read_bias();
-        wait_products<1>();
-        activate_scores(t, bias, std::false_type{});
+        read_bias();
         wait_products<0>();
         hold(out), hold(weights);
-        if (lane() == 0) shared.v_empty(before.stage).arrive();
+        if (signals) shared.v_empty(before.stage).arrive();
+        add_scores();
         if (ends) {
             hand_over(before_q);
             out.clear();
         }
+        wait_products<0>();
+        activate_scores(t);
         convert<T>(weights, s);
     }
 }

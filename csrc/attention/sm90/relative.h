@@ -2,12 +2,13 @@
 //
 //   bias_ij = position[clip(p_i - j)] + time[bucket(|t_i - t_j|)]
 //
-// The two parts reach the consumers' accumulators on different ways, always halved and in fp32:
+// The two parts reach the consumers' accumulators on different ways, in fp32, divided by alpha where scores begin with them:
 //   positions   a window a tile in shared memory, from the last row and first column to the first row and last column;
 //               blocks of 8 x 8 on the same diagonal share a pair of its values a thread (WindowReader)
 //   times       of pieces of 16 rows and 32 columns, by the buckets that can occur there (PieceTimes): of one bucket a
 //               constant; a few edges between buckets, where all rows are later than all columns or all earlier, are
-//               compared by the consumers, an integer a column; else all values, in the order of the accumulators
+//               compared by the consumers, an integer a column; else all values, positions included, in the order of the
+//               accumulators
 // BiasWarps, a warpgroup, writes windows, tables and values and finds out which buckets can occur, from the ranges of the
 // times on both sides, one lane a piece. Values are a look-up of a difference's quarter of an octave (time_bucket.h) in
 // shared memory, an edge and the values on its sides. Integers are counted from the piece's first
@@ -63,12 +64,12 @@ struct BiasShared {
     static constexpr int kRows = 64 * kGroups, kWindow = kRows + kCols;
 
     struct alignas(16) Bucket {
-        float value, step;  // half the value, half the step to the next bucket
+        float half;         // of the table's entry
+        float value, step;  // the entry and the step to the next one over alpha
         uint32_t edge;      // to the next bucket
-        uint32_t unused;
     };
     struct alignas(16) Quarter {
-        float edge, below, above;  // half the values
+        float edge, below, above;  // the entries over alpha
     };
     struct Place {
         Bucket buckets[kTimeBuckets];
@@ -76,7 +77,7 @@ struct BiasShared {
         uint32_t row_words[kRows];  // the low halves of the rows' times
     };
     struct Tile {
-        // Half the position bias: [kRows - 1 - row + column], and the same a word later, so that the pair of any two
+        // The position bias over alpha: [kRows - 1 - row + column], and the same a word later, so that the pair of any two
         // neighbours is aligned in one of them; half of the banks apart.
         alignas(16) float window[2][kWindow + 16];
         // Of each piece's columns, counted from its first; and that first as the low half of an integer.
@@ -90,6 +91,25 @@ struct BiasShared {
     Place places[kPlaces];
     Tile tiles[kTiles];
 };
+
+// A thread's way to its pairs of positions: pair(n) is of row lane / 4 of the warp's and columns 8 n + lane % 4 * 2 and the
+// next; pair(n - 1) is of the row 8 below.
+template <class Shared>
+struct WindowReader {
+    const float* from;
+
+    __device__ __forceinline__ WindowReader(const typename Shared::Tile& tile, int group) {
+        const int row = group * 64 + threadIdx.x / 32 % 4 * 16 + lane() / 4;
+        const int place = Shared::kRows - 1 - row + lane() % 4 * 2;
+        from = tile.window[place % 2] + place + place % 2;
+    }
+    __device__ __forceinline__ float2 pair(int n) const { return *reinterpret_cast<const float2*>(from + n * 8); }
+};
+
+// The alpha that the bias is divided by: where the true one is next to nothing, so small that it makes no difference.
+__device__ __forceinline__ float divisor_of(float alpha) {
+    return fabsf(alpha) < 0x1p-60f ? copysignf(0x1p-60f, alpha) : alpha;
+}
 
 // A time counted from a base: exact below 2^24, else off by at most 1 + 2^-23 of itself.
 __device__ __forceinline__ float time_from(int64_t base, int64_t t) {
@@ -105,18 +125,21 @@ class BiasWarps {
     using Place = typename Shared::Place;
     using Tile = typename Shared::Tile;
 
+    __device__ __forceinline__ explicit BiasWarps(float alpha) : factor(1.0f / divisor_of(alpha)) {}
+
     // This thread's share of the time tables.
-    static __device__ __forceinline__ void write_tables(const RelativeSides& sides, Place& place) {
-        const auto half = [&](int b) {
-            return sides.time ? 0.5f * __ldg(sides.time + min_of(b, sides.num_buckets)) : 0.0f;
-        };
+    __device__ __forceinline__ void write_tables(const RelativeSides& sides, Place& place) const {
+        const auto entry = [&](int b) { return sides.time ? __ldg(sides.time + min_of(b, sides.num_buckets)) : 0.0f; };
         const int thread = threadIdx.x % kWarpgroup;
-        for (int b = thread; b < kTimeBuckets; b += kWarpgroup)
-            place.buckets[b] = {half(b), half(b + 1) - half(b), kEdgesOfTime.at[min_of(b + 1, kTimeBuckets - 1)], 0};
+        for (int b = thread; b < kTimeBuckets; b += kWarpgroup) {
+            const float here = entry(b), step = entry(b + 1) - here;
+            place.buckets[b] = {0.5f * here, factor * here, factor * step,
+                                kEdgesOfTime.at[min_of(b + 1, kTimeBuckets - 1)]};
+        }
         if (thread < Shared::kQuarters) {
             const TimeQuarter& quarter = kQuartersOfTime.at[thread];
-            place.quarters[thread] = {static_cast<float>(quarter.edge_low), half(quarter.bucket),
-                                      half(quarter.bucket + 1)};
+            place.quarters[thread] = {static_cast<float>(quarter.edge_low), factor * entry(quarter.bucket),
+                                      factor * entry(quarter.bucket + 1)};
         }
     }
 
@@ -159,7 +182,7 @@ class BiasWarps {
 #pragma unroll
         for (int i = 0; i < kPositions; ++i) {
             const int place = threadIdx.x % kWarpgroup + i * kWarpgroup;
-            if (place < Shared::kWindow) tile.window[0][place] = tile.window[1][place + 1] = 0.5f * position[i];
+            if (place < Shared::kWindow) tile.window[0][place] = tile.window[1][place + 1] = factor * position[i];
         }
         if (has_times && warp() < kPieces) {
             const int order = ordered(time_from(base, col_time));
@@ -182,8 +205,8 @@ class BiasWarps {
         return found;
     }
 
-    // The times of this warp's 16 rows of a group and 32 columns, as [4 blocks of 8 columns][32 lanes] of (row r: columns
-    // c, c + 1; row r + 8: c, c + 1) with r = lane / 4 and c = lane % 4 * 2. From differences in fp32:
+    // All of this warp's 16 rows of a group and 32 columns, as [4 blocks of 8 columns][32 lanes] of (row r: columns c, c + 1;
+    // row r + 8: c, c + 1) with r = lane / 4 and c = lane % 4 * 2. From differences in fp32:
     static __device__ __forceinline__ void look_up(const Place& place, const Tile& tile, int group, int piece,
                                                    float4* to) {
         const uint32_t* const words = place.row_words + row_of(group);
@@ -196,27 +219,32 @@ class BiasWarps {
             const typename Shared::Quarter quarter = place.quarters[quarter_of(t)];
             return t >= quarter.edge ? quarter.above : quarter.below;
         };
+        const WindowReader<Shared> window(tile, group);
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
             const float2 col = *reinterpret_cast<const float2*>(cols + n * 8);
-            to[n * 32 + lane()] = {value(above, col.x), value(above, col.y), value(below, col.x), value(below, col.y)};
+            const float4 x{value(above, col.x), value(above, col.y), value(below, col.x), value(below, col.y)};
+            to[n * 32 + lane()] = with_positions(x, window, 4 * piece + n);
         }
     }
-    // and in 64 bits, seldom. row0, col0: the first of the group and of the piece.
-    static __device__ __forceinline__ void look_up_wide(const RelativeSides& sides, const Place& place, int row0,
-                                                        int col0, float4* to) {
-        const int row = row0 + row_of(0);
+    // and in 64 bits, seldom. row0, col0: of the block and the tile.
+    static __device__ __forceinline__ void look_up_wide(const RelativeSides& sides, const Place& place,
+                                                        const Tile& tile, int group, int piece, int row0, int col0,
+                                                        float4* to) {
+        const int row = row0 + row_of(group);
         const int64_t above = __ldg(sides.query_times + min_of(row, sides.len_q - 1)),
                       below = __ldg(sides.query_times + min_of(row + 8, sides.len_q - 1));
         const auto value = [&](int64_t of_row, int64_t of_col) {
             return place.buckets[bucket_of(time_difference(of_row, of_col))].value;
         };
+        const WindowReader<Shared> window(tile, group);
 #pragma unroll 1
         for (int n = 0; n < 4; ++n) {
-            const int col = col0 + n * 8 + lane() % 4 * 2;
+            const int col = col0 + piece * kPieceCols + n * 8 + lane() % 4 * 2;
             const int64_t left = __ldg(sides.key_times + min_of(col, sides.len_k - 1)),
                           right = __ldg(sides.key_times + min_of(col + 1, sides.len_k - 1));
-            to[n * 32 + lane()] = {value(above, left), value(above, right), value(below, left), value(below, right)};
+            const float4 x{value(above, left), value(above, right), value(below, left), value(below, right)};
+            to[n * 32 + lane()] = with_positions(x, window, 4 * piece + n);
         }
     }
 
@@ -227,6 +255,10 @@ class BiasWarps {
         return 64 * group + threadIdx.x / 32 % 4 * 16 + lane() / 4;
     }
     static __device__ __forceinline__ int warp() { return threadIdx.x / 32 % 4; }
+    static __device__ __forceinline__ float4 with_positions(float4 x, const WindowReader<Shared>& window, int n) {
+        const float2 above = window.pair(n), below = window.pair(n - 1);
+        return {x.x + above.x, x.y + above.y, x.z + below.x, x.w + below.y};
+    }
 
     // This thread's share of a tile.
     __device__ __forceinline__ void read_ahead(int col0) {
@@ -266,6 +298,7 @@ class BiasWarps {
         return {fmaxf(high, span) + slack < 0x1p24f - 4.0f ? PieceTimes::kLookUp : PieceTimes::kWide};
     }
 
+    const float factor;  // 1 / alpha
     // Of the block: the position table, and the first row's position.
     const float* positions = nullptr;
     int reach = 0, first = 0;
