@@ -26,7 +26,7 @@
 namespace hstu::attention::sm90 {
 
 template <class Config>
-constexpr int kThreads = (Config::consumers + 1 + kBiased<Config>)*kWarpgroup;
+constexpr int kThreads = (1 + Config::consumers * (1 + kBiased<Config>)) * kWarpgroup;
 template <class T, int kHeadDim, class Mask, class Config>
 __global__ void __launch_bounds__(kThreads<Config>, 1)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ ForwardMaps maps,
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads<Config>, 1)
         if constexpr (kBiased<Config>) {
             lower_registers<Config::bias_registers>();
             wait_for_previous_kernel();
-            bias_works(p, shared);
+            bias_works(p, shared, warp - 4 * (Config::consumers + 1));
         }
     } else {
         raise_registers<Config::consumer_registers>();
