@@ -67,12 +67,11 @@ struct BiasShared {
         float value, step;  // the entry and the step to the next one over alpha
         uint32_t edge;      // to the next bucket
     };
-    struct alignas(16) Quarter {
-        float edge, below, above;  // the entries over alpha
-    };
     struct Tables {
         Bucket buckets[kTimeBuckets];
-        Quarter quarters[kQuarters];
+        // By quarter of an octave: the first edge above its start, and the entry there over alpha, which is also that of the
+        // quarter before from the edge on.
+        float edges[kQuarters], values[kQuarters + 1];
     };
     struct Tile {
         // The position bias over alpha: [kRows - 1 - row + column], and the same a word later, so that the pair of any two
@@ -137,10 +136,10 @@ class BiasWarps {
             tables.buckets[b] = {0.5f * here, factor * here, factor * step,
                                  kEdgesOfTime.at[min_of(b + 1, kTimeBuckets - 1)]};
         }
-        for (int i = thread; i < Shared::kQuarters; i += kThreads) {
+        for (int i = thread; i <= Shared::kQuarters; i += kThreads) {
             const TimeQuarter& quarter = kQuartersOfTime.at[i];
-            tables.quarters[i] = {static_cast<float>(quarter.edge_low), factor * entry(quarter.bucket),
-                                  factor * entry(quarter.bucket + 1)};
+            tables.values[i] = factor * entry(quarter.bucket);
+            if (i < Shared::kQuarters) tables.edges[i] = static_cast<float>(quarter.edge_low);
         }
     }
 
@@ -204,8 +203,8 @@ class BiasWarps {
         const float* const cols = tile.near_float + piece * kPieceCols + lane() % 4 * 2;
         const auto value = [&](float row, float col) {
             const float t = fabsf(row - col);
-            const typename Shared::Quarter quarter = tables.quarters[quarter_of(t)];
-            return t >= quarter.edge ? quarter.above : quarter.below;
+            const int quarter = quarter_of(t);
+            return tables.values[t >= tables.edges[quarter] ? quarter + 1 : quarter];
         };
         const WindowReader<Shared> window(tile, strip);
 #pragma unroll
