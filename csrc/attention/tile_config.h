@@ -173,12 +173,12 @@ struct RelativeForwardTile;
 template <>
 struct RelativeForwardTile<64> {
     static constexpr int consumers = 2, cols = 128, stages = 3, q_stages = 3, bias_stages = 3;
-    static constexpr int loader_registers = 48, consumer_registers = 160, bias_registers = 72;
+    static constexpr int loader_registers = 48, consumer_registers = 160, bias_registers = 56;
 };
 template <>
 struct RelativeForwardTile<128> {
     static constexpr int consumers = 2, cols = 64, stages = 3, q_stages = 2, bias_stages = 2;
-    static constexpr int loader_registers = 48, consumer_registers = 160, bias_registers = 72;
+    static constexpr int loader_registers = 48, consumer_registers = 160, bias_registers = 56;
 };
 
 // A block owns `cols` keys and walks over the queries in steps of `rows`. Its two key warpgroups have 64 keys each or,
