@@ -123,7 +123,7 @@ struct CompactBackwardTile<256> {
 namespace hstu::attention::sm90 {
 
 // consumers: warpgroups of 64 query rows each; stages: K and V tiles in flight; q_stages: Q tiles.
-// Registers: (loader + consumers * (consumer + bias)) * 128 <= 65536.
+// Registers: loader + consumers * (consumer + bias) <= 512, of 384 threads 504 and of 640 threads 480.
 struct ForwardTileWithoutBias {
     static constexpr int bias_stages = 0, bias_registers = 0;
 };
