@@ -191,8 +191,9 @@ def run_cells(cells: list[str]) -> None:
                     has_drab=problem.rab is not None and "_bwd_" in cell,
                 )
                 torch.cuda.synchronize()
-                for value in results.values():
-                    value.cpu()  # initcheck reports elements that were never written
+                if "_sm90_" not in cell:  # of what TMA stores initcheck knows nothing
+                    for value in results.values():
+                        value.cpu()  # initcheck reports elements that were never written
         print(END + cell, flush=True)
 
 
