@@ -9,10 +9,10 @@
 //               constant; a few edges between buckets, where all rows are later than all columns or all earlier, are
 //               compared by the consumers, an integer a column; else all values, positions included, in the order of the
 //               accumulators
-// BiasWarps, as many as there are consumers, write windows, tables and values and find out which buckets can occur, from the ranges of the
-// times on both sides, one lane a piece. Values are a look-up of a difference's quarter of an octave (time_bucket.h) in
-// shared memory, an edge and the values on its sides. Integers are counted from the piece's first
-// column, modulo 2^32, and serve below 2^30; differences in fp32 are exact below 2^24; all others are taken in 64 bits.
+// BiasWarps, as many as there are consumers, write windows, tables and values, and find out which buckets can occur from the
+// ranges of the times on both sides, one lane a piece. Values are a look-up of a difference's quarter of an octave
+// (time_bucket.h) in shared memory. Integers are counted from the piece's first column, modulo 2^32, and serve below 2^30;
+// differences in fp32 are exact below 2^24; all others are taken in 64 bits.
 // Warp w of the bias warps has rows [16 w, 16 w + 16) of the block, its strip, as warp w of the consumers.
 #pragma once
 
@@ -44,10 +44,10 @@ constexpr int kPieceCols = 32;
 // What is known of the times of a piece.
 struct PieceTimes {
     static constexpr int kMostEdges = 3;
-    static constexpr int kSeveralEdges = 6 << 8, kLookUp = 1 << 12, kWide = 2 << 12, kEarlier = 1 << 14;
+    static constexpr int kLookUp = 1 << 12, kWide = 2 << 12, kEarlier = 1 << 14;
     static constexpr int kValues = kLookUp | kWide;  // bias warps write them, from differences in fp32 or in 64 bits
 
-    int code;  // several may be joined by |
+    int code;
 
     __device__ __forceinline__ int bucket() const { return code & 255; }     // the first that can occur
     __device__ __forceinline__ int edges() const { return code >> 8 & 15; }  // above it, for the consumers to compare
