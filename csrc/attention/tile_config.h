@@ -123,7 +123,7 @@ struct CompactBackwardTile<256> {
 namespace hstu::attention::sm90 {
 
 // consumers: warpgroups of 64 query rows each; stages: K and V tiles in flight; q_stages: Q tiles.
-// Registers: loader + consumers * (consumer + bias) <= 512, of 384 threads 504 and of 640 threads 480.
+// Registers: loader + consumers * consumer + bias <= 512, of 384 threads 504.
 struct ForwardTileWithoutBias {
     static constexpr int bias_stages = 0, bias_registers = 0;
 };
@@ -167,18 +167,18 @@ struct ShortForwardTile<128> : ForwardTileWithoutBias {
     static constexpr int up_to = 2048;
 };
 
-// With a relative bias; bias_stages: places for values, of 16 x 32 pairs, a consumer warp.
+// With a relative bias; bias_stages: places for values of times, of 16 x 32 pairs, a consumer warp.
 template <int kHeadDim>
 struct RelativeForwardTile;
 template <>
 struct RelativeForwardTile<64> {
     static constexpr int consumers = 2, cols = 128, stages = 3, q_stages = 3, bias_stages = 3;
-    static constexpr int loader_registers = 48, consumer_registers = 160, bias_registers = 56;
+    static constexpr int loader_registers = 56, consumer_registers = 184, bias_registers = 88;
 };
 template <>
 struct RelativeForwardTile<128> {
     static constexpr int consumers = 2, cols = 64, stages = 3, q_stages = 2, bias_stages = 2;
-    static constexpr int loader_registers = 48, consumer_registers = 160, bias_registers = 56;
+    static constexpr int loader_registers = 56, consumer_registers = 184, bias_registers = 88;
 };
 
 // A block owns `cols` keys and walks over the queries in steps of `rows`. Its two key warpgroups have 64 keys each or,

@@ -60,33 +60,31 @@ struct {
 // The values of one tile for one warp, written when they are read.
 template <class Shared>
 struct Values {
-    const sm90::BiasWarps<Shared>& bias;
-    const sm90::RelativeSides sides;
-    const Shared& shared;
-    int place, buffer, row0, col0;
-    float4* to;
+    sm90::RelativeSides sides;
+    const typename Shared::Place& place;
+    const typename Shared::Tile& tile;
+    int group, row0, col0;
+    float4* buffer;
     int piece = -1;
 
     void begin() {
-        const auto& tile = shared.tiles[buffer];
-        const int* const pieces = tile.pieces[bias.strip];
+        const int* const pieces = tile.pieces[group * 4 + threadIdx.x / 32];
         do ++piece;
         while (!sm90::PieceTimes{pieces[piece]}.has_values());
         if (pieces[piece] & sm90::PieceTimes::kWide)
-            bias.look_up_wide(sides, shared.tables[place], tile, piece, row0, col0, to);
+            sm90::BiasWarps<Shared>::look_up_wide(sides, place, tile, group, piece, row0, col0, buffer);
         else
-            bias.look_up(shared.tables[place], shared.row_words[place], tile, piece, to);
+            sm90::BiasWarps<Shared>::look_up(place, tile, group, piece, buffer);
         __syncwarp();
     }
-    float4 operator()(int n) const { return to[n * 32 + lane()]; }
+    float4 operator()(int n) const { return buffer[n * 32 + lane()]; }
     void end() const { __syncwarp(); }
 };
 
-template <int kStrips, int kCols>
+template <int kGroups, int kCols>
 void check(int kind, int round) {
     constexpr int kHeads = 2, kTiles = 3;
-    using Shared = sm90::BiasShared<kStrips, kCols, kHeads, 2>;
-    constexpr int kRows = Shared::kRows;
+    using Shared = sm90::BiasShared<kGroups, kCols, kHeads, 2>;
     const int len_q = integer(1, 300), len_k = integer(1, 300);
     const int reach = round % 3 == 0 ? 400 : integer(0, 200), num_buckets = round % 4 == 0 ? integer(0, 60) : 128;
     const std::vector<int64_t> query_times = times_of(kind, len_q), key_times = times_of(kind, len_k);
@@ -103,47 +101,50 @@ void check(int kind, int round) {
     const Span wanted{integer(0, len_k), len_k};
     const WindowMask mask(len_q, len_k, -1, -1);
     const float score = static_cast<float>(uniform()), alpha = 0.25f;
-    std::vector<float> out(static_cast<size_t>(kHeads) * kRows * kTiles * kCols, NAN);
+    std::vector<float> out(static_cast<size_t>(kHeads) * kGroups * 64 * kTiles * kCols, NAN);
     const auto place_of = [&](int head, int row, int col) {
-        return (static_cast<size_t>(head) * kRows + row) * kTiles * kCols + col;
+        return (static_cast<size_t>(head) * kGroups * 64 + row) * kTiles * kCols + col;
     };
-    std::vector<float4> values_of_warps(kStrips * 128);
+    std::vector<float4> buffers(4 * 128);
     emulated::random_numbers.seed(static_cast<unsigned>(round));
-    emulated::run_grid(1, 32 * kStrips, [&] {
+    emulated::run_grid(1, sm90::kWarpgroup, [&] {
         auto& shared = *reinterpret_cast<Shared*>(sm90::shared_memory);
+        const auto sides = [&](int head) { return sm90::RelativeSides(r, head, 0, 0, len_q, len_k); };
+        const auto meet = [] { sm90::named_sync(1, sm90::kWarpgroup); };
         const int warp = threadIdx.x / 32;
-        const auto meet = [] { sm90::named_sync(1, 32 * kStrips); };
-        sm90::BiasWarps<Shared> bias(warp, alpha);
+        sm90::BiasWarps<Shared> bias(alpha);
         for (int head = 0, buffer = 0; head < kHeads; ++head) {
-            const sm90::RelativeSides sides(r, head, 0, 0, len_q, len_k);
-            bias.begin_block(sides, row0, {wanted, {}}, 0, shared.row_words[head]);
-            bias.write_tables(sides.time, num_buckets, shared.tables[head]);
+            const auto& place = shared.places[head];
+            bias.begin_block(sides(head), row0, {wanted, {}}, 0, shared.places[head]);
+            bias.write_tables(sides(head), shared.places[head]);
             for (int t = 0; t < kTiles; ++t, buffer ^= 1) {
                 auto& tile = shared.tiles[buffer];
                 bias.write_tile(tile, (t + 1) * kCols);
                 meet();
                 bias.find(tile, t * kCols);
                 meet();
-                Values<Shared> values{bias,   sides, shared,    head,
-                                      buffer, row0,  t * kCols, values_of_warps.data() + warp * 128};
-                sm90::Accumulator<kCols> s;
-                float constants[kCols / 32];
-                const sm90::BiasOfTile<Shared> of_tile(shared.tables[head], shared.row_words[head], tile, warp);
-                of_tile.begin_scores(s, values);
-                of_tile.read_constants(constants);
-                for (float& x : s.x) x += score;
-                sm90::activate_with_constants<false>(s, constants, mask, 0, 0, 0.5f * alpha);
-                for (int i = 0; i < kCols / 2; ++i)
-                    out[place_of(head, 16 * warp + lane() / 4 + i / 2 % 2 * 8,
-                                 t * kCols + s.col() + i / 4 * 8 + i % 2)] = s.x[i];
-                for (int i = 0; i < kCols / 32 && lane() == 0; ++i) seen.count({tile.pieces[warp][i]});
+                for (int group = 0; group < kGroups; ++group) {
+                    Values<Shared> values{
+                        sides(head), place, tile, group, row0, t * kCols, buffers.data() + warp * 128};
+                    sm90::Accumulator<kCols> s;
+                    float constants[kCols / 32];
+                    const sm90::BiasOfTile<Shared> of_tile(place, tile, group);
+                    of_tile.begin_scores(s, values);
+                    of_tile.read_constants(constants);
+                    for (float& x : s.x) x += score;
+                    sm90::activate_with_constants<false>(s, constants, mask, 0, 0, 0.5f * alpha);
+                    for (int i = 0; i < kCols / 2; ++i)
+                        out[place_of(head, 64 * group + s.row() + i / 2 % 2 * 8,
+                                     t * kCols + s.col() + i / 4 * 8 + i % 2)] = s.x[i];
+                    for (int i = 0; i < kCols / 32 && lane() == 0; ++i) seen.count({tile.pieces[group * 4 + warp][i]});
+                }
                 meet();
             }
         }
     });
 
     for (int head = 0; head < kHeads; ++head)
-        for (int row = row0; row < std::min(row0 + kRows, len_q); ++row)
+        for (int row = row0; row < std::min(row0 + 64 * kGroups, len_q); ++row)
             for (int col = wanted.begin; col < std::min(len_k, kTiles * kCols); ++col) {
                 double x = alpha * score;
                 if (r.position)
@@ -164,8 +165,8 @@ void check(int kind, int round) {
 int main() {
     for (int kind = 0; kind < 13; ++kind)
         for (int round = 0; round < 20; ++round) {
-            check<8, 128>(kind, round);
-            check<12, 64>(kind, round);
+            check<2, 128>(kind, round);
+            check<3, 64>(kind, round);
         }
     if (!seen.is_complete()) emulated::fail("not every kind of piece occurred");
     std::printf("pieces: %d constant, %d + %d with an edge, %d + %d with several, %d looked up, %d in 64 bits\n",

@@ -26,12 +26,13 @@
 namespace hstu::attention::sm90 {
 
 template <class Config>
-constexpr int kThreads = (1 + Config::consumers * (1 + kBiased<Config>)) * kWarpgroup;
+constexpr int kThreads = (Config::consumers + 1 + kBiased<Config>)*kWarpgroup;
 // What the warpgroups hand to one another is what the block starts with: as many registers a thread as all can have.
 template <class Config>
 constexpr bool kRegistersFit =
-    Config::loader_registers + Config::consumers * (Config::consumer_registers + Config::bias_registers) <=
+    Config::loader_registers + Config::consumers * Config::consumer_registers + Config::bias_registers <=
     65536 / kThreads<Config> / 8 * 8 * (kThreads<Config> / kWarpgroup);
+
 template <class T, int kHeadDim, class Mask, class Config>
 __global__ void __launch_bounds__(kThreads<Config>, 1)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ ForwardMaps maps,
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kThreads<Config>, 1)
         if constexpr (kBiased<Config>) {
             lower_registers<Config::bias_registers>();
             wait_for_previous_kernel();
-            bias_works(p, shared, warp - 4 * (Config::consumers + 1));
+            bias_works(p, shared);
         }
     } else {
         raise_registers<Config::consumer_registers>();

@@ -12,49 +12,50 @@ __device__ __forceinline__ RelativeSides sides_of(const Params& p, const WorkWit
     return {p.relative, work.head, work.q_begin, work.k_begin, work.mask.len_q, work.mask.len_k};
 }
 
-// Windows, tables and values, in the order in which consumers come to them. warp: of the bias warps.
+// Windows, tables and values, in the order in which consumers come to them.
 template <int kHeadDim, class Mask, class Config>
-__device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared,
-                                           int warp) {
-    using Bias = BiasWarps<typename ForwardShared<kHeadDim, Mask, Config>::Bias>;
-    const Relative& r = p.relative;
-    auto& all = shared.bias();
+__device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared) {
+    using Shared = ForwardShared<kHeadDim, Mask, Config>;
+    constexpr int kPieces = Shared::Bias::kPieces;
+    const int warp = threadIdx.x / 32 % 4;
     RingPosition<Config::q_stages> q;
     RingPosition<kDescribed> at;
-    RingPosition<Config::bias_stages> values;
-    Bias bias(warp, p.alpha);
-    if (r.time_head_stride == 0) bias.write_tables(static_cast<const float*>(r.time), r.num_buckets, all.tables[0]);
-    for (;; q.next()) {
+    RingPosition<Config::bias_stages> values[Config::consumers];
+    BiasWarps<typename Shared::Bias> bias(p.alpha);
+    for (int works = 0;; ++works, q.next()) {
         shared.work_full(q.stage).wait(q.phase);
         const WorkWithBias<Mask>& work = shared.work(q.stage);
         if (work.last) return;
         const TileWalk walk = work.walk;
-        const RelativeSides sides = sides_of(p, work);
-        auto& tables = all.tables[r.time_head_stride == 0 ? 0 : q.stage];
-        auto& row_words = all.row_words[q.stage];
-        const int row = work.row0 + 16 * warp;
-        bias.begin_block(sides, work.row0, row < work.mask.len_q ? work.mask.kv_range(row, 16) : Spans{}, walk[0],
-                         row_words);
-        if (r.time_head_stride != 0) bias.write_tables(sides.time, r.num_buckets, tables);
+        auto& place = shared.bias().places[q.stage];
+        const int row = work.row0 + 64 * bias.group_of_lane() + 16 * warp;
+        bias.begin_block(sides_of(p, work), work.row0, row < work.mask.len_q ? work.mask.kv_range(row, 16) : Spans{},
+                         walk[0], place);
+        // A table of all heads stays in the place.
+        if (p.relative.time_head_stride != 0 || works < Config::q_stages) bias.write_tables(sides_of(p, work), place);
         for (int t = 0; t < walk.tiles; ++t, at.next()) {
-            auto& tile = all.tiles[at.stage];
+            auto& tile = shared.bias().tiles[at.stage];
             shared.described_empty(at.stage).wait(at.phase ^ 1);
             bias.write_tile(tile, walk[t + 1]);
-            named_sync(1, Bias::kThreads);
+            named_sync(1, kWarpgroup);
             const PieceTimes found = bias.find(tile, walk[t]);
             __syncwarp();
             if (lane() == 0) shared.described_full(at.stage).arrive();
-            for (unsigned left = __ballot_sync(0xffffffff, found.has_values()); left != 0;
-                 left &= left - 1, values.next()) {
-                const int piece = __ffs(left) - 1;
-                shared.values_empty(warp, values.stage).wait(values.phase ^ 1);
-                float4* const to = shared.values(warp, values.stage);
-                if (__shfl_sync(0xffffffff, found.code, piece) & PieceTimes::kWide)
-                    bias.look_up_wide(sides_of(p, work), tables, tile, piece, work.row0, walk[t], to);
-                else
-                    bias.look_up(tables, row_words, tile, piece, to);
-                __syncwarp();
-                if (lane() == 0) shared.values_full(warp, values.stage).arrive();
+#pragma unroll
+            for (int group = 0; group < Config::consumers; ++group) {
+                unsigned left = __ballot_sync(0xffffffff, found.has_values() && lane() / kPieces == group);
+                for (; left != 0; left &= left - 1, values[group].next()) {
+                    const int number = __ffs(left) - 1, stage = values[group].stage;
+                    shared.values_empty(group * 4 + warp, stage).wait(values[group].phase ^ 1);
+                    float4* const to = shared.values(group * 4 + warp, stage);
+                    if (__shfl_sync(0xffffffff, found.code, number) & PieceTimes::kWide)
+                        bias.look_up_wide(sides_of(p, work), place, tile, group, number % kPieces, work.row0, walk[t],
+                                          to);
+                    else
+                        bias.look_up(place, tile, group, number % kPieces, to);
+                    __syncwarp();
+                    if (lane() == 0) shared.values_full(group * 4 + warp, stage).arrive();
+                }
             }
             if (lane() == 0) shared.described_empty(at.stage).arrive();
         }
@@ -101,10 +102,8 @@ __device__ __forceinline__ void consume_works_with_bias(const Params& p,
 
     const auto read_bias = [&] {
         shared.described_full(described.stage).wait(described.phase);
-        auto& all = shared.bias();
         const BiasOfTile<typename ForwardShared<kHeadDim, Mask, Config>::Bias> bias(
-            all.tables[p.relative.time_head_stride == 0 ? 0 : q.stage], all.row_words[q.stage],
-            all.tiles[described.stage], values.warp);
+            shared.bias().places[q.stage], shared.bias().tiles[described.stage], group);
         bias.begin_scores(s, values);
         bias.read_constants(constants);
         __syncwarp();

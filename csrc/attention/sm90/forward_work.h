@@ -40,7 +40,7 @@ struct ForwardShared {
     using QTile = Tile<kRows, kHeadDim>;
     using KTile = Tile<Config::cols, kHeadDim>;
     using WorkHere = std::conditional_t<kBiased<Config>, WorkWithBias<Mask>, Work<Mask>>;
-    using Bias = BiasShared<4 * Config::consumers, Config::cols, kQ, kDescribed>;
+    using Bias = BiasShared<Config::consumers, Config::cols, kQ, kDescribed>;
     static constexpr int kValues = 4 * Config::consumers * Config::bias_stages, kValuesBytes = 16 * kPieceCols * 4;
     static constexpr int kBiases = kQ * QTile::kBytes + 2 * kKv * KTile::kBytes;
     static constexpr int kTiles = kBiases + kValues * kValuesBytes;
@@ -101,7 +101,7 @@ struct ForwardShared {
             for (int i = 0; i < kValues; ++i) values_full(0, i).init(1), values_empty(0, i).init(1);
             for (int i = 0; i < kQ; ++i) work_full(i).init(1);
             for (int i = 0; i < kDescribed; ++i)
-                described_full(i).init(4 * Config::consumers), described_empty(i).init(8 * Config::consumers);
+                described_full(i).init(4), described_empty(i).init(4 + 4 * Config::consumers);
         }
         fence_barrier_init();
     }

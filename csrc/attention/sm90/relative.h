@@ -9,11 +9,12 @@
 //               constant; a few edges between buckets, where all rows are later than all columns or all earlier, are
 //               compared by the consumers, an integer a column; else all values, positions included, in the order of the
 //               accumulators
-// BiasWarps, as many as there are consumers, write windows, tables and values, and find out which buckets can occur from the
-// ranges of the times on both sides, one lane a piece. Values are a look-up of a difference's quarter of an octave
-// (time_bucket.h) in shared memory. Integers are counted from the piece's first column, modulo 2^32, and serve below 2^30;
-// differences in fp32 are exact below 2^24; all others are taken in 64 bits.
-// Warp w of the bias warps has rows [16 w, 16 w + 16) of the block, its strip, as warp w of the consumers.
+// BiasWarps, a warpgroup, writes windows, tables and values and finds out which buckets can occur, from the ranges of the
+// times on both sides, one lane a piece. Values are a look-up of a difference's quarter of an octave (time_bucket.h) in
+// shared memory, an edge and the values on its sides. Integers are counted from the piece's first column, modulo 2^32, and
+// serve below 2^30; differences in fp32 are exact below 2^24; all others are taken in 64 bits.
+// Warp w of the bias warps has rows [16 w, 16 w + 16) of each group of 64 rows, as warp w of the warpgroup that owns the
+// group.
 #pragma once
 
 #include "attention/gpu.h"
@@ -55,23 +56,25 @@ struct PieceTimes {
     __device__ __forceinline__ bool is_earlier() const { return code & kEarlier; }  // rows than columns
 };
 
-// kStrips strips of rows; tiles of kCols columns, kTiles at a time; works, kPlaces at a time.
-template <int kStrips_, int kCols_, int kPlaces, int kTiles_>
+// kGroups groups of 64 rows; tiles of kCols columns, kTiles at a time; works, kPlaces at a time.
+template <int kGroups_, int kCols_, int kPlaces, int kTiles_>
 struct BiasShared {
-    static constexpr int kStrips = kStrips_, kCols = kCols_, kTiles = kTiles_, kPieces = kCols / kPieceCols;
+    static constexpr int kGroups = kGroups_, kCols = kCols_, kTiles = kTiles_, kPieces = kCols / kPieceCols;
     static constexpr int kQuarters = 4 * 24;  // of differences below 2^24
-    static constexpr int kRows = 16 * kStrips, kWindow = kRows + kCols;
+    static constexpr int kRows = 64 * kGroups, kWindow = kRows + kCols;
 
     struct alignas(16) Bucket {
         float half;         // of the table's entry
         float value, step;  // the entry and the step to the next one over alpha
         uint32_t edge;      // to the next bucket
     };
-    struct Tables {
+    struct alignas(16) Quarter {
+        float edge, below, above;  // the entries over alpha
+    };
+    struct Place {
         Bucket buckets[kTimeBuckets];
-        // By quarter of an octave: the first edge above its start, and the entry there over alpha, which is also that of the
-        // quarter before from the edge on.
-        float edges[kQuarters], values[kQuarters + 1];
+        Quarter quarters[kQuarters];
+        uint32_t row_words[kRows];  // the low halves of the rows' times
     };
     struct Tile {
         // The position bias over alpha: [kRows - 1 - row + column], and the same a word later, so that the pair of any two
@@ -80,24 +83,24 @@ struct BiasShared {
         // Of each piece's columns, counted from its first; and that first as the low half of an integer.
         alignas(8) int near[kCols];
         alignas(8) float near_float[kCols];
-        alignas(4 * kPieces) int pieces[kStrips][kPieces];  // PieceTimes
+        alignas(4 * kPieces) int pieces[4 * kGroups][kPieces];  // PieceTimes by rows / 16
         alignas(4 * kPieces) uint32_t bases[kPieces];
         float2 ranges[kPieces];  // of the columns' times, counted from the block's first row
     };
 
-    Tables tables[kPlaces];              // where all heads have the same, only the first
-    uint32_t row_words[kPlaces][kRows];  // the low halves of the rows' times
+    Place places[kPlaces];
     Tile tiles[kTiles];
 };
 
-// A thread's way to its pairs of positions: pair(n) is of row lane / 4 of the strip and columns 8 n + lane % 4 * 2 and the
+// A thread's way to its pairs of positions: pair(n) is of row lane / 4 of the warp's and columns 8 n + lane % 4 * 2 and the
 // next; pair(n - 1) is of the row 8 below.
 template <class Shared>
 struct WindowReader {
     const float* from;
 
-    __device__ __forceinline__ WindowReader(const typename Shared::Tile& tile, int strip) {
-        const int place = Shared::kRows - 1 - 16 * strip - lane() / 4 + lane() % 4 * 2;
+    __device__ __forceinline__ WindowReader(const typename Shared::Tile& tile, int group) {
+        const int row = group * 64 + threadIdx.x / 32 % 4 * 16 + lane() / 4;
+        const int place = Shared::kRows - 1 - row + lane() % 4 * 2;
         from = tile.window[place % 2] + place + place % 2;
     }
     __device__ __forceinline__ float2 pair(int n) const { return *reinterpret_cast<const float2*>(from + n * 8); }
@@ -119,94 +122,104 @@ __device__ __forceinline__ float time_from(int64_t base, int64_t t) {
 template <class Shared>
 class BiasWarps {
   public:
-    using Tables = typename Shared::Tables;
+    using Place = typename Shared::Place;
     using Tile = typename Shared::Tile;
-    static constexpr int kThreads = 32 * Shared::kStrips, kPieces = Shared::kPieces;
 
-    const int strip;  // of this warp
+    __device__ __forceinline__ explicit BiasWarps(float alpha) : factor(1.0f / divisor_of(alpha)) {}
 
-    __device__ __forceinline__ BiasWarps(int strip, float alpha) : strip(strip), factor(1.0f / divisor_of(alpha)) {}
-
-    // This thread's share of one head's tables of times.
-    __device__ __forceinline__ void write_tables(const float* time, int num_buckets, Tables& tables) const {
-        const auto entry = [&](int b) { return time ? __ldg(time + min_of(b, num_buckets)) : 0.0f; };
-        const int thread = 32 * strip + lane();
-        for (int b = thread; b < kTimeBuckets; b += kThreads) {
+    // This thread's share of the time tables.
+    __device__ __forceinline__ void write_tables(const RelativeSides& sides, Place& place) const {
+        const auto entry = [&](int b) { return sides.time ? __ldg(sides.time + min_of(b, sides.num_buckets)) : 0.0f; };
+        const int thread = threadIdx.x % kWarpgroup;
+        for (int b = thread; b < kTimeBuckets; b += kWarpgroup) {
             const float here = entry(b), step = entry(b + 1) - here;
-            tables.buckets[b] = {0.5f * here, factor * here, factor * step,
-                                 kEdgesOfTime.at[min_of(b + 1, kTimeBuckets - 1)]};
+            place.buckets[b] = {0.5f * here, factor * here, factor * step,
+                                kEdgesOfTime.at[min_of(b + 1, kTimeBuckets - 1)]};
         }
-        for (int i = thread; i <= Shared::kQuarters; i += kThreads) {
-            const TimeQuarter& quarter = kQuartersOfTime.at[i];
-            tables.values[i] = factor * entry(quarter.bucket);
-            if (i < Shared::kQuarters) tables.edges[i] = static_cast<float>(quarter.edge_low);
+        if (thread < Shared::kQuarters) {
+            const TimeQuarter& quarter = kQuartersOfTime.at[thread];
+            place.quarters[thread] = {static_cast<float>(quarter.edge_low), factor * entry(quarter.bucket),
+                                      factor * entry(quarter.bucket + 1)};
         }
     }
 
-    // Rows from row0 on, and the columns that this strip needs. col0: of the first tile.
+    // The group whose rows, and the piece of columns, that this lane looks after; lanes from kLanes on after none.
+    static constexpr int kPieces = Shared::kPieces, kLanes = Shared::kGroups * kPieces;
+    static __device__ __forceinline__ int group_of_lane() { return min_of(lane() / kPieces, Shared::kGroups - 1); }
+    static __device__ __forceinline__ int piece_of_lane() { return lane() % kPieces; }
+
+    // Rows from row0 on, and the columns that this warp's rows of this lane's group need. col0: of the first tile.
     __device__ __forceinline__ void begin_block(const RelativeSides& sides, int row0, const Spans& wanted_, int col0,
-                                                uint32_t (&row_words)[Shared::kRows]) {
+                                                Place& place) {
         wanted = wanted_;
         positions = sides.position, reach = sides.reach, first = row0 + sides.offset;
         has_times = sides.time != nullptr, key_times = sides.key_times;
         len_k = sides.len_k, num_buckets = sides.num_buckets;
         read_ahead(col0);
         if (!has_times) return;
-        const int row = 16 * strip + lane() % 16;
         base = __ldg(sides.query_times + min_of(row0, sides.len_q - 1));
-        const int64_t time = __ldg(sides.query_times + min_of(row0 + row, sides.len_q - 1));
-        row_words[row] = static_cast<uint32_t>(time);
-        const float t = time_from(base, time);
-        rows = {t, t};
 #pragma unroll
-        for (int step = 1; step < 16; step *= 2) {
-            rows.x = fminf(rows.x, __shfl_xor_sync(0xffffffff, rows.x, step));
-            rows.y = fmaxf(rows.y, __shfl_xor_sync(0xffffffff, rows.y, step));
+        for (int i = 0; i < Shared::kGroups; i += 2) {
+            // 16 lanes a group.
+            const int group = min_of(i + lane() / 16, Shared::kGroups - 1);
+            const int row = 64 * group + 16 * warp() + lane() % 16;
+            const int64_t time = __ldg(sides.query_times + min_of(row0 + row, sides.len_q - 1));
+            place.row_words[row] = static_cast<uint32_t>(time);
+            const float t = time_from(base, time);
+            float low = t, high = t;
+#pragma unroll
+            for (int step = 1; step < 16; step *= 2) {
+                low = fminf(low, __shfl_xor_sync(0xffffffff, low, step));
+                high = fmaxf(high, __shfl_xor_sync(0xffffffff, high, step));
+            }
+            const int from = 16 * (group_of_lane() - i);
+            low = __shfl_sync(0xffffffff, low, from), high = __shfl_sync(0xffffffff, high, from);
+            if (from == 0 || from == 16) rows = {low, high};
         }
     }
-    // This thread's share of a tile's windows and columns. next: where the block's next tile starts, or any column.
+    // A tile's windows and columns. next: where the block's next tile starts, or any column.
     __device__ __forceinline__ void write_tile(Tile& tile, int next) {
 #pragma unroll
         for (int i = 0; i < kPositions; ++i) {
-            const int place = 32 * strip + lane() + i * kThreads;
+            const int place = threadIdx.x % kWarpgroup + i * kWarpgroup;
             if (place < Shared::kWindow) tile.window[0][place] = tile.window[1][place + 1] = factor * position[i];
         }
-        if (has_times && strip < kPieces) {
+        if (has_times && warp() < kPieces) {
             const int order = ordered(time_from(base, col_time));
             const int low = __reduce_min_sync(0xffffffff, order), high = __reduce_max_sync(0xffffffff, order);
             const uint32_t word = static_cast<uint32_t>(col_time), first_word = __shfl_sync(0xffffffff, word, 0);
-            const int near = static_cast<int>(word - first_word), place = strip * kPieceCols + lane();
+            const int near = static_cast<int>(word - first_word), place = warp() * kPieceCols + lane();
             tile.near[place] = near, tile.near_float[place] = static_cast<float>(near);
             if (lane() == 0)
-                tile.bases[strip] = first_word, tile.ranges[strip] = {from_ordered(low), from_ordered(high)};
+                tile.bases[warp()] = first_word, tile.ranges[warp()] = {from_ordered(low), from_ordered(high)};
         }
         read_ahead(next);
     }
-    // What is found about the piece lane() of this strip, once all warps have written the tile.
+    // What is found about the piece of this lane, once all warps have written the tile.
     __device__ __forceinline__ PieceTimes find(Tile& tile, int col0) const {
         PieceTimes found = {0};
-        if (lane() < kPieces) {
-            if (has_times) found = find(tile.ranges[lane()], col0);
-            tile.pieces[strip][lane()] = found.code;
+        if (lane() < kLanes) {
+            if (has_times) found = find(tile.ranges[piece_of_lane()], col0);
+            tile.pieces[4 * group_of_lane() + warp()][piece_of_lane()] = found.code;
         }
         return found;
     }
 
-    // All of this strip's 32 columns of a piece, as [4 blocks of 8 columns][32 lanes] of (row r: columns c, c + 1; row r + 8:
-    // c, c + 1) with r = lane / 4 and c = lane % 4 * 2. From differences in fp32:
-    __device__ __forceinline__ void look_up(const Tables& tables, const uint32_t (&row_words)[Shared::kRows],
-                                            const Tile& tile, int piece, float4* to) const {
-        const uint32_t* const words = row_words + 16 * strip + lane() / 4;
-        const uint32_t base_word = tile.bases[piece];
-        const float above = static_cast<float>(static_cast<int>(words[0] - base_word)),
-                    below = static_cast<float>(static_cast<int>(words[8] - base_word));
+    // All of this warp's 16 rows of a group and 32 columns, as [4 blocks of 8 columns][32 lanes] of (row r: columns c, c + 1;
+    // row r + 8: c, c + 1) with r = lane / 4 and c = lane % 4 * 2. From differences in fp32:
+    static __device__ __forceinline__ void look_up(const Place& place, const Tile& tile, int group, int piece,
+                                                   float4* to) {
+        const uint32_t* const words = place.row_words + row_of(group);
+        const uint32_t base = tile.bases[piece];
+        const float above = static_cast<float>(static_cast<int>(words[0] - base)),
+                    below = static_cast<float>(static_cast<int>(words[8] - base));
         const float* const cols = tile.near_float + piece * kPieceCols + lane() % 4 * 2;
         const auto value = [&](float row, float col) {
             const float t = fabsf(row - col);
-            const int quarter = quarter_of(t);
-            return tables.values[t >= tables.edges[quarter] ? quarter + 1 : quarter];
+            const typename Shared::Quarter quarter = place.quarters[quarter_of(t)];
+            return t >= quarter.edge ? quarter.above : quarter.below;
         };
-        const WindowReader<Shared> window(tile, strip);
+        const WindowReader<Shared> window(tile, group);
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
             const float2 col = *reinterpret_cast<const float2*>(cols + n * 8);
@@ -215,15 +228,16 @@ class BiasWarps {
         }
     }
     // and in 64 bits, seldom. row0, col0: of the block and the tile.
-    __device__ __forceinline__ void look_up_wide(const RelativeSides& sides, const Tables& tables, const Tile& tile,
-                                                 int piece, int row0, int col0, float4* to) const {
-        const int row = row0 + 16 * strip + lane() / 4;
+    static __device__ __forceinline__ void look_up_wide(const RelativeSides& sides, const Place& place,
+                                                        const Tile& tile, int group, int piece, int row0, int col0,
+                                                        float4* to) {
+        const int row = row0 + row_of(group);
         const int64_t above = __ldg(sides.query_times + min_of(row, sides.len_q - 1)),
                       below = __ldg(sides.query_times + min_of(row + 8, sides.len_q - 1));
         const auto value = [&](int64_t of_row, int64_t of_col) {
-            return tables.buckets[bucket_of(time_difference(of_row, of_col))].value;
+            return place.buckets[bucket_of(time_difference(of_row, of_col))].value;
         };
-        const WindowReader<Shared> window(tile, strip);
+        const WindowReader<Shared> window(tile, group);
 #pragma unroll 1
         for (int n = 0; n < 4; ++n) {
             const int col = col0 + piece * kPieceCols + n * 8 + lane() % 4 * 2;
@@ -235,8 +249,12 @@ class BiasWarps {
     }
 
   private:
-    static constexpr int kPositions = ceil_div(Shared::kWindow, kThreads);
+    static constexpr int kPositions = ceil_div(Shared::kWindow, kWarpgroup);
 
+    static __device__ __forceinline__ int row_of(int group) {
+        return 64 * group + threadIdx.x / 32 % 4 * 16 + lane() / 4;
+    }
+    static __device__ __forceinline__ int warp() { return threadIdx.x / 32 % 4; }
     static __device__ __forceinline__ float4 with_positions(float4 x, const WindowReader<Shared>& window, int n) {
         const float2 above = window.pair(n), below = window.pair(n - 1);
         return {x.x + above.x, x.y + above.y, x.z + below.x, x.w + below.y};
@@ -247,12 +265,12 @@ class BiasWarps {
         if (positions != nullptr) {
 #pragma unroll
             for (int i = 0; i < kPositions; ++i) {
-                const int place = 32 * strip + lane() + i * kThreads - (Shared::kRows - 1);  // column - row
+                const int place = threadIdx.x % kWarpgroup + i * kWarpgroup - (Shared::kRows - 1);  // column - row
                 position[i] = __ldg(positions + clamp_to(first - col0 - place, -reach, reach));
             }
         }
-        if (has_times && strip < kPieces)
-            col_time = __ldg(key_times + min_of(col0 + strip * kPieceCols + lane(), len_k - 1));
+        if (has_times && warp() < kPieces)
+            col_time = __ldg(key_times + min_of(col0 + warp() * kPieceCols + lane(), len_k - 1));
     }
     // Integers in the order of floats.
     static __device__ __forceinline__ int ordered(float x) {
@@ -267,7 +285,7 @@ class BiasWarps {
         return clamp_to(static_cast<int>(fmaf(__log2f(fmaxf(x, 1.0f)), 2.3028145f, slack)), 0, num_buckets);
     }
     __device__ __forceinline__ PieceTimes find(float2 cols, int col0) const {
-        if (!overlaps(wanted, col0 + lane() * kPieceCols, kPieceCols)) return {0};
+        if (!overlaps(wanted, col0 + piece_of_lane() * kPieceCols, kPieceCols)) return {0};
         const float later = rows.x - cols.y, earlier = cols.x - rows.y, span = cols.y - cols.x;
         const float low = fmaxf(later, earlier), high = fmaxf(rows.y - cols.x, cols.y - rows.x);
         const float largest = fmaxf(fmaxf(fabsf(rows.x), fabsf(rows.y)), fmaxf(fabsf(cols.x), fabsf(cols.y)));
@@ -289,7 +307,7 @@ class BiasWarps {
     int len_k = 0, num_buckets = 0;
     int64_t base = 0;  // the first row's time
     Spans wanted;
-    float2 rows = {0.0f, 0.0f};  // the range of the times of this strip's rows
+    float2 rows = {0.0f, 0.0f};  // the range of the times of this warp's rows of this lane's group
     // Of the tile to come.
     float position[kPositions] = {};
     int64_t col_time = 0;

@@ -1,4 +1,4 @@
-// What a consumer warp of the sm90 forward does with the relative bias of its strip (relative.h): most of it is where
+// What a consumer warp of the sm90 forward does with the relative bias of its 16 rows (relative.h): most of it is where
 // scores begin, so that it needs no registers of its own; a constant is added in the activation.
 #pragma once
 
@@ -12,21 +12,20 @@ namespace hstu::attention::sm90 {
 template <class Shared>
 class BiasOfTile {
   public:
-    using Tables = typename Shared::Tables;
+    using Place = typename Shared::Place;
     using Tile = typename Shared::Tile;
     static constexpr int kPieces = Shared::kPieces, kCols = Shared::kCols;
 
-    __device__ __forceinline__ BiasOfTile(const Tables& tables, const uint32_t (&row_words)[Shared::kRows],
-                                          const Tile& tile, int strip)
-        : tables(tables), row_words(row_words), tile(tile), strip(strip) {
+    __device__ __forceinline__ BiasOfTile(const Place& place, const Tile& tile, int group)
+        : place(place), tile(tile), group(group) {
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) pieces[i] = {tile.pieces[strip][i]};
+        for (int i = 0; i < kPieces; ++i) pieces[i] = {tile.pieces[group * 4 + threadIdx.x / 32 % 4][i]};
     }
 
     // What S begins with.
     template <class Values>
     __device__ __forceinline__ void begin_scores(Accumulator<kCols>& s, Values& values) const {
-        const WindowReader<Shared> window(tile, strip);
+        const WindowReader<Shared> window(tile, group);
 #pragma unroll
         for (int n = 0; n < kCols / 8; ++n) {
             const float2 above = window.pair(n), below = window.pair(n - 1);
@@ -54,7 +53,7 @@ class BiasOfTile {
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
             const int top = pieces[i].is_earlier() ? pieces[i].edges() : 0;
-            const float half = tables.buckets[pieces[i].bucket() + top].half;
+            const float half = place.buckets[pieces[i].bucket() + top].half;
             constants[i] = pieces[i].has_values() ? 0.0f : half;
         }
     }
@@ -63,8 +62,8 @@ class BiasOfTile {
     // Added where a row's integer is at least a column's: rows - edge >= columns where rows are later, and
     // rows + edge > columns, which takes it back, where they are earlier.
     __device__ __forceinline__ void add_step(float* x, int piece, PieceTimes found, int edge) const {
-        const typename Shared::Bucket bucket = tables.buckets[found.bucket() + edge];
-        const uint32_t* const words = row_words + 16 * strip + lane() / 4;
+        const typename Shared::Bucket bucket = place.buckets[found.bucket() + edge];
+        const uint32_t* const words = place.row_words + group * 64 + threadIdx.x / 32 % 4 * 16 + lane() / 4;
         const uint32_t shift = tile.bases[piece] + (found.is_earlier() ? 1 - bucket.edge : bucket.edge);
         const int of_row[2] = {static_cast<int>(words[0] - shift), static_cast<int>(words[8] - shift)};
         const float step = found.is_earlier() ? -bucket.step : bucket.step;
@@ -78,10 +77,9 @@ class BiasOfTile {
         }
     }
 
-    const Tables& tables;
-    const uint32_t (&row_words)[Shared::kRows];
+    const Place& place;
     const Tile& tile;
-    const int strip;
+    const int group;
     PieceTimes pieces[kPieces];
 };
 
