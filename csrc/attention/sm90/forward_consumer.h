@@ -146,6 +146,44 @@ __device__ __forceinline__ void convert(Fragments<kCols / 16>& weights, const Ac
     for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
 }
 
+// The last two beside one another, O += P V of one tile and S -> P N of the next; the first product is under way. The
+// tensor cores take up a product whose left operand is in registers only when the one before it is nearly over, and the
+// warp waits for that: so the products stand between pieces of the activation. `always` is true, which the compiler does
+// not know: its branches keep the pieces apart. A piece leaves h and tanh(h) to the next, so as not to wait for results.
+template <class T, bool kMasked, int kHeadDim, int kCols, class Mask, class V>
+__device__ __forceinline__ void activate_beside_values(Accumulator<kCols>& s, const Mask& mask, int row0, int col0,
+                                                       float half_alpha, Accumulator<kHeadDim>& out,
+                                                       const Fragments<kCols / 16>& weights, const V& values,
+                                                       bool always) {
+    constexpr int kSteps = kCols / 16;
+    const typename Mask::Row rows[2] = {mask.row(row0), mask.row(row0 + 8)};
+    float tanhs[2][8];
+    const auto begin = [&](int step) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            float& x = s.x[8 * step + j];
+            if (kMasked && !rows[j / 2 % 2].keeps(col0 + 16 * step + j / 4 * 8 + j % 2)) x = 0.0f;
+            x *= half_alpha;
+            tanhs[step % 2][j] = fast_tanh(x);
+        }
+    };
+    const auto end = [&](int step) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            float& h = s.x[8 * step + j];
+            h = fmaf(h, tanhs[step % 2][j], h);
+        }
+    };
+    begin(0);
+#pragma unroll
+    for (int step = 1; step < kSteps; ++step) {
+        multiply_step<T>(out, weights, values, step);
+        if (step + 1 == kSteps) commit_products();
+        if (always) begin(step), end(step - 1);
+    }
+    end(kSteps - 1);
+}
+
 // One warpgroup's stream of products. Its tiles follow one another across works: the scores of the next work's first tile
 // are computed while the values of this work's last tile are added.
 template <class T, int kHeadDim, class Mask, class Config>
@@ -316,6 +354,23 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
         release_k();
         activate_tile(s, mask, row0, walk[t], half_alpha);
     };
+    const auto begin_values = [&](RingPosition<Config::stages> at) {
+        shared.v_full(at.stage).wait(at.phase);
+        begin_products();
+        multiply_step<T>(out, weights, columns(shared.v(at.stage)), 0);
+        commit_products();
+    };
+    const auto activate_scores_beside_values = [&](RingPosition<Config::stages> at) {
+        hold(s);
+        release_k();
+        const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
+        const auto values = columns(shared.v(at.stage));
+        const bool always = p.batch > 0;
+        if (mask.is_full(row0, 64, walk[t], kCols))
+            activate_beside_values<T, false>(s, mask, row, col, half_alpha, out, weights, values, always);
+        else
+            activate_beside_values<T, true>(s, mask, row, col, half_alpha, out, weights, values, always);
+    };
     const auto store = [&] { store_directly(out, finished, p.out.row_stride, finished_rows, p.dim_v, p.inv_scaling); };
     // The work at `q`, if there is one.
     const auto take = [&] {
@@ -363,9 +418,9 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
             ++t, kv.next();
             if (t < walk.tiles && needed()) {
                 begin_scores();
-                start_values<T>(out, weights, shared, before);
+                begin_values(before);
                 wait_products<1>();
-                activate_scores();
+                activate_scores_beside_values(before);
                 end_values(before);
                 convert<T>(weights, s);
                 continue;
