@@ -394,6 +394,11 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
         }
         return false;
     };
+    // On to the next tile; is there one that these rows need?
+    const auto next = [&] {
+        ++t, kv.next();
+        return t < walk.tiles && needed();
+    };
     const auto owes = [&] { finished = to, finished_rows = mask.len_q - row0; };
 
     out.clear();
@@ -413,15 +418,19 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
         convert<T>(weights, s);
         out.clear();
         owes();
-        for (;;) {
-            const RingPosition<Config::stages> before = kv;
-            ++t, kv.next();
-            if (t < walk.tiles && needed()) {
+        RingPosition<Config::stages> before = kv;
+        for (bool goes = next();;) {
+            if (goes) {
                 begin_scores();
                 begin_values(before);
                 wait_products<1>();
                 activate_scores_beside_values(before);
-                end_values(before);
+                // What the next scores wait for, before the values end.
+                const RingPosition<Config::stages> ending = before;
+                before = kv;
+                goes = next();
+                if (goes) shared.k_full(kv.stage).wait(kv.phase);
+                end_values(ending);
                 convert<T>(weights, s);
                 continue;
             }
@@ -432,6 +441,8 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
             wait_products<0>();
             activate_scores();
             convert<T>(weights, s);
+            before = kv;
+            goes = next();
         }
         q.next();
         more = take();
