@@ -123,7 +123,7 @@ struct CompactBackwardTile<256> {
 namespace hstu::attention::sm90 {
 
 // consumers: warpgroups of 64 query rows each; stages: K and V tiles in flight; q_stages: Q tiles.
-// Registers: (loader + consumers * consumer + bias) * 128 <= 65536.
+// Registers: loader + consumers * consumer + bias <= 504 for 384 threads, 512 for 512.
 struct ForwardTileWithoutBias {
     static constexpr int bias_cols = 0, bias_stages = 0, bias_registers = 0;
 };
