@@ -144,7 +144,7 @@ struct ForwardTile<128> : ForwardTileWithoutBias {
 template <>
 struct ForwardTile<256> : ForwardTileWithoutBias {
     static constexpr int consumers = 2, cols = 80, stages = 2, q_stages = 1;
-    static constexpr int loader_registers = 56, consumer_registers = 224;
+    static constexpr int loader_registers = 40, consumer_registers = 232;
 };
 
 // The same for batches whose mean length is at most up_to, where fewer query rows a block waste less.
