@@ -123,7 +123,7 @@ struct CompactBackwardTile<256> {
 namespace hstu::attention::sm90 {
 
 // consumers: warpgroups of 64 query rows each; stages: K and V tiles in flight; q_stages: Q tiles.
-// Registers: (loader + consumers * consumer + bias) * 128 <= 65536.
+// Registers: loader + consumers * consumer + bias <= 504 for 384 threads, 512 for 512.
 struct ForwardTileWithoutBias {
     static constexpr int bias_cols = 0, bias_stages = 0, bias_registers = 0;
 };
@@ -144,7 +144,7 @@ struct ForwardTile<128> : ForwardTileWithoutBias {
 template <>
 struct ForwardTile<256> : ForwardTileWithoutBias {
     static constexpr int consumers = 2, cols = 80, stages = 2, q_stages = 1;
-    static constexpr int loader_registers = 56, consumer_registers = 224;
+    static constexpr int loader_registers = 40, consumer_registers = 232;
 };
 
 // The same for batches whose mean length is at most up_to, where fewer query rows a block waste less.
