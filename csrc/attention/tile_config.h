@@ -224,7 +224,7 @@ struct ShortBackwardTile<128> {
     static constexpr int rows = 64, cols = 128, stages = 3, works = 1, unit_cols = 64, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 208, query_registers = 72, loader_registers = 24;
     static constexpr bool keys_in_registers = false, split = false;
-    static constexpr int up_to = 200;
+    static constexpr int up_to = 128;
 };
 
 }  // namespace hstu::attention::sm90
