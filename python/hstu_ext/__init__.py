@@ -1,5 +1,7 @@
 """HSTU attention for generative recommenders: compiled CPU and CUDA kernels for any PyTorch."""
 
+import torch as _torch  # noqa: F401  (before _C: torch crashes where another pybind11 module was loaded first)
+
 from hstu_ext._C import MissingKernelError, build_info, cells
 from hstu_ext.bias import RelativeBias
 from hstu_ext.ops.attention import hstu_attn_qkvpacked_func, hstu_attn_varlen_func
