@@ -185,8 +185,7 @@ struct RelativeForwardTile<128> {
 // A block owns `cols` keys and walks over the queries in steps of `rows`. Its two key warpgroups have 64 keys each or,
 // with `split`, dV and dK of the same 64. cluster: blocks with neighbouring keys that share Q, dO and the columns of dQ.
 // stages: Q and dO tiles in flight; g_stages: tiles of G; works: K and V in shared memory; unit_cols: columns of dQ that
-// the query warpgroup has in registers at a time; keys_in_registers: K and V as left operands are read once a work;
-// dp_early: dP is computed with S, not after the activation, with one wait a tile, for more registers.
+// the query warpgroup has in registers at a time; keys_in_registers: K and V as left operands are read once a work.
 // *_registers: a thread, of 512 for two key warpgroups, the query warpgroup and the loader's.
 template <int kHeadDim>
 struct BackwardTile;
@@ -194,25 +193,25 @@ template <>
 struct BackwardTile<32> {
     static constexpr int rows = 128, cols = 128, stages = 4, works = 2, unit_cols = 32, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 192, query_registers = 88, loader_registers = 40;
-    static constexpr bool keys_in_registers = true, split = false, dp_early = false;
+    static constexpr bool keys_in_registers = true, split = false;
 };
 template <>
 struct BackwardTile<64> {
     static constexpr int rows = 64, cols = 128, stages = 4, works = 2, unit_cols = 64, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 192, query_registers = 88, loader_registers = 40;
-    static constexpr bool keys_in_registers = true, split = false, dp_early = false;
+    static constexpr bool keys_in_registers = true, split = false;
 };
 template <>
 struct BackwardTile<128> {
     static constexpr int rows = 64, cols = 128, stages = 2, works = 1, unit_cols = 64, cluster = 2, g_stages = 2;
     static constexpr int key_registers = 208, query_registers = 72, loader_registers = 24;
-    static constexpr bool keys_in_registers = false, split = false, dp_early = false;
+    static constexpr bool keys_in_registers = false, split = false;
 };
 template <>
 struct BackwardTile<256> {
     static constexpr int rows = 64, cols = 64, stages = 2, works = 1, unit_cols = 128, cluster = 2, g_stages = 1;
     static constexpr int key_registers = 192, query_registers = 104, loader_registers = 24;
-    static constexpr bool keys_in_registers = false, split = true, dp_early = false;
+    static constexpr bool keys_in_registers = false, split = true;
 };
 
 // The same for batches whose mean length is at most up_to, where fewer rows a tile or, without the cluster, fewer keys
@@ -225,14 +224,14 @@ template <>
 struct ShortBackwardTile<32> {
     static constexpr int rows = 64, cols = 128, stages = 4, works = 2, unit_cols = 32, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 192, query_registers = 88, loader_registers = 40;
-    static constexpr bool keys_in_registers = true, split = false, dp_early = true;
+    static constexpr bool keys_in_registers = true, split = false;
     static constexpr int up_to = 1024;
 };
 template <>
 struct ShortBackwardTile<128> {
     static constexpr int rows = 64, cols = 128, stages = 3, works = 1, unit_cols = 64, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 208, query_registers = 72, loader_registers = 24;
-    static constexpr bool keys_in_registers = false, split = false, dp_early = false;
+    static constexpr bool keys_in_registers = false, split = false;
     static constexpr int up_to = 128;
 };
 

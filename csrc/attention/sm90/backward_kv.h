@@ -189,12 +189,6 @@ struct KeyGroup {
         values.template multiply_into<T>(dp, rows(shared.dout(stage)));
         commit_products();
     }
-    // What a tile's activation waits for: one or two groups of products.
-    static constexpr int kScores = Config::dp_early ? 2 : 1;
-    __device__ __forceinline__ void start_scores(int stage) {
-        start_s(stage);
-        if constexpr (Config::dp_early) start_dp(stage);
-    }
     // S is there: P and the slopes.
     __device__ __forceinline__ void use_s(int t, float half_alpha) {
         const int row0 = shared.work(number).walk[t], first_key = shared.work(number).col0 + 64 * group;
@@ -210,15 +204,6 @@ struct KeyGroup {
         begin_products();
         multiply<T, kSteps>(dv, weights, columns(shared.dout(stage)));
         commit_products();
-    }
-    // S is there: dV's product, and dP where it was not early.
-    __device__ __forceinline__ void start_values(int stage) {
-        if constexpr (!Config::dp_early) start_dp(stage);
-        start_dv(stage);
-        if constexpr (Config::dp_early) return;
-        wait_products<0>();
-        hold(dv);
-        hold(weights);
     }
     // dP is there: G, which also goes to the query warpgroup.
     __device__ __forceinline__ void use_dp(RingPosition<Config::g_stages> g) {
@@ -237,7 +222,6 @@ struct KeyGroup {
         wait_products<0>();
         hold(dv);
         hold(dk);
-        hold(weights);
         hold(gradients);
     }
 };
@@ -257,26 +241,31 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
         const float half_alpha = 0.5f * p.alpha;
         if (tiles > 0) {
             shared.q_full(q.stage).wait(q.phase);
-            if constexpr (Config::dp_early) shared.v_full(k.stage).wait(k.phase);
-            own.start_scores(q.stage);
-            if constexpr (!Config::dp_early) shared.v_full(k.stage).wait(k.phase);
+            own.start_s(q.stage);
+            shared.v_full(k.stage).wait(k.phase);
             wait_products<0>();
             for (int t = 0; t < tiles - 1; ++t) {
                 const int stage = q.stage;
                 own.use_s(t, half_alpha);
-                own.start_values(stage);
+                own.start_dp(stage);
+                own.start_dv(stage);
+                wait_products<0>();
+                hold(own.dv);
+                hold(own.weights);
                 own.use_dp(g);
                 g.next();
                 q.next();
                 own.start_dk(stage);
                 shared.q_full(q.stage).wait(q.phase);
-                own.start_scores(q.stage);
-                wait_products<KeyGroup<T, kHeadDim, Mask, Config>::kScores>();
+                own.start_s(q.stage);
+                wait_products<1>();
                 arrive_in_cluster<Config::cluster>(shared.q_empty(stage));
                 own.finish_sums();
             }
             own.use_s(tiles - 1, half_alpha);
-            own.start_values(q.stage);
+            own.start_dp(q.stage);
+            own.start_dv(q.stage);
+            wait_products<1>();
             arrive_as_warp(shared.v_empty(k.stage));
             own.use_dp(g);
             own.start_dk(q.stage);
