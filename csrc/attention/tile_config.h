@@ -214,17 +214,25 @@ struct BackwardTile<256> {
     static constexpr bool keys_in_registers = false, split = true;
 };
 
-// The same for batches whose mean length is at most up_to, where half of a cluster would have no keys.
+// The same for batches whose mean length is at most up_to, where fewer rows a tile or, without the cluster, fewer keys
+// waste less.
 template <int kHeadDim>
 struct ShortBackwardTile : BackwardTile<kHeadDim> {
     static constexpr int up_to = 0;
+};
+template <>
+struct ShortBackwardTile<32> {
+    static constexpr int rows = 64, cols = 128, stages = 4, works = 2, unit_cols = 32, cluster = 1, g_stages = 2;
+    static constexpr int key_registers = 192, query_registers = 88, loader_registers = 40;
+    static constexpr bool keys_in_registers = true, split = false;
+    static constexpr int up_to = 1024;
 };
 template <>
 struct ShortBackwardTile<128> {
     static constexpr int rows = 64, cols = 128, stages = 3, works = 1, unit_cols = 64, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 208, query_registers = 72, loader_registers = 24;
     static constexpr bool keys_in_registers = false, split = false;
-    static constexpr int up_to = 200;
+    static constexpr int up_to = 128;
 };
 
 }  // namespace hstu::attention::sm90
