@@ -27,12 +27,11 @@ namespace hstu::attention::sm90 {
 
 template <class Config>
 constexpr int kThreads = (Config::consumers + 1 + kBiased<Config>)*kWarpgroup;
-// What the warpgroups hand to one another is what the block starts with: as many registers a thread as all can have.
+// What the warpgroups raise and lower their registers to must fit what the launch takes: raise_registers() waits for it.
 template <class Config>
 constexpr bool kRegistersFit =
-    Config::loader_registers + Config::consumers * Config::consumer_registers + Config::bias_registers <=
-    65536 / kThreads<Config> / 8 * 8 * (kThreads<Config> / kWarpgroup);
-
+    (Config::loader_registers + Config::consumers * Config::consumer_registers + Config::bias_registers) * kWarpgroup <=
+    65536 / kThreads<Config> / 8 * 8 * kThreads<Config>;
 template <class T, int kHeadDim, class Mask, class Config>
 __global__ void __launch_bounds__(kThreads<Config>, 1)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ ForwardMaps maps,

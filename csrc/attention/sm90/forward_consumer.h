@@ -7,16 +7,24 @@
 
 namespace hstu::attention::sm90 {
 
-// S -> P N = silu(alpha S), 0 where masked.
+// S -> P N = silu(alpha S), 0 where masked. In tiles of 128 keys the factor of every eight elements waits, by way of a
+// zero that the compiler does not know, for a tanh of the eight before: else it would put all multiplications first and
+// nothing into the time from one tanh to the next.
 template <bool kMasked, int kCols, class Mask>
 __device__ __forceinline__ void activate(Accumulator<kCols>& s, const Mask& mask, int row0, int col0,
                                          float half_alpha) {
     const typename Mask::Row rows[2] = {mask.row(row0), mask.row(row0 + 8)};
+    const int zero = mask.len_q >> 31;
+    float factor = half_alpha, tanh_before = 0.0f;
 #pragma unroll
     for (int i = 0; i < kCols / 2; ++i) {
+        if (kCols >= 128 && i % 8 == 0 && i > 0)
+            factor = __int_as_float(__float_as_int(half_alpha) | (__float_as_int(tanh_before) & zero));
         float x = s.x[i];
         if constexpr (kMasked) x = rows[i / 2 % 2].keeps(col0 + i / 4 * 8 + i % 2) ? x : 0.0f;
-        s.x[i] = silu_of_twice(half_alpha * x);
+        const float h = factor * x, tanh_here = fast_tanh(h);
+        if (i % 8 == 0) tanh_before = tanh_here;
+        s.x[i] = fmaf(h, tanh_here, h);
     }
 }
 
@@ -108,6 +116,44 @@ template <class T, int kCols>
 __device__ __forceinline__ void convert(Fragments<kCols / 16>& weights, const Accumulator<kCols>& s) {
 #pragma unroll
     for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
+}
+
+// The last two beside one another, O += P V of one tile and S -> P N of the next; the first product is under way. The
+// tensor cores take up a product whose left operand is in registers only when the one before it is nearly over, and the
+// warp waits for that: so the products stand between pieces of the activation. `always` is true, which the compiler does
+// not know: its branches keep the pieces apart. A piece leaves h and tanh(h) to the next, so as not to wait for results.
+template <class T, bool kMasked, int kHeadDim, int kCols, class Mask, class V>
+__device__ __forceinline__ void activate_beside_values(Accumulator<kCols>& s, const Mask& mask, int row0, int col0,
+                                                       float half_alpha, Accumulator<kHeadDim>& out,
+                                                       const Fragments<kCols / 16>& weights, const V& values,
+                                                       bool always) {
+    constexpr int kSteps = kCols / 16;
+    const typename Mask::Row rows[2] = {mask.row(row0), mask.row(row0 + 8)};
+    float tanhs[2][8];
+    const auto begin = [&](int step) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            float& x = s.x[8 * step + j];
+            if (kMasked && !rows[j / 2 % 2].keeps(col0 + 16 * step + j / 4 * 8 + j % 2)) x = 0.0f;
+            x *= half_alpha;
+            tanhs[step % 2][j] = fast_tanh(x);
+        }
+    };
+    const auto end = [&](int step) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            float& h = s.x[8 * step + j];
+            h = fmaf(h, tanhs[step % 2][j], h);
+        }
+    };
+    begin(0);
+#pragma unroll
+    for (int step = 1; step < kSteps; ++step) {
+        multiply_step<T>(out, weights, values, step);
+        if (step + 1 == kSteps) commit_products();
+        if (always) begin(step), end(step - 1);
+    }
+    end(kSteps - 1);
 }
 
 // Finished rows on their way through Q's place to the storer.
@@ -234,6 +280,23 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
         release_k();
         activate_tile(s, mask, row0, walk[t], half_alpha);
     };
+    const auto begin_values = [&](RingPosition<Config::stages> at) {
+        shared.v_full(at.stage).wait(at.phase);
+        begin_products();
+        multiply_step<T>(out, weights, columns(shared.v(at.stage)), 0);
+        commit_products();
+    };
+    const auto activate_scores_beside_values = [&](RingPosition<Config::stages> at) {
+        hold(s);
+        release_k();
+        const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
+        const auto values = columns(shared.v(at.stage));
+        const bool always = p.batch > 0;
+        if (mask.is_full(row0, 64, walk[t], kCols))
+            activate_beside_values<T, false>(s, mask, row, col, half_alpha, out, weights, values, always);
+        else
+            activate_beside_values<T, true>(s, mask, row, col, half_alpha, out, weights, values, always);
+    };
     const auto store = [&] { store_directly(out, finished, p.out.row_stride, finished_rows, p.dim_v, p.inv_scaling); };
     // The work at `q`, if there is one.
     const auto take = [&] {
@@ -257,6 +320,11 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
         }
         return false;
     };
+    // On to the next tile; is there one that these rows need?
+    const auto next = [&] {
+        ++t, kv.next();
+        return t < walk.tiles && needed();
+    };
     const auto owes = [&] { finished = to, finished_rows = mask.len_q - row0; };
 
     out.clear();
@@ -276,15 +344,19 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
         convert<T>(weights, s);
         out.clear();
         owes();
-        for (;;) {
-            const RingPosition<Config::stages> before = kv;
-            ++t, kv.next();
-            if (t < walk.tiles && needed()) {
+        RingPosition<Config::stages> before = kv;
+        for (bool goes = next();;) {
+            if (goes) {
                 begin_scores();
-                start_values<T>(out, weights, shared, before);
+                begin_values(before);
                 wait_products<1>();
-                activate_scores();
-                end_values(before);
+                activate_scores_beside_values(before);
+                // What the next scores wait for, before the values end.
+                const RingPosition<Config::stages> ending = before;
+                before = kv;
+                goes = next();
+                if (goes) shared.k_full(kv.stage).wait(kv.phase);
+                end_values(ending);
                 convert<T>(weights, s);
                 continue;
             }
@@ -295,6 +367,8 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
             wait_products<0>();
             activate_scores();
             convert<T>(weights, s);
+            before = kv;
+            goes = next();
         }
         q.next();
         more = take();

@@ -144,10 +144,21 @@ __device__ __forceinline__ void load_works(const Params& p, const ForwardMaps& m
                 }
                 shared.q_full(q.stage).arrive_expecting(Shared::QTile::kBytes);
                 load_rows(shared.q(q.stage), shared.q_full(q.stage).address, maps.q, q_rows, row0);
+                const auto fetch_k = [&](RingPosition<Config::stages> at, int t) {
+                    shared.k_empty(at.stage).wait(at.phase ^ 1);
+                    shared.k_full(at.stage).arrive_expecting(Shared::KTile::kBytes);
+                    load_rows(shared.k(at.stage), shared.k_full(at.stage).address, maps.k, k_rows, walk[t]);
+                };
+                // Of two places, consumers free that of the next K before that of V.
+                constexpr bool kAhead = Config::stages == 2;
+                if (kAhead) fetch_k(kv, 0);
                 for (int t = 0; t < walk.tiles; ++t, kv.next()) {
-                    shared.k_empty(kv.stage).wait(kv.phase ^ 1);
-                    shared.k_full(kv.stage).arrive_expecting(Shared::KTile::kBytes);
-                    load_rows(shared.k(kv.stage), shared.k_full(kv.stage).address, maps.k, k_rows, walk[t]);
+                    if (!kAhead) fetch_k(kv, t);
+                    if (kAhead && t + 1 < walk.tiles) {
+                        RingPosition<Config::stages> next = kv;
+                        next.next();
+                        fetch_k(next, t + 1);
+                    }
                     shared.v_empty(kv.stage).wait(kv.phase ^ 1);
                     shared.v_full(kv.stage).arrive_expecting(Shared::KTile::kBytes);
                     load_rows(shared.v(kv.stage), shared.v_full(kv.stage).address, maps.v, k_rows, walk[t]);
