@@ -3,11 +3,16 @@
 #include "emulator.h"
 
 #include "attention/sm90/backward.h"
+#include "attention/time_bucket.h"
 
 #include <cmath>
 #include <cstdio>
 #include <string>
 #include <vector>
+
+#ifndef RELATIVE
+#define RELATIVE false
+#endif
 
 using namespace hstu;
 using namespace hstu::attention;
@@ -23,6 +28,10 @@ struct Case {
     int group = 1;
     int before = 0, after = 0;  // rows outside the sequences
     int dim_qk = 0, dim_v = 0;
+    // The relative bias, with RELATIVE.
+    enum class Times { kRising, kTied, kShuffled, kMilliseconds, kExtreme, kNone } times = Times::kRising;
+    int reach = 1000, num_buckets = 64;  // reach < 0: no position table
+    bool table_per_head = false;
 };
 
 struct Packed {
@@ -67,6 +76,33 @@ void compare(const Case& c, const char* what, const Params& p, Packed& got, cons
         emulated::fail(std::string(c.name) + ": " + what + " is wrong by " + std::to_string(std::sqrt(error / norm)));
 }
 
+// sizes: the sums of abs(dP / N), as slopes are rounded to half precision. An entry without terms is exactly 0.
+void compare_table(const Case& c, const char* what, const std::vector<float>& got, const std::vector<double>& expected,
+                   const std::vector<double>& sizes) {
+    for (size_t i = 0; i < got.size(); ++i)
+        if (!(std::abs(got[i] - expected[i]) <= 4e-3 * sizes[i]))
+            emulated::fail(std::string(c.name) + ": entry " + std::to_string(i) + " of " + what + " is " +
+                           std::to_string(got[i]) + ", not " + std::to_string(expected[i]));
+}
+
+// Times of one sequence; those of queries follow those of keys where the two are as many.
+void draw_times(Case::Times kind, std::mt19937& random, int64_t* queries, int len_q, int64_t* keys, int len_k) {
+    std::lognormal_distribution<double> gaps(kind == Case::Times::kMilliseconds ? 13.3 : 6.4, 2.0);
+    const int longest = std::max(len_q, len_k) + 1;
+    std::vector<int64_t> times(static_cast<size_t>(longest), 1'600'000'000);
+    for (int i = 1; i < longest; ++i) {
+        const int64_t gap = kind == Case::Times::kTied ? random() % 8 / 6 : static_cast<int64_t>(gaps(random));
+        times[i] = times[i - 1] + gap;
+    }
+    if (kind == Case::Times::kShuffled) std::shuffle(times.begin(), times.end(), random);
+    if (kind == Case::Times::kExtreme)
+        for (int64_t& t : times)
+            t = static_cast<int64_t>((uint64_t{random()} << 32 | random()) >> (random() % 3 * 31)) *
+                (random() % 2 ? 1 : -1);
+    std::copy_n(times.begin() + (longest - len_q), len_q, queries);
+    std::copy_n(times.begin() + (longest - 1 - len_k), len_k, keys);
+}
+
 // The gradients' bits.
 template <int kHeadDim, class Mask, class Config>
 std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
@@ -106,6 +142,29 @@ std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
             for (int j = 0; j < s.len_k; ++j) draw(k, s.k_begin + j, h, c.dim_qk), draw(v, s.k_begin + j, h, c.dim_v);
         }
     }
+    const bool of_time = RELATIVE && c.times != Case::Times::kNone, of_position = RELATIVE && c.reach >= 0;
+    std::vector<int64_t> query_times(static_cast<size_t>(p.total_q), INT64_MIN), key_times(p.total_k, INT64_MAX);
+    const int tables = c.table_per_head ? c.heads : 1, positions = of_position ? 2 * c.reach + 1 : 0;
+    const int buckets = of_time ? c.num_buckets + 1 : 0;
+    std::vector<float> position(static_cast<size_t>(tables * positions)), time(static_cast<size_t>(tables * buckets));
+    for (float& x : position) x = 0.5f * normal(random);
+    for (float& x : time) x = 0.5f * normal(random);
+    std::vector<float> dposition(position.size(), NAN), dtime(time.size(), NAN);
+    std::vector<int64_t> table_accum((position.size() + time.size()) * kExactWords, 0);
+    if (of_position) {
+        p.relative.position = position.data(), p.relative.reach = c.reach, p.dposition = dposition.data();
+        if (c.table_per_head) p.relative.position_head_stride = p.dposition_head_stride = positions;
+    }
+    if (of_time) {
+        p.relative.time = time.data(), p.relative.num_buckets = c.num_buckets, p.dtime = dtime.data();
+        if (c.table_per_head) p.relative.time_head_stride = p.dtime_head_stride = buckets;
+        p.relative.query_times = query_times.data(), p.relative.key_times = key_times.data();
+        for (int b = 0; b < p.batch; ++b) {
+            const Sequence s(p, b);
+            draw_times(c.times, random, &query_times[s.q_begin], s.len_q, &key_times[s.k_begin], s.len_k);
+        }
+    }
+    if (RELATIVE) p.table_accum = table_accum.data();
     // For this tile: dq_scratch_elements() asks for the one that serves such a batch, which may be another.
     const int64_t sums = p.max_seqlen_k > Config::cluster * Config::cols ? sm90::dq_tiles<Config>(p) : 0;
     std::vector<float> scratch(static_cast<size_t>(sums * (Config::rows * kHeadDim + Config::cluster)), NAN);
@@ -117,6 +176,8 @@ std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
     std::vector<char> used_q(static_cast<size_t>(p.total_q), 0), used_k(static_cast<size_t>(p.total_k), 0);
     std::vector<double> want_q(p.total_q * c.heads * c.dim_qk, 0.0), want_k(p.total_k * c.heads * c.dim_qk, 0.0);
     std::vector<double> want_v(p.total_k * c.heads * c.dim_v, 0.0);
+    std::vector<double> want_position(position.size(), 0.0), want_time(time.size(), 0.0),
+        sizes_position = want_position, sizes_time = want_time;
     for (int b = 0; b < p.batch; ++b) {
         const Sequence s(p, b);
         for (int h = 0; h < c.heads; ++h) {
@@ -134,8 +195,24 @@ std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
                     for (int d = 0; d < c.dim_v; ++d)
                         dp += static_cast<float>(dout.at(row, h, d)) * static_cast<float>(v.at(key, h, d));
                     x *= p.alpha;
+                    size_t at_position = 0, at_time = 0;
+                    if (of_position) {
+                        const int distance = clamp_to(i + s.len_k - s.len_q - j, -c.reach, c.reach);
+                        at_position = static_cast<size_t>(h % tables * positions + c.reach + distance);
+                        x += position[at_position];
+                    }
+                    if (of_time) {
+                        const int bucket = time_bucket(time_difference(query_times[row], key_times[key]));
+                        at_time = static_cast<size_t>(h % tables * buckets + std::min(bucket, c.num_buckets));
+                        x += time[at_time];
+                    }
                     const double sigmoid = 1 / (1 + std::exp(-x)), weight = x * sigmoid * p.inv_scaling;
-                    const double g = p.alpha * sigmoid * (1 + x * (1 - sigmoid)) * p.inv_scaling * dp;
+                    const double of_score = sigmoid * (1 + x * (1 - sigmoid)) * p.inv_scaling * dp;
+                    const double g = p.alpha * of_score;
+                    if (of_position)
+                        want_position[at_position] += of_score,
+                            sizes_position[at_position] += std::abs(dp) * p.inv_scaling;
+                    if (of_time) want_time[at_time] += of_score, sizes_time[at_time] += std::abs(dp) * p.inv_scaling;
                     for (int d = 0; d < c.dim_qk; ++d) {
                         want_q[(row * c.heads + h) * c.dim_qk + d] += g * static_cast<float>(k.at(key, h, d));
                         want_k[(key * c.heads + h) * c.dim_qk + d] += g * static_cast<float>(q.at(row, h, d));
@@ -149,7 +226,12 @@ std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
     compare(c, "dq", p, dq, want_q, used_q, p.total_q, c.dim_qk);
     compare(c, "dk", p, dk, want_k, used_k, p.total_k, c.dim_qk);
     compare(c, "dv", p, dv, want_v, used_k, p.total_k, c.dim_v);
+    compare_table(c, "dposition", dposition, want_position, sizes_position);
+    compare_table(c, "dtime", dtime, want_time, sizes_time);
     std::vector<uint16_t> bits;
+    for (const std::vector<float>* table : {&dposition, &dtime})
+        for (const float& x : *table)
+            for (int part = 0; part < 2; ++part) bits.push_back(reinterpret_cast<const uint16_t*>(&x)[part]);
     for (const Packed* x : {&dq, &dk, &dv})
         for (const bf16& value : x->values) bits.push_back(value.bits);
     return bits;
@@ -170,6 +252,39 @@ const std::vector<Case> kTargetCases = {
     {"target_more_queries", {150, 100}, {60, 3}, 1, -1, 0, {}, {}, {0, 2}, {20, 0}, 3},
 };
 
+const std::vector<Case> kRelativeCases = [] {
+    using Times = Case::Times;
+    std::vector<Case> cases;
+    const auto add = [&](Case c, const char* name, Times times, int reach, int num_buckets, bool table_per_head) {
+        c.name = name, c.times = times, c.reach = reach, c.num_buckets = num_buckets, c.table_per_head = table_per_head;
+        cases.push_back(c);
+    };
+    const Case causal{"", {200, 1, 129, 0, 70}, {200, 1, 129, 0, 70}},
+        &full = kWindowCases[2], &window = kWindowCases[3], &delta_q = kWindowCases[4];
+    const Case &more_queries = kWindowCases[5], &used = kWindowCases[6];
+    add(causal, "relative", Times::kRising, 400, 64, false);
+    add(causal, "relative_positions", Times::kNone, 50, 0, true);
+    add(causal, "relative_times", Times::kRising, -1, 128, true);
+    add(causal, "relative_milliseconds", Times::kMilliseconds, 0, 128, false);
+    add(causal, "relative_shuffled", Times::kShuffled, 100, 64, false);
+    add(causal, "relative_extreme", Times::kExtreme, 130, 147, false);
+    add(full, "relative_full", Times::kRising, 64, 64, true);
+    add(full, "relative_full_tied", Times::kTied, 10, 20, false);
+    add(full, "relative_full_extreme", Times::kExtreme, 10, 300, false);
+    add(window, "relative_window", Times::kRising, 40, 30, false);
+    add(delta_q, "relative_delta_q", Times::kTied, 130, 64, true);
+    add(more_queries, "relative_more_queries", Times::kRising, 100, 64, false);
+    add(used, "relative_used", Times::kRising, 100, 0, true);
+    return cases;
+}();
+
+template <class Mask>
+void check_once(const Case& c) {
+    emulated::late = c.reach % 20 != 0;
+    emulated::multiprocessor_count = 3;
+    check<HEAD_DIM, Mask, sm90::TILE<HEAD_DIM>>(c, 8, c.table_per_head);
+}
+
 template <class Mask>
 void check_orders(const Case& c) {
     using Config = sm90::TILE<HEAD_DIM>;
@@ -187,6 +302,12 @@ void check_orders(const Case& c) {
 }  // namespace
 
 int main() {
+    if (RELATIVE) {
+        for (Case c : kRelativeCases) c.dim_qk = DIM_QK, c.dim_v = DIM_V, check_once<WindowMask>(c);
+        for (Case c : kTargetCases) c.dim_qk = DIM_QK, c.dim_v = DIM_V, c.reach = 90, check_orders<TargetMask>(c);
+        std::printf("d%d, relative bias: ok\n", HEAD_DIM);
+        return 0;
+    }
     for (Case c : kWindowCases) c.dim_qk = DIM_QK, c.dim_v = DIM_V, check_orders<WindowMask>(c);
     for (Case c : kTargetCases) c.dim_qk = DIM_QK, c.dim_v = DIM_V, check_orders<TargetMask>(c);
     std::printf("d%d: ok\n", HEAD_DIM);
