@@ -24,7 +24,7 @@ namespace hstu::attention::sm90 {
 
 // The buckets that can occur in a piece.
 struct PieceCode {
-    static constexpr int kExact = 1 << 16;
+    static constexpr int kExact = 1 << 16, kBuckets = 52;  // of differences that count as exact
 
     int code;
 
@@ -50,13 +50,20 @@ struct BackwardBias {
         float value, before_edge, step;  // 1 - the edge to the next bucket; the step to it
     };
     struct alignas(16) Quarter {
-        float edge, below, above;
+        float edge;
+        int bucket;  // below the edge
+        float below, above;
     };
 
     Notes notes[kStages];
     Bucket buckets[kTimeBuckets];
-    Quarter quarters[4 * 24];  // of differences below 2^24
-    float sums[kStrips][kTimeBuckets][8];  // a warp's sums of 2 G by bucket and quad
+    static constexpr int kQuarters = 4 * 23;  // of differences below 2^23
+    Quarter quarters[kQuarters];
+    // Of each warp: sums of 2 G by bucket, a column a lane; and sums of a tile's blocks of 8 x 8 by their diagonals, a row a
+    // key and a column a query.
+    float sums[kStrips][PieceCode::kBuckets][32];
+    static constexpr int kDiagonalCols = kQueries + 8;
+    alignas(8) float diagonals[kStrips][8][kDiagonalCols];
 };
 
 template <class Mask>
@@ -151,7 +158,8 @@ struct QueryDescriber {
         const float high = fmaxf(keys.high - queries.low, queries.high - keys.low);
         const float largest =
             fmaxf(fmaxf(fabsf(keys.low), fabsf(keys.high)), fmaxf(fabsf(queries.low), fabsf(queries.high)));
-        const bool exact = fmaxf(largest, high) < 0x1p24f - 4.0f;
+        static_assert(kTimeEdges[PieceCode::kBuckets] < 1 << 23);
+        const bool exact = largest < 0x1p24f - 4.0f && high < static_cast<float>(kTimeEdges[PieceCode::kBuckets]);
         const float slack = exact ? 0.0f : fmaf(largest, 0x1p-21f, 4.0f);
         const auto bucket = [&](float x) {
             return min_of(bucket_of(static_cast<uint64_t>(__float2ull_rz(fmaxf(x, 0.0f)))), num_buckets);
@@ -166,7 +174,7 @@ template <class Bias>
 struct KeyBias {
     using Notes = typename Bias::Notes;
     using Bucket = typename Bias::Bucket;
-    static constexpr int kPieces = Bias::kPieces, kMostSteps = 6;
+    static constexpr int kPieces = Bias::kPieces, kMostSteps = 4;
 
     Bias& shared;
     const int strip;
@@ -194,7 +202,7 @@ struct KeyBias {
                                              const KeyWork<Mask>& work, int query0) const {
         static_assert(kRows == Bias::kQueries);
         const float half_alpha = 0.5f * p.alpha;
-        const int place = Bias::kKeys - 1 - (16 * strip + lane() / 4) + lane() % 4 * 2;
+        const int lane = lane_anew(), place = Bias::kKeys - 1 - (16 * strip + lane / 4) + lane % 4 * 2;
         const float* const from = notes.window[place % 2] + place + place % 2;
         const auto pair = [&](int n) { return *reinterpret_cast<const float2*>(from + 8 * n); };
         float2 below = pair(-1);  // of the key 8 further
@@ -245,7 +253,7 @@ struct KeyBias {
     template <class Mask>
     __device__ __forceinline__ void read_times(float (&t)[16], const Notes& notes, PieceCode code, int piece,
                                                const BackwardParams& p, const KeyWork<Mask>& work, int query0) const {
-        const int first = piece * Bias::kPieceSize + lane() % 4 * 2;
+        const int lane = lane_anew(), first = piece * Bias::kPieceSize + lane % 4 * 2;
         if (code.exact()) {
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
@@ -256,7 +264,7 @@ struct KeyBias {
             return;
         }
         const auto sides = sides_of(p, work);
-        const int key = work.col0 + 16 * strip + lane() / 4;
+        const int key = work.col0 + 16 * strip + lane / 4;
         const int64_t of_key[2] = {__ldg(sides.row_times + min_of(key, sides.num_rows - 1)),
                                    __ldg(sides.row_times + min_of(key + 8, sides.num_rows - 1))};
 #pragma unroll 1

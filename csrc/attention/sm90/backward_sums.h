@@ -4,11 +4,11 @@
 //
 // A thread has G in fp32 for the 8 x 8 blocks of its warp's 16 keys, a query tile after another, while products are under
 // way.
-//   times       Of a piece (backward_bias.h) all elements, then those behind the first edge, behind the second, ...: a
-//               bucket's sum is the difference of two. A sum that the tile ends with stays in a register until another bucket
-//               has its turn; others go to shared memory, a place for each quad of lanes, and at the end to global memory.
-//   positions   Blocks on the same diagonal are added first, then shuffles add what lanes hold of the same distance, and
-//               eight lanes add each block's diagonals to global memory. Tiles beyond the table's reach are one sum.
+//   times       A lane has a column of sums in shared memory, one a bucket. Of a piece (backward_bias.h) it adds up all
+//               elements, then those behind the first edge, behind the second, ...: a bucket's sum is the difference of two.
+//               Where there are many edges, each element finds its bucket and is added to the column.
+//   positions   Blocks on the same diagonal are added first. Through shared memory each lane then gets what all keys have
+//               of its distances, which it adds to global memory. Tiles beyond the table's reach are one sum.
 // Global sums are added to by atomics, in fp32 or, where deterministic, exactly: all before has a fixed order.
 #pragma once
 
@@ -24,27 +24,24 @@ __device__ __forceinline__ TableGradients sums_of(const BackwardParams& p, int h
     return to;
 }
 
-__device__ __forceinline__ float sum_of_lanes(float x, int lanes) {
-    for (int step = 1; step < lanes; step *= 2) x += __shfl_xor_sync(0xffffffff, x, step);
+__device__ __forceinline__ float sum_of_warp(float x) {
+    for (int step = 1; step < 32; step *= 2) x += __shfl_xor_sync(0xffffffff, x, step);
     return x;
 }
 
 template <class Bias>
 struct KeySums : KeyBias<Bias> {
     using Base = KeyBias<Bias>;
-    using Base::Base, Base::code_of, Base::read_times, Base::shared, Base::strip;
+    using Base::code_of, Base::read_times, Base::shared, Base::strip;
     using typename Base::Bucket, typename Base::Notes;
-    static constexpr int kQueries = Bias::kQueries, kPieces = Bias::kPieces;
+    static constexpr int kQueries = Bias::kQueries, kPieces = Bias::kPieces, kMostEdges = 4;
 
-    float open = 0.0f;                 // of open_bucket, in this lane
-    int open_bucket = 0;
+    float* positions;                   // of this head, at distance 0
     float before = 0.0f, after = 0.0f;  // clipped distances: at -reach and at reach
 
-    // A quad's sum.
-    __device__ __forceinline__ void keep(int bucket, float x) const {
-        x = sum_of_lanes(x, 4);
-        if (lane() % 4 == 0) shared.sums[strip][bucket][lane() / 4] += x;
-    }
+    template <class Mask>
+    __device__ __forceinline__ KeySums(Bias& shared, int strip, const BackwardParams& p, const KeyWork<Mask>& work)
+        : Base(shared, strip, p, work), positions(sums_of(p, work.head).position) {}
 
     template <class Mask>
     __device__ __forceinline__ void add(const Accumulator<kQueries>& g, const Notes& notes, const BackwardParams& p,
@@ -56,37 +53,9 @@ struct KeySums : KeyBias<Bias> {
             float part[4] = {};
 #pragma unroll
             for (int i = 0; i < 16; ++i) part[i % 4] += x[i];
-            float left = (part[0] + part[1]) + (part[2] + part[3]);  // in the bucket at hand and behind it
-            total += left;
-            if (p.dtime == nullptr) continue;
-            const PieceCode code = code_of(notes, piece);
-            if (code.first() != code.last()) {
-                float t[16];
-                read_times(t, notes, code, piece, p, work, query0);
-                // A bucket's sum is kept while the next one is made.
-                float done = 0.0f;
-                int done_bucket = code.first();
-                Bucket bucket = shared.buckets[code.first()];
-#pragma unroll 1
-                for (int b = code.first(); b < code.last(); ++b) {
-                    const float before_edge = code.exact() ? bucket.before_edge : static_cast<float>(-b);
-                    bucket = shared.buckets[b + 1];
-                    keep(done_bucket, done);
-                    float behind[4] = {};
-#pragma unroll
-                    for (int i = 0; i < 16; ++i)
-                        behind[i % 4] = fmaf(__saturatef(fabsf(t[i]) + before_edge), x[i], behind[i % 4]);
-                    const float next = (behind[0] + behind[1]) + (behind[2] + behind[3]);
-                    done = left - next, done_bucket = b;
-                    left = next;
-                }
-                keep(done_bucket, done);
-            }
-            if (open_bucket != code.last()) {
-                keep(open_bucket, open);
-                open = 0.0f, open_bucket = code.last();
-            }
-            open += left;
+            const float all = (part[0] + part[1]) + (part[2] + part[3]);
+            total += all;
+            if (p.dtime != nullptr) add_times(x, all, notes, piece, p, work, query0);
         }
         if (p.dposition != nullptr)
             add_positions(g, total, p, work.head, query0 + work.mask.offset - work.col0 - 16 * strip);
@@ -94,9 +63,8 @@ struct KeySums : KeyBias<Bias> {
 
     // At the end of a work.
     __device__ __forceinline__ void finish(const BackwardParams& p, int head) {
-        if (p.dtime != nullptr) keep(open_bucket, open);
         if (p.dposition == nullptr) return;
-        const float low = sum_of_lanes(before, 32), high = sum_of_lanes(after, 32);
+        const float low = sum_of_warp(before), high = sum_of_warp(after);
         if (lane() != 0) return;
         const TableGradients to = sums_of(p, head);
         to.add(to.position, to.exact_position, -p.relative.reach, low);
@@ -104,6 +72,68 @@ struct KeySums : KeyBias<Bias> {
     }
 
   private:
+    __device__ __forceinline__ float* column() const { return &shared.sums[strip][0][lane_anew()]; }
+
+    template <class Mask>
+    __device__ __forceinline__ void add_times(const float* x, float all, const Notes& notes, int piece,
+                                              const BackwardParams& p, const KeyWork<Mask>& work, int query0) const {
+        const PieceCode code = code_of(notes, piece);
+        const int first = code.first(), last = code.last();
+        float* const to = column();
+        if (code.exact() && first == last) {
+            to[32 * last] += all;
+            return;
+        }
+        float t[16];
+        if (first != last) read_times(t, notes, code, piece, p, work, query0);
+        if (code.exact() && last - first > kMostEdges) return add_one_by_one(to, t, x);
+        const auto keep = [&](int bucket, float sum) {
+            if (bucket < PieceCode::kBuckets) {
+                to[32 * bucket] += sum;
+            } else {
+                const float of_warp = sum_of_warp(sum);
+                const TableGradients far = sums_of(p, work.head);
+                if (lane() == 0) far.add(far.time, far.exact_time, bucket, of_warp);
+            }
+        };
+        float left = all;  // in the bucket at hand and behind it
+#pragma unroll 1
+        for (int b = first; b < last; ++b) {
+            const float before_edge = code.exact() ? shared.buckets[b].before_edge : static_cast<float>(-b);
+            float behind[4] = {};
+#pragma unroll
+            for (int i = 0; i < 16; ++i)
+                behind[i % 4] = fmaf(__saturatef(fabsf(t[i]) + before_edge), x[i], behind[i % 4]);
+            const float next = (behind[0] + behind[1]) + (behind[2] + behind[3]);
+            keep(b, left - next);
+            left = next;
+        }
+        keep(last, left);
+    }
+    // Four elements at a time: what the column has is read for all four before it is written.
+    __device__ __forceinline__ void add_one_by_one(float* to, const float (&t)[16], const float* x) const {
+#pragma unroll
+        for (int n = 0; n < 16; n += 4) {
+            int at[4];
+            float sum[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float size = fabsf(t[n + i]);
+                const typename Bias::Quarter& quarter = shared.quarters[quarter_of(size)];
+                at[i] = 32 * (quarter.bucket + (size >= quarter.edge ? 1 : 0));
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                sum[i] = to[at[i]] + x[n + i];
+#pragma unroll
+                for (int j = 0; j < i; ++j)
+                    if (at[j] == at[i]) sum[i] += x[n + j];
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) to[at[i]] = sum[i];
+        }
+    }
+
     // corner: the distance of the first key and query.
     __device__ __forceinline__ void add_positions(const Accumulator<kQueries>& g, float total, const BackwardParams& p,
                                                   int head, int corner) {
@@ -116,40 +146,41 @@ struct KeySums : KeyBias<Bias> {
             before += total;
             return;
         }
-        // sum[k] in lane (r, q) = (lane / 4, lane % 4) is for distance 2 q - r + 8 (k - 1), further[k] for one more.
-        constexpr int kDiagonals = kQueries / 8 + 2;
-        float sum[kDiagonals] = {}, further[kDiagonals] = {};
+        // sum[k] is for the distance corner + 8 (k - 1) + column - row of the thread's place in a block.
+        constexpr int kCols = Bias::kDiagonalCols;
+        float2 sum[kCols / 8] = {};
 #pragma unroll
-        for (int i = 0; i < kQueries / 2; ++i) (i % 2 ? further : sum)[i / 4 + 1 - i / 2 % 2] += g.x[i];
-        const int r = lane() / 4, q = lane() % 4;
-        // Adds `part` of the lane that is `rows` further, where its distance is the same; lanes wrap around into the k before.
-        const auto gather = [&](const float (&part)[kDiagonals], int rows, int columns) {
-            float found[kDiagonals];
-#pragma unroll
-            for (int k = 0; k < kDiagonals; ++k) {
-                const float sent = r < rows ? (k > 0 ? part[k > 0 ? k - 1 : 0] : 0.0f) : part[k];
-                found[k] = __shfl_sync(0xffffffff, sent, (lane() + 4 * rows + columns) % 32);
-            }
-#pragma unroll
-            for (int k = 0; k < kDiagonals; ++k) sum[k] += found[k];
-        };
-        gather(further, 1, 0);
-        gather(sum, 2, 1);  // lanes with q = 0, 2 get those with q = 1, 3
-        gather(sum, 4, 2);
-        if (q != 0) return;
-        const TableGradients to = sums_of(p, head);
-        const int first = corner - r - 8;
-        if (!p.deterministic && corner - 15 >= -reach && corner + kQueries <= reach) {
-#pragma unroll
-            for (int k = 0; k < kDiagonals; ++k) atomicAdd(to.position + first + 8 * k, to.scale * sum[k]);
-            return;
+        for (int i = 0; i < kQueries / 2; ++i) {
+            float2& to = sum[i / 4 + 1 - i / 2 % 2];
+            (i % 2 ? to.y : to.x) += g.x[i];
         }
-#pragma unroll 1
-        for (int k = 0; k < kDiagonals; ++k) {
-            float x = 0.0f;
+        const int lane = lane_anew();
+        float* const diagonals = &shared.diagonals[strip][0][0];
+        __syncwarp();
 #pragma unroll
-            for (int other = 0; other < kDiagonals; ++other) x = other == k ? sum[other] : x;
-            to.add(to.position, to.exact_position, clamp_to(first + 8 * k, -reach, reach), x);
+        for (int k = 0; k < kCols / 8; ++k)
+            *reinterpret_cast<float2*>(diagonals + lane / 4 * kCols + 8 * k + lane % 4 * 2) = sum[k];
+        __syncwarp();
+        // The distance corner + j - 15 is in column j - 7 + row.
+        const bool within = !p.deterministic && corner - 15 >= -reach && corner + kQueries <= reach;
+#pragma unroll
+        for (int first = 0; first < kCols + 7; first += 32) {
+            const int j = first + lane;
+            float x[8];
+#pragma unroll
+            for (int row = 0; row < 8; ++row) {
+                const int col = j - 7 + row;
+                const bool inside = (first >= 7 || col >= 0) && (first + 32 + row <= kCols + 7 || col < kCols);
+                x[row] = inside ? diagonals[row * kCols + col] : 0.0f;
+            }
+            const float of_distance = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+            if (j >= kCols + 7) continue;
+            if (within) {
+                add_to_global(positions + corner + j - 15, 0.5f * p.inv_scaling * of_distance);
+            } else {
+                const TableGradients to = sums_of(p, head);
+                to.add(to.position, to.exact_position, clamp_to(corner + j - 15, -reach, reach), of_distance);
+            }
         }
     }
 };
@@ -164,7 +195,7 @@ struct NoKeySums {
 template <class Bias>
 __device__ __forceinline__ void clear_time_sums(Bias& shared, int strip) {
     float* const sums = &shared.sums[strip][0][0];
-    for (int i = lane(); i < kTimeBuckets * 8; i += 32) sums[i] = 0.0f;
+    for (int i = lane(); i < PieceCode::kBuckets * 32; i += 32) sums[i] = 0.0f;
     __syncwarp();
 }
 template <class Bias>
@@ -173,9 +204,12 @@ __device__ __forceinline__ void flush_time_sums(Bias& shared, int strip, const B
     const TableGradients to = sums_of(p, head);
     __syncwarp();
 #pragma unroll 1
-    for (int b = lane(); b < kTimeBuckets; b += 32) {
-        const float* const x = shared.sums[strip][b];
-        const float sum = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+    for (int first = 0; first < PieceCode::kBuckets; first += 32) {
+        const int b = first + lane();
+        if (b >= PieceCode::kBuckets) continue;
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int i = 0; i < 32; ++i) sum += shared.sums[strip][b][(b + i) % 32];
         if (b <= p.relative.num_buckets) to.add(to.time, to.exact_time, b, sum);
     }
     __syncwarp();
@@ -203,9 +237,11 @@ struct BiasTables {
             const uint32_t edge = kEdgesOfTime.at[min_of(b + 1, kTimeBuckets - 1)];
             shared.buckets[b] = {half(b), 1.0f - static_cast<float>(edge), half(b + 1) - half(b)};
         }
-        for (int i = threadIdx.x % kThreads; i < 4 * 24; i += kThreads) {
+        for (int i = threadIdx.x % kThreads; i < Bias::kQuarters; i += kThreads) {
             const TimeQuarter& quarter = kQuartersOfTime.at[i];
-            shared.quarters[i] = {static_cast<float>(quarter.edge_low), half(quarter.bucket), half(quarter.bucket + 1)};
+            const bool last = quarter.bucket >= r.num_buckets;
+            shared.quarters[i] = {last ? 0x1p30f : static_cast<float>(quarter.edge_low),
+                                  min_of(quarter.bucket, r.num_buckets), half(quarter.bucket), half(quarter.bucket + 1)};
         }
         named_sync(1, kThreads);
     }
