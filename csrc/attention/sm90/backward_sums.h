@@ -87,28 +87,26 @@ struct KeySums : KeyBias<Bias> {
         float t[16];
         if (first != last) read_times(t, notes, code, piece, p, work, query0);
         if (code.exact() && last - first > kMostEdges) return add_one_by_one(to, t, x);
-        const auto keep = [&](int bucket, float sum) {
-            if (bucket < PieceCode::kBuckets) {
-                to[32 * bucket] += sum;
+        float left = all;  // in the bucket at hand and behind it
+#pragma unroll 1
+        for (int b = first; b <= last; ++b) {
+            const float before_edge = code.exact() ? shared.buckets[b].before_edge : static_cast<float>(-b);
+            float behind[4] = {};
+            if (b < last) {
+#pragma unroll
+                for (int i = 0; i < 16; ++i)
+                    behind[i % 4] = fmaf(__saturatef(fabsf(t[i]) + before_edge), x[i], behind[i % 4]);
+            }
+            const float next = (behind[0] + behind[1]) + (behind[2] + behind[3]), sum = left - next;
+            left = next;
+            if (b < PieceCode::kBuckets) {
+                to[32 * b] += sum;
             } else {
                 const float of_warp = sum_of_warp(sum);
                 const TableGradients far = sums_of(p, work.head);
-                if (lane() == 0) far.add(far.time, far.exact_time, bucket, of_warp);
+                if (lane() == 0) far.add(far.time, far.exact_time, b, of_warp);
             }
-        };
-        float left = all;  // in the bucket at hand and behind it
-#pragma unroll 1
-        for (int b = first; b < last; ++b) {
-            const float before_edge = code.exact() ? shared.buckets[b].before_edge : static_cast<float>(-b);
-            float behind[4] = {};
-#pragma unroll
-            for (int i = 0; i < 16; ++i)
-                behind[i % 4] = fmaf(__saturatef(fabsf(t[i]) + before_edge), x[i], behind[i % 4]);
-            const float next = (behind[0] + behind[1]) + (behind[2] + behind[3]);
-            keep(b, left - next);
-            left = next;
         }
-        keep(last, left);
     }
     // Four elements at a time: what the column has is read for all four before it is written.
     __device__ __forceinline__ void add_one_by_one(float* to, const float (&t)[16], const float* x) const {
@@ -162,7 +160,8 @@ struct KeySums : KeyBias<Bias> {
             *reinterpret_cast<float2*>(diagonals + lane / 4 * kCols + 8 * k + lane % 4 * 2) = sum[k];
         __syncwarp();
         // The distance corner + j - 15 is in column j - 7 + row.
-        const bool within = !p.deterministic && corner - 15 >= -reach && corner + kQueries <= reach;
+        static_assert(kCols + 7 > 64 && kCols + 7 <= 96);
+        float of_distance[3];
 #pragma unroll
         for (int first = 0; first < kCols + 7; first += 32) {
             const int j = first + lane;
@@ -173,14 +172,23 @@ struct KeySums : KeyBias<Bias> {
                 const bool inside = (first >= 7 || col >= 0) && (first + 32 + row <= kCols + 7 || col < kCols);
                 x[row] = inside ? diagonals[row * kCols + col] : 0.0f;
             }
-            const float of_distance = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
-            if (j >= kCols + 7) continue;
-            if (within) {
-                add_to_global(positions + corner + j - 15, 0.5f * p.inv_scaling * of_distance);
-            } else {
-                const TableGradients to = sums_of(p, head);
-                to.add(to.position, to.exact_position, clamp_to(corner + j - 15, -reach, reach), of_distance);
-            }
+            of_distance[first / 32] = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+        }
+        const int first = corner - 15 + lane;
+        if (!p.deterministic && corner - 15 >= -reach && corner + kQueries <= reach) {
+            float* const to = positions + first;
+            const float scale = 0.5f * p.inv_scaling;
+            add_to_global(to, scale * of_distance[0]);
+            add_to_global(to + 32, scale * of_distance[1]);
+            if (lane < kCols + 7 - 64) add_to_global(to + 64, scale * of_distance[2]);
+            return;
+        }
+        const TableGradients to = sums_of(p, head);
+#pragma unroll 1
+        for (int i = 0; i < 3; ++i) {
+            const float x = i == 0 ? of_distance[0] : i == 1 ? of_distance[1] : of_distance[2];
+            if (32 * i + lane < kCols + 7)
+                to.add(to.position, to.exact_position, clamp_to(first + 32 * i, -reach, reach), x);
         }
     }
 };
