@@ -275,15 +275,9 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
                 g.next();
                 q.next();
                 own.start_dk(stage);
-                if (!Config::sums_beside_products) {
-                    wait_products<0>();
-                    hold(own.dk);
-                    hold(own.gradients);
-                    own.add_to_tables(t, stage);
-                }
                 shared.q_full(q.stage).wait(q.phase);
                 own.start_s(q.stage);
-                if (Config::sums_beside_products) own.add_to_tables(t, stage);
+                own.add_to_tables(t, stage);
                 wait_products<1>();
                 arrive_in_cluster<Config::cluster>(shared.q_empty(stage));
                 own.finish_sums();

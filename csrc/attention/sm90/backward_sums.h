@@ -225,7 +225,7 @@ __device__ __forceinline__ void flush_time_sums(Bias& shared, int strip, const B
 }
 
 // The tables of one head in shared memory, written by all threads of the key warpgroups (named barrier 1), and the sums by
-// bucket that are for that head.
+// bucket that are for that head, of a warp that has any (strip >= 0).
 template <class Bias>
 struct BiasTables {
     Bias& shared;
@@ -254,7 +254,7 @@ struct BiasTables {
         named_sync(1, kThreads);
     }
     __device__ __forceinline__ void flush(const BackwardParams& p, int strip) {
-        if (head >= 0) flush_time_sums(shared, strip, p, head);
+        if (head >= 0 && strip >= 0) flush_time_sums(shared, strip, p, head);
     }
 };
 
