@@ -51,16 +51,18 @@ struct BackwardBias {
     };
     struct alignas(16) Quarter {
         float edge;
-        int bucket;  // below the edge
+        int place;  // in bytes, of the bucket below the edge in a column of sums
         float below, above;
     };
 
     Notes notes[kStages];
+    float key_times[2][kKeys];  // of a work, counted as the queries' are
     Bucket buckets[kTimeBuckets];
     static constexpr int kQuarters = 4 * 23;  // of differences below 2^23
     Quarter quarters[kQuarters];
     // Of each warp: sums of 2 G by bucket, a column a lane; and sums of a tile's blocks of 8 x 8 by their diagonals, a row a
     // key and a column a query.
+    static constexpr int kRowBytes = 32 * sizeof(float);
     float sums[kStrips][PieceCode::kBuckets][32];
     static constexpr int kDiagonalCols = kQueries + 8;
     alignas(8) float diagonals[kStrips][8][kDiagonalCols];
@@ -90,7 +92,7 @@ struct QueryDescriber {
     static __device__ __forceinline__ int piece() { return lane() % Bias::kPieces; }
 
     template <class Mask>
-    __device__ __forceinline__ void begin_work(const BackwardParams& p, const KeyWork<Mask>& work) {
+    __device__ __forceinline__ void begin_work(float* times, const BackwardParams& p, const KeyWork<Mask>& work) {
         const auto sides = sides_of(p, work);
         if (sides.time == nullptr) return;
         wanted = work.mask.q_range(work.col0 + 16 * strip(), 16);
@@ -99,6 +101,7 @@ struct QueryDescriber {
         for (int first = 0; first < Bias::kKeys; first += 32) {
             const int row = min_of(work.col0 + first + lane(), sides.num_rows - 1);
             const float t = time_from(base, __ldg(sides.row_times + row));
+            times[first + lane()] = t;
             Range range{t, t};
 #pragma unroll
             for (int step = 1; step < 16; step *= 2) {
@@ -177,20 +180,10 @@ struct KeyBias {
     static constexpr int kPieces = Bias::kPieces, kMostSteps = 4;
 
     Bias& shared;
-    const int strip;
-    float key_times[2];
+    const int strip, number;  // of which work in shared memory
 
-    template <class Mask>
-    __device__ __forceinline__ KeyBias(Bias& shared, int strip, const BackwardParams& p, const KeyWork<Mask>& work)
-        : shared(shared), strip(strip), key_times{} {
-        const auto sides = sides_of(p, work);
-        if (sides.time == nullptr) return;
-        const auto time_at = [&](int key) { return __ldg(sides.row_times + min_of(key, sides.num_rows - 1)); };
-        const int64_t base = time_at(work.col0);
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-            key_times[half] = time_from(base, time_at(work.col0 + 16 * strip + lane() / 4 + 8 * half));
-    }
+    __device__ __forceinline__ KeyBias(Bias& shared, int strip, int number)
+        : shared(shared), strip(strip), number(number) {}
 
     __device__ __forceinline__ PieceCode code_of(const Notes& notes, int piece) const {
         return {notes.found[strip * kPieces + piece]};
@@ -205,13 +198,12 @@ struct KeyBias {
         const int lane = lane_anew(), place = Bias::kKeys - 1 - (16 * strip + lane / 4) + lane % 4 * 2;
         const float* const from = notes.window[place % 2] + place + place % 2;
         const auto pair = [&](int n) { return *reinterpret_cast<const float2*>(from + 8 * n); };
+        const auto looked_up = [](PieceCode code) { return code.exact() && code.last() - code.first() > kMostSteps; };
         float2 below = pair(-1);  // of the key 8 further
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
             const PieceCode code = code_of(notes, piece);
-            const int edges = code.last() - code.first();
-            const bool look_up = code.exact() && edges > kMostSteps;
-            const float constant = look_up ? 0.0f : shared.buckets[code.first()].value;
+            const float constant = looked_up(code) ? 0.0f : shared.buckets[code.first()].value;
             below.x += constant, below.y += constant;
             float* const x = s.x + 16 * piece;
             float2 above = {};
@@ -226,10 +218,15 @@ struct KeyBias {
                 x[4 * n + 3] = fmaf(half_alpha, x[4 * n + 3], below.y);
                 below = n < 3 ? above : next;
             }
-            if (edges == 0) continue;
+        }
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) {
+            const PieceCode code = code_of(notes, piece);
+            if (code.first() == code.last()) continue;
+            float* const x = s.x + 16 * piece;
             float t[16];
             read_times(t, notes, code, piece, p, work, query0);
-            if (look_up) {
+            if (looked_up(code)) {
 #pragma unroll
                 for (int i = 0; i < 16; ++i) {
                     const float size = fabsf(t[i]);
@@ -255,11 +252,13 @@ struct KeyBias {
                                                const BackwardParams& p, const KeyWork<Mask>& work, int query0) const {
         const int lane = lane_anew(), first = piece * Bias::kPieceSize + lane % 4 * 2;
         if (code.exact()) {
+            const float* const key_times = shared.key_times[number] + 16 * strip + lane / 4;
+            const float of_key[2] = {key_times[0], key_times[8]};
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
                 const float2 of_query = *reinterpret_cast<const float2*>(notes.times + first + 8 * n);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) t[4 * n + i] = (i % 2 ? of_query.y : of_query.x) - key_times[i / 2];
+                for (int i = 0; i < 4; ++i) t[4 * n + i] = (i % 2 ? of_query.y : of_query.x) - of_key[i / 2];
             }
             return;
         }

@@ -180,7 +180,7 @@ struct KeyGroup {
     __device__ __forceinline__ KeyGroup(const BackwardParams& p, const Shared& shared, int group, int number)
         : p(p), shared(shared), group(group), number(number), keys(shared.k(number), 64 * group),
           values(shared.v(number), 64 * group),
-          relative(shared.bias(), 4 * group + threadIdx.x / 32 % 4, p, shared.work(number)) {
+          relative(shared.bias(), 4 * group + threadIdx.x / 32 % 4, number, p, shared.work(number).head) {
         dk.clear();
         dv.clear();
     }

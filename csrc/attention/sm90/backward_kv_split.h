@@ -67,7 +67,7 @@ __device__ __forceinline__ void own_values(const BackwardParams& p,
         if (shared.work(k.stage).last) break;
         if constexpr (Config::relative) tables.take_head(p, shared.work(k.stage).head, -1);
         const int tiles = __shfl_sync(0xffffffff, shared.work(k.stage).walk.tiles, 0);
-        [[maybe_unused]] const Relative relative(shared.bias(), threadIdx.x / 32 % 4, p, shared.work(k.stage));
+        [[maybe_unused]] const Relative relative(shared.bias(), threadIdx.x / 32 % 4, k.stage);
         const auto keys = rows(shared.k(k.stage));
         HalvedSum<kHeadDim> dv;
         Accumulator<kRows> s;
@@ -127,7 +127,7 @@ __device__ __forceinline__ void own_gradients(const BackwardParams& p,
         if (shared.work(k.stage).last) break;
         if constexpr (Config::relative) tables.take_head(p, shared.work(k.stage).head, strip);
         const int tiles = __shfl_sync(0xffffffff, shared.work(k.stage).walk.tiles, 0);
-        [[maybe_unused]] Relative relative(shared.bias(), strip, p, shared.work(k.stage));
+        [[maybe_unused]] Relative relative(shared.bias(), strip, k.stage, p, shared.work(k.stage).head);
         const auto values = rows(shared.v(k.stage));
         HalvedSum<kHeadDim> dk;
         Accumulator<kRows> dp;

@@ -39,9 +39,8 @@ struct KeySums : KeyBias<Bias> {
     float* positions;                   // of this head, at distance 0
     float before = 0.0f, after = 0.0f;  // clipped distances: at -reach and at reach
 
-    template <class Mask>
-    __device__ __forceinline__ KeySums(Bias& shared, int strip, const BackwardParams& p, const KeyWork<Mask>& work)
-        : Base(shared, strip, p, work), positions(sums_of(p, work.head).position) {}
+    __device__ __forceinline__ KeySums(Bias& shared, int strip, int number, const BackwardParams& p, int head)
+        : Base(shared, strip, number), positions(sums_of(p, head).position) {}
 
     template <class Mask>
     __device__ __forceinline__ void add(const Accumulator<kQueries>& g, const Notes& notes, const BackwardParams& p,
@@ -110,6 +109,7 @@ struct KeySums : KeyBias<Bias> {
     }
     // Four elements at a time: what the column has is read for all four before it is written.
     __device__ __forceinline__ void add_one_by_one(float* to, const float (&t)[16], const float* x) const {
+        const auto sum_at = [&](int place) { return reinterpret_cast<float*>(reinterpret_cast<char*>(to) + place); };
 #pragma unroll
         for (int n = 0; n < 16; n += 4) {
             int at[4];
@@ -118,17 +118,17 @@ struct KeySums : KeyBias<Bias> {
             for (int i = 0; i < 4; ++i) {
                 const float size = fabsf(t[n + i]);
                 const typename Bias::Quarter& quarter = shared.quarters[quarter_of(size)];
-                at[i] = 32 * (quarter.bucket + (size >= quarter.edge ? 1 : 0));
+                at[i] = quarter.place + (size >= quarter.edge ? Bias::kRowBytes : 0);
             }
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                sum[i] = to[at[i]] + x[n + i];
+                sum[i] = *sum_at(at[i]) + x[n + i];
 #pragma unroll
                 for (int j = 0; j < i; ++j)
                     if (at[j] == at[i]) sum[i] += x[n + j];
             }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) to[at[i]] = sum[i];
+            for (int i = 0; i < 4; ++i) *sum_at(at[i]) = sum[i];
         }
     }
 
@@ -249,7 +249,7 @@ struct BiasTables {
             const TimeQuarter& quarter = kQuartersOfTime.at[i];
             const bool last = quarter.bucket >= r.num_buckets;
             shared.quarters[i] = {last ? 0x1p30f : static_cast<float>(quarter.edge_low),
-                                  min_of(quarter.bucket, r.num_buckets), half(quarter.bucket), half(quarter.bucket + 1)};
+                                  Bias::kRowBytes * min_of(quarter.bucket, r.num_buckets), half(quarter.bucket), half(quarter.bucket + 1)};
         }
         named_sync(1, kThreads);
     }

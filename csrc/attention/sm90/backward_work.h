@@ -210,7 +210,7 @@ __device__ __forceinline__ void load_queries(const BackwardParams& p, const Back
         const SequenceRows rows{shared.work(k.stage).head, shared.work(k.stage).q_begin,
                                 shared.work(k.stage).mask.len_q};
         if constexpr (Config::relative)
-            describer.begin_work(p, shared.work(k.stage));
+            describer.begin_work(shared.bias().key_times[k.stage], p, shared.work(k.stage));
         else
             shared.k_empty(k.stage).arrive();
         for (int t = 0; t < walk.tiles; ++t, q.next()) {
