@@ -232,7 +232,7 @@ template <int kHeadDim>
 struct RelativeBackwardTile;
 template <>
 struct RelativeBackwardTile<64> {
-    static constexpr int rows = 64, cols = 128, stages = 3, works = 2, unit_cols = 64, cluster = 1, g_stages = 2;
+    static constexpr int rows = 64, cols = 128, stages = 2, works = 2, unit_cols = 64, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 192, query_registers = 72, loader_registers = 56;
     static constexpr bool keys_in_registers = false, split = false, relative = true;
 };

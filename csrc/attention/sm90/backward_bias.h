@@ -7,10 +7,9 @@
 // key; and which buckets can occur in each piece of 16 keys and 32 queries, from the ranges of the times on both sides.
 // A key warp adds half the bias to its 16 rows of S^T (KeyBias), all of it known to be alike in the warp but the values:
 //   positions   blocks of 8 x 8 on the same diagonal share a pair of the window's values a thread
-//   times       one bucket: a constant. Up to kMostSteps edges between buckets: as many comparisons an element; saturating
-//               |x| + 1 - edge gives 0 or 1, for x is an integer. More: a look-up of x's quarter of an octave. Where
-//               differences may reach 2^24, x is the number of the bucket instead, found in 64 bits, and the edges are
-//               1, 2, 3, ...
+//   times       one bucket: a constant. More: a look-up of the difference's quarter of an octave. Where differences may
+//               reach 2^24, an element's bucket is found in 64 bits instead; then the steps from bucket to bucket are added,
+//               with saturating bucket - b as 0 or 1.
 #pragma once
 
 #include "attention/bias.h"
@@ -24,7 +23,7 @@ namespace hstu::attention::sm90 {
 
 // The buckets that can occur in a piece.
 struct PieceCode {
-    static constexpr int kExact = 1 << 16, kBuckets = 52;  // of differences that count as exact
+    static constexpr int kExact = 1 << 16, kBuckets = 56;  // of differences that count as exact
 
     int code;
 
@@ -46,8 +45,8 @@ struct BackwardBias {
         alignas(8) float times[kQueries];
         int found[kStrips * kPieces];  // PieceCode
     };
-    struct alignas(16) Bucket {
-        float value, before_edge, step;  // 1 - the edge to the next bucket; the step to it
+    struct Bucket {
+        float value, step;  // to the next one's
     };
     struct alignas(16) Quarter {
         float edge;
@@ -58,7 +57,7 @@ struct BackwardBias {
     Notes notes[kStages];
     float key_times[2][kKeys];  // of a work, counted as the queries' are
     Bucket buckets[kTimeBuckets];
-    static constexpr int kQuarters = 4 * 23;  // of differences below 2^23
+    static constexpr int kQuarters = 4 * 24;  // of differences below 2^24
     Quarter quarters[kQuarters];
     // Of each warp: sums of 2 G by bucket, a column a lane; and sums of a tile's blocks of 8 x 8 by their diagonals, a row a
     // key and a column a query.
@@ -161,8 +160,8 @@ struct QueryDescriber {
         const float high = fmaxf(keys.high - queries.low, queries.high - keys.low);
         const float largest =
             fmaxf(fmaxf(fabsf(keys.low), fabsf(keys.high)), fmaxf(fabsf(queries.low), fabsf(queries.high)));
-        static_assert(kTimeEdges[PieceCode::kBuckets] < 1 << 23);
-        const bool exact = largest < 0x1p24f - 4.0f && high < static_cast<float>(kTimeEdges[PieceCode::kBuckets]);
+        static_assert(kTimeEdges[PieceCode::kBuckets] >= 1 << 24);
+        const bool exact = fmaxf(largest, high) < 0x1p24f - 4.0f;
         const float slack = exact ? 0.0f : fmaf(largest, 0x1p-21f, 4.0f);
         const auto bucket = [&](float x) {
             return min_of(bucket_of(static_cast<uint64_t>(__float2ull_rz(fmaxf(x, 0.0f)))), num_buckets);
@@ -177,7 +176,7 @@ template <class Bias>
 struct KeyBias {
     using Notes = typename Bias::Notes;
     using Bucket = typename Bias::Bucket;
-    static constexpr int kPieces = Bias::kPieces, kMostSteps = 4;
+    static constexpr int kPieces = Bias::kPieces;
 
     Bias& shared;
     const int strip, number;  // of which work in shared memory
@@ -198,7 +197,7 @@ struct KeyBias {
         const int lane = lane_anew(), place = Bias::kKeys - 1 - (16 * strip + lane / 4) + lane % 4 * 2;
         const float* const from = notes.window[place % 2] + place + place % 2;
         const auto pair = [&](int n) { return *reinterpret_cast<const float2*>(from + 8 * n); };
-        const auto looked_up = [](PieceCode code) { return code.exact() && code.last() - code.first() > kMostSteps; };
+        const auto looked_up = [](PieceCode code) { return code.exact() && code.first() != code.last(); };
         float2 below = pair(-1);  // of the key 8 further
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
@@ -238,15 +237,15 @@ struct KeyBias {
             Bucket bucket = shared.buckets[code.first()];
 #pragma unroll 1
             for (int b = code.first(); b < code.last(); ++b) {
-                const float before = code.exact() ? bucket.before_edge : static_cast<float>(-b), step = bucket.step;
+                const float step = bucket.step;
                 bucket = shared.buckets[b + 1];
 #pragma unroll
-                for (int i = 0; i < 16; ++i) x[i] = fmaf(__saturatef(fabsf(t[i]) + before), step, x[i]);
+                for (int i = 0; i < 16; ++i) x[i] = fmaf(__saturatef(t[i] - static_cast<float>(b)), step, x[i]);
             }
         }
     }
 
-    // What edges are compared with: differences, or where they may be large the numbers of their buckets.
+    // Differences with their sign, or where they may be large the numbers of their buckets.
     template <class Mask>
     __device__ __forceinline__ void read_times(float (&t)[16], const Notes& notes, PieceCode code, int piece,
                                                const BackwardParams& p, const KeyWork<Mask>& work, int query0) const {

@@ -4,9 +4,9 @@
 //
 // A thread has G in fp32 for the 8 x 8 blocks of its warp's 16 keys, a query tile after another, while products are under
 // way.
-//   times       A lane has a column of sums in shared memory, one a bucket. Of a piece (backward_bias.h) it adds up all
-//               elements, then those behind the first edge, behind the second, ...: a bucket's sum is the difference of two.
-//               Where there are many edges, each element finds its bucket and is added to the column.
+//   times       A lane has a column of sums in shared memory, one a bucket. Of a piece (backward_bias.h) with one bucket it
+//               adds all elements to it at once, else each element finds its bucket. Where differences may be large, it adds
+//               up those behind the first edge, behind the second, ...: a bucket's sum is the difference of two.
 //   positions   Blocks on the same diagonal are added first. Through shared memory each lane then gets what all keys have
 //               of its distances, which it adds to global memory. Tiles beyond the table's reach are one sum.
 // Global sums are added to by atomics, in fp32 or, where deterministic, exactly: all before has a fixed order.
@@ -34,10 +34,12 @@ struct KeySums : KeyBias<Bias> {
     using Base = KeyBias<Bias>;
     using Base::code_of, Base::read_times, Base::shared, Base::strip;
     using typename Base::Bucket, typename Base::Notes;
-    static constexpr int kQueries = Bias::kQueries, kPieces = Bias::kPieces, kMostEdges = 4;
+    static constexpr int kQueries = Bias::kQueries, kPieces = Bias::kPieces;
 
     float* positions;                   // of this head, at distance 0
     float before = 0.0f, after = 0.0f;  // clipped distances: at -reach and at reach
+    float far = 0.0f;                   // of far_bucket, for which there are no columns
+    int far_bucket = PieceCode::kBuckets;
 
     __device__ __forceinline__ KeySums(Bias& shared, int strip, int number, const BackwardParams& p, int head)
         : Base(shared, strip, number), positions(sums_of(p, head).position) {}
@@ -62,6 +64,7 @@ struct KeySums : KeyBias<Bias> {
 
     // At the end of a work.
     __device__ __forceinline__ void finish(const BackwardParams& p, int head) {
+        if (p.dtime != nullptr) add_far(p, head, PieceCode::kBuckets);
         if (p.dposition == nullptr) return;
         const float low = sum_of_warp(before), high = sum_of_warp(after);
         if (lane() != 0) return;
@@ -75,37 +78,46 @@ struct KeySums : KeyBias<Bias> {
 
     template <class Mask>
     __device__ __forceinline__ void add_times(const float* x, float all, const Notes& notes, int piece,
-                                              const BackwardParams& p, const KeyWork<Mask>& work, int query0) const {
+                                              const BackwardParams& p, const KeyWork<Mask>& work, int query0) {
         const PieceCode code = code_of(notes, piece);
         const int first = code.first(), last = code.last();
         float* const to = column();
-        if (code.exact() && first == last) {
-            to[32 * last] += all;
+        if (first == last) {
+            if (last < PieceCode::kBuckets) {
+                to[32 * last] += all;
+            } else {
+                if (far_bucket != last) add_far(p, work.head, last);
+                far += all;
+            }
             return;
         }
         float t[16];
-        if (first != last) read_times(t, notes, code, piece, p, work, query0);
-        if (code.exact() && last - first > kMostEdges) return add_one_by_one(to, t, x);
+        read_times(t, notes, code, piece, p, work, query0);
+        if (code.exact()) return add_one_by_one(to, t, x);
         float left = all;  // in the bucket at hand and behind it
 #pragma unroll 1
         for (int b = first; b <= last; ++b) {
-            const float before_edge = code.exact() ? shared.buckets[b].before_edge : static_cast<float>(-b);
             float behind[4] = {};
             if (b < last) {
 #pragma unroll
                 for (int i = 0; i < 16; ++i)
-                    behind[i % 4] = fmaf(__saturatef(fabsf(t[i]) + before_edge), x[i], behind[i % 4]);
+                    behind[i % 4] = fmaf(__saturatef(t[i] - static_cast<float>(b)), x[i], behind[i % 4]);
             }
             const float next = (behind[0] + behind[1]) + (behind[2] + behind[3]), sum = left - next;
             left = next;
             if (b < PieceCode::kBuckets) {
                 to[32 * b] += sum;
             } else {
-                const float of_warp = sum_of_warp(sum);
-                const TableGradients far = sums_of(p, work.head);
-                if (lane() == 0) far.add(far.time, far.exact_time, b, of_warp);
+                if (far_bucket != b) add_far(p, work.head, b);
+                far += sum;
             }
         }
+    }
+    __device__ __forceinline__ void add_far(const BackwardParams& p, int head, int next) {
+        const float sum = sum_of_warp(far);
+        const TableGradients to = sums_of(p, head);
+        if (lane() == 0) to.add(to.time, to.exact_time, min_of(far_bucket, p.relative.num_buckets), sum);
+        far = 0.0f, far_bucket = next;
     }
     // Four elements at a time: what the column has is read for all four before it is written.
     __device__ __forceinline__ void add_one_by_one(float* to, const float (&t)[16], const float* x) const {
@@ -242,8 +254,7 @@ struct BiasTables {
         const auto half = [&](int b) { return time ? 0.5f * __ldg(time + min_of(b, r.num_buckets)) : 0.0f; };
         named_sync(1, kThreads);
         for (int b = threadIdx.x % kThreads; b < kTimeBuckets; b += kThreads) {
-            const uint32_t edge = kEdgesOfTime.at[min_of(b + 1, kTimeBuckets - 1)];
-            shared.buckets[b] = {half(b), 1.0f - static_cast<float>(edge), half(b + 1) - half(b)};
+            shared.buckets[b] = {half(b), half(b + 1) - half(b)};
         }
         for (int i = threadIdx.x % kThreads; i < Bias::kQuarters; i += kThreads) {
             const TimeQuarter& quarter = kQuartersOfTime.at[i];
