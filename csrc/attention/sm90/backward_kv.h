@@ -196,7 +196,8 @@ struct KeyGroup {
         commit_products();
     }
     // S is there: P and the slopes.
-    __device__ __forceinline__ void use_s(int t, int stage, float half_alpha) {
+    __device__ __forceinline__ void use_s(int t, int stage) {
+        float half_alpha = 0.5f * p.alpha;
         const int row0 = shared.work(number).walk[t], first_key = shared.work(number).col0 + 64 * group;
         const Mask mask = shared.work(number).mask;
         hold(s);
@@ -257,15 +258,43 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
         const int tiles = __shfl_sync(0xffffffff, shared.work(k.stage).walk.tiles, 0);
         if (Config::keys_in_registers) shared.v_full(k.stage).wait(k.phase);
         KeyGroup<T, kHeadDim, Mask, Config> own(p, shared, group, k.stage);
-        const float half_alpha = 0.5f * p.alpha;
-        if (tiles > 0) {
+        if constexpr (Config::relative) {
+            // One loop body for all tiles: its code is long.
+            shared.v_full(k.stage).wait(k.phase);
+            if (tiles > 0) {
+                shared.q_full(q.stage).wait(q.phase);
+                own.start_s(q.stage);
+                wait_products<0>();
+            }
+            for (int t = 0; t < tiles; ++t) {
+                const int stage = q.stage;
+                own.use_s(t, stage);
+                own.start_dp(stage);
+                own.start_dv(stage);
+                wait_products<0>();
+                hold(own.dv);
+                hold(own.weights);
+                own.use_dp(g);
+                g.next();
+                q.next();
+                own.start_dk(stage);
+                // The last tile's S once more instead of a next one's, as ptxas wants the same products on every way.
+                const bool last = t == tiles - 1;
+                if (!last) shared.q_full(q.stage).wait(q.phase);
+                own.start_s(last ? stage : q.stage);
+                own.add_to_tables(t, stage);
+                own.finish_sums();
+                arrive_in_cluster<Config::cluster>(shared.q_empty(stage));
+            }
+            arrive_as_warp(shared.v_empty(k.stage));
+        } else if (tiles > 0) {
             shared.q_full(q.stage).wait(q.phase);
             own.start_s(q.stage);
             shared.v_full(k.stage).wait(k.phase);
             wait_products<0>();
             for (int t = 0; t < tiles - 1; ++t) {
                 const int stage = q.stage;
-                own.use_s(t, stage, half_alpha);
+                own.use_s(t, stage);
                 own.start_dp(stage);
                 own.start_dv(stage);
                 wait_products<0>();
@@ -277,19 +306,17 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
                 own.start_dk(stage);
                 shared.q_full(q.stage).wait(q.phase);
                 own.start_s(q.stage);
-                own.add_to_tables(t, stage);
                 wait_products<1>();
                 arrive_in_cluster<Config::cluster>(shared.q_empty(stage));
                 own.finish_sums();
             }
-            own.use_s(tiles - 1, q.stage, half_alpha);
+            own.use_s(tiles - 1, q.stage);
             own.start_dp(q.stage);
             own.start_dv(q.stage);
             wait_products<1>();
             arrive_as_warp(shared.v_empty(k.stage));
             own.use_dp(g);
             own.start_dk(q.stage);
-            own.add_to_tables(tiles - 1, q.stage);
             own.finish_sums();
             arrive_in_cluster<Config::cluster>(shared.q_empty(q.stage));
             g.next();
