@@ -280,9 +280,12 @@ int64_t scratch_of(Arch arch, int head_dim, const BackwardParams& p) {
     return arch == Arch::kSm90 ? sm90::dq_scratch_elements(p, head_dim) : sm80::dq_accum_elements(p, head_dim);
 }
 
-const Cell& cell_of(Direction direction, const Params& p, DType dtype, MaskKind mask) {
+// The sm90 family adds up the tables' gradients in no fixed order.
+const Cell& cell_of(Direction direction, const Params& p, DType dtype, MaskKind mask, bool ordered_sums = false) {
     const BiasKind bias = p.relative ? BiasKind::kRelative : p.rab.data ? BiasKind::kRab : BiasKind::kNone;
-    return find_cell(direction, compute_capability(p.device), dtype, max_of(p.dim_qk, p.dim_v), mask, bias);
+    const int capability = compute_capability(p.device);
+    return find_cell(direction, ordered_sums ? min_of(capability, 80) : capability, dtype, max_of(p.dim_qk, p.dim_v),
+                     mask, bias);
 }
 #else
 [[noreturn]] void fail_without_cuda() {
@@ -357,7 +360,7 @@ void backward(const Inputs& inputs, const Gradients& gradients, bool determinist
         return cpu::backward(p, q.dtype, mask);
     }
 #if HSTU_EXT_CUDA
-    const Cell& cell = cell_of(Direction::kBackward, p, q.dtype, mask);
+    const Cell& cell = cell_of(Direction::kBackward, p, q.dtype, mask, deterministic && (p.dposition || p.dtime));
     const DeviceGuard guard(p.device);
     if (is_empty(p)) {
         zero(p.dq, p.total_q, p.heads * p.dim_qk, execution.stream);

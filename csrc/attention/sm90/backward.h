@@ -98,6 +98,7 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
 
 template <class T, int kHeadDim, class Mask, class Bias>
 void run_backward(const BackwardParams& p, void* stream) {
+    // Deterministic calls with a relative bias: sm80 (api.cpp).
     if constexpr (Bias::kKind == BiasKind::kRelative)
         launch_backward<T, kHeadDim, Mask, RelativeBackwardTile<kHeadDim>>(p, stream);
     else

@@ -7,9 +7,9 @@
 // key; and which buckets can occur in each piece of 16 keys and 32 queries, from the ranges of the times on both sides.
 // A key warp adds half the bias to its 16 rows of S^T (KeyBias), all of it known to be alike in the warp but the values:
 //   positions   blocks of 8 x 8 on the same diagonal share a pair of the window's values a thread
-//   times       one bucket: a constant. More: a look-up of the difference's quarter of an octave. Where differences may
-//               reach 2^24, an element's bucket is found in 64 bits instead; then the steps from bucket to bucket are added,
-//               with saturating bucket - b as 0 or 1.
+//   times       one bucket: a constant. More: a look-up of the difference's quarter of an octave (time_bucket.h) in shared
+//               memory. Differences are in fp32, exact below 2^24; above, an element near an edge leaves its bucket in
+//               doubt, and the warp's piece is done again in 64 bits, as are differences past the tables.
 #pragma once
 
 #include "attention/bias.h"
@@ -23,18 +23,20 @@ namespace hstu::attention::sm90 {
 
 // The buckets that can occur in a piece.
 struct PieceCode {
-    static constexpr int kExact = 1 << 16, kBuckets = 56;  // of differences that count as exact
+    static constexpr int kWide = 1 << 16;
 
     int code;
 
     __device__ __forceinline__ int first() const { return code & 255; }
     __device__ __forceinline__ int last() const { return code >> 8 & 255; }
-    __device__ __forceinline__ bool exact() const { return code & kExact; }  // differences in fp32
+    __device__ __forceinline__ bool one() const { return first() == last(); }
+    __device__ __forceinline__ bool wide() const { return code & kWide; }
 };
 
 // In shared memory. Values are halved.
-template <int kKeys_, int kQueries_, int kStages>
+template <int kKeys_, int kQueries_, int kStages, int kBuckets_>
 struct BackwardBias {
+    static constexpr int kBuckets = kBuckets_;  // that have a place in the sums of a lane; wide pieces reach others
     static constexpr int kKeys = kKeys_, kQueries = kQueries_, kWindow = kKeys + kQueries;
     static constexpr int kStrips = kKeys / 16, kPieceSize = 32, kPieces = kQueries / kPieceSize;
     static_assert(kStrips * kPieces <= 32);
@@ -43,10 +45,8 @@ struct BackwardBias {
         // [kKeys - 1 - key + query], and the same a word later, so that the pair of any two neighbours is aligned in one.
         alignas(8) float window[2][kWindow + 2];
         alignas(8) float times[kQueries];
-        int found[kStrips * kPieces];  // PieceCode
-    };
-    struct Bucket {
-        float value, step;  // to the next one's
+        int found[kStrips * kPieces];   // PieceCode
+        float slack[kStrips * kPieces];  // what a difference may be off by, or less than 0
     };
     struct alignas(16) Quarter {
         float edge;
@@ -56,13 +56,14 @@ struct BackwardBias {
 
     Notes notes[kStages];
     float key_times[2][kKeys];  // of a work, counted as the queries' are
-    Bucket buckets[kTimeBuckets];
-    static constexpr int kQuarters = 4 * 24;  // of differences below 2^24
+    float values[kTimeBuckets];
+    static constexpr int kQuarters = 4 * 37;
+    static_assert(kTimeEdges[kBuckets] < uint64_t{1} << 37);
     Quarter quarters[kQuarters];
     // Of each warp: sums of 2 G by bucket, a column a lane; and sums of a tile's blocks of 8 x 8 by their diagonals, a row a
     // key and a column a query.
     static constexpr int kRowBytes = 32 * sizeof(float);
-    float sums[kStrips][PieceCode::kBuckets][32];
+    float sums[kStrips][kBuckets][32];
     static constexpr int kDiagonalCols = kQueries + 8;
     alignas(8) float diagonals[kStrips][8][kDiagonalCols];
 };
@@ -126,6 +127,7 @@ struct QueryDescriber {
                 sides.position ? __ldg(sides.position + clamp_to(distance, -sides.reach, sides.reach)) : 0.0f;
         }
         int found = 0;
+        float slack = -1.0f;
         if (sides.time != nullptr) {
             Range queries = {};
 #pragma unroll
@@ -138,9 +140,9 @@ struct QueryDescriber {
                 if (i == piece()) queries = {from_ordered(low), from_ordered(high)};
             }
             if (overlaps(wanted, query0 + Bias::kPieceSize * piece(), Bias::kPieceSize))
-                found = find(queries, sides.num_buckets);
+                found = find(queries, sides.num_buckets, slack);
         }
-        if (lane() < kLanes) to.found[lane()] = found;
+        if (lane() < kLanes) to.found[lane()] = found, to.slack[lane()] = slack;
 #pragma unroll
         for (int i = 0; i < kReads; ++i)
             to.window[0][32 * i + lane()] = to.window[1][32 * i + lane() + 1] = 0.5f * position[i];
@@ -155,18 +157,19 @@ struct QueryDescriber {
     static __device__ __forceinline__ float from_ordered(int order) {
         return __int_as_float(order ^ (order >> 31 & 0x7fffffff));
     }
-    __device__ __forceinline__ int find(const Range& queries, int num_buckets) const {
+    __device__ __forceinline__ int find(const Range& queries, int num_buckets, float& slack) const {
         const float low = fmaxf(keys.low - queries.high, queries.low - keys.high);
         const float high = fmaxf(keys.high - queries.low, queries.high - keys.low);
         const float largest =
             fmaxf(fmaxf(fabsf(keys.low), fabsf(keys.high)), fmaxf(fabsf(queries.low), fabsf(queries.high)));
-        static_assert(kTimeEdges[PieceCode::kBuckets] >= 1 << 24);
         const bool exact = fmaxf(largest, high) < 0x1p24f - 4.0f;
-        const float slack = exact ? 0.0f : fmaf(largest, 0x1p-21f, 4.0f);
+        const float error = exact ? 0.0f : fmaf(largest, 0x1p-21f, 4.0f);
+        const bool wide = high + error >= static_cast<float>(kTimeEdges[Bias::kBuckets] - 1);
+        if (!exact) slack = error;
         const auto bucket = [&](float x) {
             return min_of(bucket_of(static_cast<uint64_t>(__float2ull_rz(fmaxf(x, 0.0f)))), num_buckets);
         };
-        return bucket(low - slack) | bucket(high + slack) << 8 | (exact ? PieceCode::kExact : 0);
+        return bucket(low - error) | bucket(high + error) << 8 | (wide ? PieceCode::kWide : 0);
     }
 };
 
@@ -175,7 +178,7 @@ struct QueryDescriber {
 template <class Bias>
 struct KeyBias {
     using Notes = typename Bias::Notes;
-    using Bucket = typename Bias::Bucket;
+    using Quarter = typename Bias::Quarter;
     static constexpr int kPieces = Bias::kPieces;
 
     Bias& shared;
@@ -197,12 +200,11 @@ struct KeyBias {
         const int lane = lane_anew(), place = Bias::kKeys - 1 - (16 * strip + lane / 4) + lane % 4 * 2;
         const float* const from = notes.window[place % 2] + place + place % 2;
         const auto pair = [&](int n) { return *reinterpret_cast<const float2*>(from + 8 * n); };
-        const auto looked_up = [](PieceCode code) { return code.exact() && code.first() != code.last(); };
         float2 below = pair(-1);  // of the key 8 further
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
             const PieceCode code = code_of(notes, piece);
-            const float constant = looked_up(code) ? 0.0f : shared.buckets[code.first()].value;
+            const float constant = code.one() ? shared.values[code.first()] : 0.0f;
             below.x += constant, below.y += constant;
             float* const x = s.x + 16 * piece;
             float2 above = {};
@@ -221,61 +223,71 @@ struct KeyBias {
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
             const PieceCode code = code_of(notes, piece);
-            if (code.first() == code.last()) continue;
+            if (code.one()) continue;
             float* const x = s.x + 16 * piece;
-            float t[16];
-            read_times(t, notes, code, piece, p, work, query0);
-            if (looked_up(code)) {
+            float value[16];
+            const auto take = [&](int i, bool past, const Quarter& quarter) {
+                value[i] = past ? quarter.above : quarter.below;
+            };
+            if (look_up(notes, code, piece, take)) {
 #pragma unroll
-                for (int i = 0; i < 16; ++i) {
-                    const float size = fabsf(t[i]);
-                    const typename Bias::Quarter quarter = shared.quarters[quarter_of(size)];
-                    x[i] += size >= quarter.edge ? quarter.above : quarter.below;
-                }
-                continue;
-            }
-            Bucket bucket = shared.buckets[code.first()];
-#pragma unroll 1
-            for (int b = code.first(); b < code.last(); ++b) {
-                const float step = bucket.step;
-                bucket = shared.buckets[b + 1];
+                for (int i = 0; i < 16; ++i) x[i] += value[i];
+            } else {
+                find_buckets(piece, p, work, query0, [&](int n, const int(&bucket)[4]) {
+                    float found[4];
 #pragma unroll
-                for (int i = 0; i < 16; ++i) x[i] = fmaf(__saturatef(t[i] - static_cast<float>(b)), step, x[i]);
+                    for (int i = 0; i < 4; ++i) found[i] = shared.values[bucket[i]];
+#pragma unroll
+                    for (int i = 0; i < 16; ++i)
+                        if (i / 4 == n) x[i] += found[i % 4];
+                });
             }
         }
     }
 
-    // Differences with their sign, or where they may be large the numbers of their buckets.
-    template <class Mask>
-    __device__ __forceinline__ void read_times(float (&t)[16], const Notes& notes, PieceCode code, int piece,
-                                               const BackwardParams& p, const KeyWork<Mask>& work, int query0) const {
-        const int lane = lane_anew(), first = piece * Bias::kPieceSize + lane % 4 * 2;
-        if (code.exact()) {
-            const float* const key_times = shared.key_times[number] + 16 * strip + lane / 4;
-            const float of_key[2] = {key_times[0], key_times[8]};
+  protected:
+    // take(element, is it past the edge, its quarter) for a piece's elements, unless the warp has one that fp32 leaves in
+    // doubt. An edge lies at a quarter's start or farther from it than a 500th, so small differences are in doubt too.
+    template <class Take>
+    __device__ __forceinline__ bool look_up(const Notes& notes, PieceCode code, int piece, const Take& take) const {
+        if (code.wide()) return false;
+        const int lane = lane_anew();
+        const float* const key_times = shared.key_times[number] + 16 * strip + lane / 4;
+        const float* const query_times = notes.times + piece * Bias::kPieceSize + lane % 4 * 2;
+        const float of_key[2] = {key_times[0], key_times[8]};
+        const float slack = notes.slack[strip * kPieces + piece], least = 1024.0f * slack;
+        bool doubt = false;
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
-                const float2 of_query = *reinterpret_cast<const float2*>(notes.times + first + 8 * n);
+        for (int n = 0; n < 4; ++n) {
+            const float2 of_query = *reinterpret_cast<const float2*>(query_times + 8 * n);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) t[4 * n + i] = (i % 2 ? of_query.y : of_query.x) - of_key[i / 2];
+            for (int i = 0; i < 4; ++i) {
+                const float size = fabsf((i % 2 ? of_query.y : of_query.x) - of_key[i / 2]);
+                const Quarter& quarter = shared.quarters[quarter_of(size)];
+                doubt = doubt || size < least || fabsf(size - quarter.edge) <= slack;
+                take(4 * n + i, size >= quarter.edge, quarter);
             }
-            return;
         }
+        return !__any_sync(0xffffffff, doubt);
+    }
+    // use(n, buckets of the elements 4 n to 4 n + 3), from differences in 64 bits. Seldom: a loop keeps the code small.
+    template <class Mask, class Use>
+    __device__ __forceinline__ void find_buckets(int piece, const BackwardParams& p, const KeyWork<Mask>& work,
+                                                 int query0, const Use& use) const {
         const auto sides = sides_of(p, work);
-        const int key = work.col0 + 16 * strip + lane / 4;
+        const int lane = lane_anew(), key = work.col0 + 16 * strip + lane / 4;
+        const int query = query0 + piece * Bias::kPieceSize + lane % 4 * 2;
         const int64_t of_key[2] = {__ldg(sides.row_times + min_of(key, sides.num_rows - 1)),
                                    __ldg(sides.row_times + min_of(key + 8, sides.num_rows - 1))};
 #pragma unroll 1
         for (int n = 0; n < 4; ++n) {
-            float bucket[4];
+            int bucket[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int query = min_of(query0 + first + 8 * n + i % 2, sides.num_cols - 1);
-                const uint64_t x = time_difference(__ldg(sides.col_times + query), of_key[i / 2]);
-                bucket[i] = static_cast<float>(min_of(bucket_of(x), sides.num_buckets));
+                const int64_t of_query = __ldg(sides.col_times + min_of(query + 8 * n + i % 2, sides.num_cols - 1));
+                bucket[i] = min_of(bucket_of(time_difference(of_query, of_key[i / 2])), sides.num_buckets);
             }
-#pragma unroll
-            for (int i = 0; i < 16; ++i) t[i] = i / 4 == n ? bucket[i % 4] : n == 0 ? 0.0f : t[i];
+            use(n, bucket);
         }
     }
 };

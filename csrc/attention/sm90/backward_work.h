@@ -57,7 +57,7 @@ struct BackwardShared {
     static constexpr int kBarriers = 2 * kStages + 24;
     static constexpr int kWork = kTiles + 8 * kBarriers;
     static constexpr int kBatch = kWork + 2 * sizeof(KeyWork<Mask>);
-    using Bias = BackwardBias<kCols, kRows, kStages>;
+    using Bias = BackwardBias<kCols, kRows, kStages, Config::time_buckets>;
     static constexpr int kBias = (kBatch + static_cast<int>(sizeof(SortedBatch)) + 15) / 16 * 16;
     static constexpr int kBytes = Config::relative ? kBias + sizeof(Bias) : kBatch + sizeof(SortedBatch);
     static_assert(kBytes <= 227 << 10);
