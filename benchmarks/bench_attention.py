@@ -2,7 +2,7 @@
 
     python benchmarks/bench_attention.py                        the whole grid on the GPU, about a minute
     python benchmarks/bench_attention.py --cases d64:u200,d128  one case and every length of d=128
-    python benchmarks/bench_attention.py --peers peers.csv      ratios against recorded times
+    python benchmarks/bench_attention.py --peers peers.csv      ratios against recorded peers (see below)
     python benchmarks/bench_attention.py --base old.jsonl       ratios against an earlier run of this benchmark
     python benchmarks/bench_attention.py --providers hstu_ext,relative,relative_rab,relative_eager
                                                                 with a relative bias against without, as rab and eager
@@ -15,6 +15,10 @@ standard normal, the mask is causal, alpha = 1/sqrt(d); nothing is flushed from 
 Times in the table are those of a call inside a replayed CUDA graph (on the CPU, medians). TFLOP/s counts 4 d operations
 forward and 10 d backward for each kept pair and head. Efficiency is the roof over the time: the longer of those
 operations at this run's own bf16 matmul rate, and of every input and output moved once at its own copy rate.
+
+Recorded peers are rows of this benchmark (.jsonl) or a CSV with the columns head_dim, lengths, peer, fwd_graph_ms,
+fwd_efficiency, bwd_graph_ms, bwd_efficiency and device. Where device is this run's GPU, ratios are their times over
+ours; where it is another or not told, our efficiency over theirs, the fair figure then. Above 1 we are better.
 """
 
 from __future__ import annotations
@@ -35,7 +39,6 @@ from harness import (
     RESULTS,
     CpuTimer,
     CudaTimer,
-    PeerTimes,
     Rates,
     Row,
     Timer,
@@ -49,6 +52,9 @@ from harness import (
     read_rows,
     row_time,
 )
+
+PeerTimes = dict[tuple[str, str, int, str], float]
+"""(peer, direction, head_dim, lengths) -> milliseconds a call to divide by ours."""
 
 HEADS = 4
 HEAD_DIMS = (32, 64, 128, 256)
@@ -314,6 +320,31 @@ def print_comparison(base: Sequence[Row], rows: Sequence[Row]) -> None:
         print(f"  {direction}: geometric mean {mean:.3f}")
 
 
+def recorded_peers(recorded: Sequence[Row], rows: Sequence[Row], subject: str) -> PeerTimes:
+    """Recorded times of the subject's cases; of another GPU, what its efficiency would take under this run's roof."""
+    ours = {
+        (row["direction"], row["head_dim"], row["lengths"]): row
+        for row in rows
+        if row["provider"] == subject and row["direction"] in DIRECTIONS
+    }
+    found: PeerTimes = {}
+    elsewhere: dict[str, str] = {}
+    for peer in recorded:
+        case = peer["direction"], peer["head_dim"], peer["lengths"]
+        if peer["provider"] == subject or case not in ours:
+            continue
+        row, name = ours[case], peer["provider"]
+        same, efficiency = peer["device"] == row["gpu"], peer.get("efficiency")
+        if efficiency and not same:
+            found[(name, *case)] = row["efficiency"] * row_time(row) / efficiency
+            elsewhere[name] = peer["device"] or "a GPU not told"
+        elif peer.get("graph_ms") and (same or peer["device"] is None):
+            found[(name, *case)] = peer["graph_ms"]
+    for name, device in elsewhere.items():
+        print(f"{name}: recorded on {device}, so the ratios are our efficiency over theirs, not times")
+    return found
+
+
 def live_peers(rows: Sequence[Row], subject: str) -> PeerTimes:
     """The other providers of this run."""
     return {
@@ -357,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     parser.add_argument("--quick", action="store_true", help="four lengths, a quarter of the repetitions")
-    parser.add_argument("--peers", type=Path, help="a CSV of recorded peer times to divide by ours")
+    parser.add_argument("--peers", type=Path, help="recorded peers to compare with, a CSV or rows")
     parser.add_argument("--base", type=Path, help="an earlier result file to compare with")
     parser.add_argument("--out", type=Path, default=RESULTS / "attention.jsonl", help="rows are appended here")
     options = parser.parse_args(arguments)
@@ -382,7 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         CpuTimer(250.0 if options.quick else 1000.0) if on_cpu else CudaTimer(25.0 if options.quick else 100.0)
     )
     base = read_rows(options.base) if options.base else []
-    peers = read_peers(options.peers) if options.peers else {}
+    recorded = read_peers(options.peers) if options.peers else []
 
     dtype_name = options.dtype or ("fp32" if on_cpu else "bf16")
     rows: list[Row] = []
@@ -390,7 +421,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         append_rows(options.out, measured)
         rows += measured
     print()
-    print_table(rows, providers[0], live_peers(rows, providers[0]) | peers)
+    peers = recorded_peers(recorded, rows, providers[0]) | live_peers(rows, providers[0])
+    print_table(rows, providers[0], peers)
     for row in rows:
         if row["direction"].startswith("host_"):
             print(f"{row['provider']} {row['direction']}: {row['p50_ms'] * 1e3:.1f} us a forward call")

@@ -324,17 +324,21 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
-PeerTimes = dict[tuple[str, str, int, str], float]
-"""(peer, direction, head_dim, lengths) -> milliseconds a call in a graph."""
+def read_peers(path: Path) -> list[Row]:
+    """Recorded peers, a row for each direction, from result rows (.jsonl) or a CSV.
 
-
-def read_peers(path: Path) -> PeerTimes:
-    """Recorded peers: a CSV with the columns head_dim, lengths, peer, fwd_graph_ms and bwd_graph_ms."""
-    times: PeerTimes = {}
+    A CSV has the columns head_dim, lengths and peer, for a direction fwd_graph_ms or fwd_efficiency or both, and
+    device, the name of the GPU, which may be left out.
+    """
+    if path.suffix == ".jsonl":
+        return [row | {"device": row["gpu"]} for row in read_rows(path)]
+    rows: list[Row] = []
     with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+        for line in csv.DictReader(file):
             for direction in ("fwd", "bwd"):
-                value = row.get(f"{direction}_graph_ms")
-                if value:
-                    times[row["peer"], direction, int(row["head_dim"]), row["lengths"]] = float(value)
-    return times
+                numbers = {key: line.get(f"{direction}_{key}") for key in ("graph_ms", "efficiency")}
+                if any(numbers.values()):
+                    row: Row = {"provider": line["peer"], "direction": direction, "head_dim": int(line["head_dim"])}
+                    row |= {"lengths": line["lengths"], "device": line.get("device") or None}
+                    rows.append(row | {key: float(text) if text else None for key, text in numbers.items()})
+    return rows

@@ -2,15 +2,14 @@
 
 python benchmarks/plot.py benchmarks/results/attention-h100.jsonl docs/images/efficiency.png [--peers peers.csv]
 
-Rows are those of bench_attention.py; of equal cells the latest counts. --peers adds dashed lines from a CSV with the
-columns head_dim, lengths, peer, fwd_efficiency and bwd_efficiency: what others reached, as shares of the roof of the
-machine that they were measured on.
+Rows are those of bench_attention.py; of equal cells the latest counts. --peers adds dashed lines from such rows or from
+a CSV with the columns head_dim, lengths, peer, fwd_efficiency and bwd_efficiency: what others reached, as shares of the
+roof of the machine that they were measured on.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from harness import Row, read_rows
+from harness import Row, read_peers, read_rows
 
 TITLES = {"fwd": "forward", "bwd": "backward"}
 Panel = tuple[str, int]  # direction, head dimension
@@ -30,33 +29,18 @@ def curves(rows: Iterable[Row], provider: str) -> dict[Panel, Curve]:
     """Those of batches with equal lengths."""
     found: dict[Panel, Curve] = {}
     for row in rows:
-        if row["provider"] == provider and row["direction"] in TITLES and row["lengths"].startswith("u"):
+        wanted = row["provider"] == provider and row["direction"] in TITLES and row["lengths"].startswith("u")
+        if wanted and row.get("efficiency"):
             points = found.setdefault((row["direction"], row["head_dim"]), {})
             points[int(row["lengths"][1:])] = row["efficiency"]
     return found
-
-
-def peer_rows(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            {
-                "provider": row["peer"],
-                "direction": direction,
-                "head_dim": int(row["head_dim"]),
-                "lengths": row["lengths"],
-                "efficiency": float(row[f"{direction}_efficiency"]),
-            }
-            for row in csv.DictReader(file)
-            for direction in TITLES
-            if row.get(f"{direction}_efficiency")
-        ]
 
 
 def draw(rows: list[Row], provider: str, target: Path, peers: list[Row] | None = None) -> None:
     found = curves(rows, provider)
     if not found:
         raise SystemExit(f"no rows of {provider} with equal lengths")
-    names = sorted({row["provider"] for row in peers or []})
+    names = sorted({row["provider"] for row in peers or []} - {provider})
     others = {name: curves(peers or [], name) for name in names}
     directions = [direction for direction in TITLES if any(of == direction for of, _ in found)]
     dims = sorted({dim for _, dim in found})
@@ -95,7 +79,7 @@ def main() -> None:
     parser.add_argument("--provider", default="hstu_ext")
     parser.add_argument("--peers", type=Path)
     options = parser.parse_args()
-    peers = peer_rows(options.peers) if options.peers else None
+    peers = read_peers(options.peers) if options.peers else None
     draw(read_rows(options.rows), options.provider, options.picture, peers)
 
 

@@ -217,18 +217,46 @@ def test_rows_survive_the_file_and_compare_with_their_base(tmp_path: Path) -> No
 
 def test_recorded_peers_stand_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "peers.csv"
-    path.write_text("head_dim,lengths,peer,fwd_graph_ms,bwd_graph_ms\n16,2xu8,other,1.0,\n16,2xu8,third,1.0,2.0\n")
-    peers = harness.read_peers(path)
+    path.write_text(
+        "head_dim,lengths,peer,fwd_graph_ms,bwd_graph_ms\n16,2xu8,other,1.0,\n16,2xu8,third,1.0,2.0\n16,2xu9,third,1.0,1.0\n"
+    )
+    rows = run(["eager"], "d16:2xu8")
+    peers = bench_attention.recorded_peers(harness.read_peers(path), rows, "eager")
     assert peers == {
         ("other", "fwd", 16, "2xu8"): 1.0,
         ("third", "fwd", 16, "2xu8"): 1.0,
         ("third", "bwd", 16, "2xu8"): 2.0,
     }
-    bench_attention.print_table(run(["eager"], "d16:2xu8"), "eager", peers)
+    bench_attention.print_table(rows, "eager", peers)
     printed = capsys.readouterr().out
     assert "2.00     -     -" in printed
     assert "2.00  4.00  3.00" in printed
     assert "third both: their time / ours, geometric mean 3.000, least 3.000, 1 cases" in printed
+
+
+def test_peers_of_another_gpu_are_compared_by_efficiency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "peers.csv"
+    path.write_text(
+        "head_dim,lengths,peer,fwd_graph_ms,fwd_efficiency,device\n"
+        "16,2xu8,here,1.0,0.5,card\n16,2xu8,there,1.0,0.5,other card\n"
+        "16,2xu8,nowhere,1.0,0.25,\n16,2xu8,times,1.0,,other card\n"
+    )
+    rows = [row | {"gpu": "card", "efficiency": 0.75} for row in run(["eager"], "d16:2xu8")]
+    peers = bench_attention.recorded_peers(harness.read_peers(path), rows, "eager")
+    ratios = {name: ms / 0.5 for (name, _, _, _), ms in peers.items()}  # every call takes 0.5 ms
+    assert ratios == {"here": 2.0, "there": 1.5, "nowhere": 3.0}
+    printed = capsys.readouterr().out
+    assert "there: recorded on other card, so the ratios are our efficiency over theirs, not times" in printed
+    assert "nowhere: recorded on a GPU not told" in printed
+    assert "here: recorded on card" not in printed
+
+
+def test_rows_of_a_run_serve_as_recorded_peers(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [row | {"gpu": "card"} for row in run(["eager"], "d16:2xu8")]
+    harness.append_rows(path, [row | {"provider": "peer", "graph_ms": 1.0} for row in rows] + rows)
+    peers = bench_attention.recorded_peers(harness.read_peers(path), rows, "eager")
+    assert peers == {("peer", direction, 16, "2xu8"): 1.0 for direction in ("fwd", "bwd")}
 
 
 def test_similarity_cases_agree_with_eager_and_make_rows() -> None:

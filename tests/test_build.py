@@ -56,6 +56,11 @@ print(module.build_info()["version"])
     assert run(code).strip() == hstu_ext.__version__
 
 
+def test_torch_is_loaded_before_the_compiled_module() -> None:
+    loaded = run("import sys; from hstu_ext import hstu_attn_varlen_func; print(*sys.modules)").split()
+    assert loaded.index("torch._C") < loaded.index("hstu_ext._C")
+
+
 def test_runs_without_a_gpu_in_sight() -> None:
     code = """
 import torch, hstu_ext

@@ -1,5 +1,7 @@
 """HSTU attention for generative recommenders: compiled CPU and CUDA kernels for any PyTorch."""
 
+import torch as _torch  # noqa: F401  (before _C: torch 2.11 crashed in its own import behind it)
+
 from hstu_ext._C import MissingKernelError, build_info, cells
 from hstu_ext.bias import RelativeBias
 from hstu_ext.ops.attention import hstu_attn_qkvpacked_func, hstu_attn_varlen_func
