@@ -45,7 +45,7 @@ struct BackwardBias {
         // [kKeys - 1 - key + query], and the same a word later, so that the pair of any two neighbours is aligned in one.
         alignas(8) float window[2][kWindow + 2];
         alignas(8) float times[kQueries];
-        int found[kStrips * kPieces];   // PieceCode
+        int found[kStrips * kPieces];    // PieceCode
         float slack[kStrips * kPieces];  // what a difference may be off by, or less than 0
     };
     struct alignas(16) Quarter {
@@ -123,8 +123,7 @@ struct QueryDescriber {
 #pragma unroll
         for (int i = 0; i < kReads; ++i) {
             const int distance = query0 + sides.offset - work.col0 - (Bias::kKeys - 1) + 32 * i + lane();
-            position[i] =
-                sides.position ? __ldg(sides.position + clamp_to(distance, -sides.reach, sides.reach)) : 0.0f;
+            position[i] = sides.position ? __ldg(sides.position + clamp_to(distance, -sides.reach, sides.reach)) : 0.0f;
         }
         int found = 0;
         float slack = -1.0f;
@@ -233,7 +232,7 @@ struct KeyBias {
 #pragma unroll
                 for (int i = 0; i < 16; ++i) x[i] += value[i];
             } else {
-                find_buckets(piece, p, work, query0, [&](int n, const int(&bucket)[4]) {
+                find_buckets(piece, p, work, query0, [&](int n, const int (&bucket)[4]) {
                     float found[4];
 #pragma unroll
                     for (int i = 0; i < 4; ++i) found[i] = shared.values[bucket[i]];

@@ -196,8 +196,7 @@ struct KeyGroup {
         commit_products();
     }
     // S is there: P and the slopes.
-    __device__ __forceinline__ void use_s(int t, int stage) {
-        float half_alpha = 0.5f * p.alpha;
+    __device__ __forceinline__ void use_s(int t, int stage, float half_alpha) {
         const int row0 = shared.work(number).walk[t], first_key = shared.work(number).col0 + 64 * group;
         const Mask mask = shared.work(number).mask;
         hold(s);
@@ -258,6 +257,7 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
         const int tiles = __shfl_sync(0xffffffff, shared.work(k.stage).walk.tiles, 0);
         if (Config::keys_in_registers) shared.v_full(k.stage).wait(k.phase);
         KeyGroup<T, kHeadDim, Mask, Config> own(p, shared, group, k.stage);
+        const float half_alpha = 0.5f * p.alpha;
         if constexpr (Config::relative) {
             // One loop body for all tiles: its code is long.
             shared.v_full(k.stage).wait(k.phase);
@@ -268,7 +268,7 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
             }
             for (int t = 0; t < tiles; ++t) {
                 const int stage = q.stage;
-                own.use_s(t, stage);
+                own.use_s(t, stage, half_alpha);
                 own.start_dp(stage);
                 own.start_dv(stage);
                 wait_products<0>();
@@ -294,7 +294,7 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
             wait_products<0>();
             for (int t = 0; t < tiles - 1; ++t) {
                 const int stage = q.stage;
-                own.use_s(t, stage);
+                own.use_s(t, stage, half_alpha);
                 own.start_dp(stage);
                 own.start_dv(stage);
                 wait_products<0>();
@@ -310,7 +310,7 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
                 arrive_in_cluster<Config::cluster>(shared.q_empty(stage));
                 own.finish_sums();
             }
-            own.use_s(tiles - 1, q.stage);
+            own.use_s(tiles - 1, q.stage, half_alpha);
             own.start_dp(q.stage);
             own.start_dv(q.stage);
             wait_products<1>();

@@ -150,8 +150,7 @@ __device__ __forceinline__ void own_gradients(const BackwardParams& p,
             hold(gradients);
             dk.template start<T>(gradients, shared.q(q.stage));
             if constexpr (Config::relative)
-                relative.add(dp, shared.bias().notes[q.stage], p, shared.work(k.stage),
-                             shared.work(k.stage).walk[t]);
+                relative.add(dp, shared.bias().notes[q.stage], p, shared.work(k.stage), shared.work(k.stage).walk[t]);
             dk.finish();
             hold(gradients);
             arrive_in_cluster<Config::cluster>(shared.q_empty(q.stage));

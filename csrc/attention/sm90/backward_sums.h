@@ -57,8 +57,7 @@ struct KeySums : KeyBias<Bias> {
             total += all;
             if (p.dtime != nullptr) add_times(x, all, notes, piece, p, work, query0);
         }
-        if (p.dposition != nullptr)
-            add_positions(g, total, p, query0 + work.mask.offset - work.col0 - 16 * strip);
+        if (p.dposition != nullptr) add_positions(g, total, p, query0 + work.mask.offset - work.col0 - 16 * strip);
     }
 
     // At the end of a work.
@@ -109,7 +108,7 @@ struct KeySums : KeyBias<Bias> {
                 for (int i = 0; i < 4; ++i) *sum_at(place[n + i]) = sum[i];
             }
         } else {
-            find_buckets(piece, p, work, query0, [&](int n, const int(&bucket)[4]) {
+            find_buckets(piece, p, work, query0, [&](int n, const int (&bucket)[4]) {
                 float* const times = sums_of(p, work.head).time;
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
@@ -237,7 +236,8 @@ struct BiasTables {
             const TimeQuarter& quarter = kQuartersOfTime.at[i];
             const bool last = quarter.bucket >= r.num_buckets;
             shared.quarters[i] = {last ? 0x1p100f : static_cast<float>(quarter.edge()),
-                                  Bias::kRowBytes * min_of(quarter.bucket, r.num_buckets), half(quarter.bucket), half(quarter.bucket + 1)};
+                                  Bias::kRowBytes * min_of(quarter.bucket, r.num_buckets), half(quarter.bucket),
+                                  half(quarter.bucket + 1)};
         }
         named_sync(1, kThreads);
     }
