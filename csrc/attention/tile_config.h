@@ -191,29 +191,25 @@ template <int kHeadDim>
 struct BackwardTile;
 template <>
 struct BackwardTile<32> {
-    static constexpr int rows = 128, cols = 128, stages = 4, works = 2, unit_cols = 32, cluster = 1, g_stages = 2,
-                         time_buckets = 0;
+    static constexpr int rows = 128, cols = 128, stages = 4, works = 2, unit_cols = 32, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 192, query_registers = 88, loader_registers = 40;
     static constexpr bool keys_in_registers = true, split = false, relative = false;
 };
 template <>
 struct BackwardTile<64> {
-    static constexpr int rows = 64, cols = 128, stages = 4, works = 2, unit_cols = 64, cluster = 1, g_stages = 2,
-                         time_buckets = 0;
+    static constexpr int rows = 64, cols = 128, stages = 4, works = 2, unit_cols = 64, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 192, query_registers = 88, loader_registers = 40;
     static constexpr bool keys_in_registers = true, split = false, relative = false;
 };
 template <>
 struct BackwardTile<128> {
-    static constexpr int rows = 64, cols = 128, stages = 2, works = 1, unit_cols = 64, cluster = 2, g_stages = 2,
-                         time_buckets = 0;
+    static constexpr int rows = 64, cols = 128, stages = 2, works = 1, unit_cols = 64, cluster = 2, g_stages = 2;
     static constexpr int key_registers = 208, query_registers = 72, loader_registers = 24;
     static constexpr bool keys_in_registers = false, split = false, relative = false;
 };
 template <>
 struct BackwardTile<256> {
-    static constexpr int rows = 64, cols = 64, stages = 2, works = 1, unit_cols = 128, cluster = 2, g_stages = 1,
-                         time_buckets = 0;
+    static constexpr int rows = 64, cols = 64, stages = 2, works = 1, unit_cols = 128, cluster = 2, g_stages = 1;
     static constexpr int key_registers = 192, query_registers = 104, loader_registers = 24;
     static constexpr bool keys_in_registers = false, split = true, relative = false;
 };
@@ -225,27 +221,24 @@ struct ShortBackwardTile : BackwardTile<kHeadDim> {
 };
 template <>
 struct ShortBackwardTile<128> {
-    static constexpr int rows = 64, cols = 128, stages = 3, works = 1, unit_cols = 64, cluster = 1, g_stages = 2,
-                         time_buckets = 0;
+    static constexpr int rows = 64, cols = 128, stages = 3, works = 1, unit_cols = 64, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 208, query_registers = 72, loader_registers = 24;
     static constexpr bool keys_in_registers = false, split = false, relative = false;
     static constexpr int up_to = 200;
 };
 
-// With a relative bias.
+// With a relative bias by position.
 template <int kHeadDim>
 struct RelativeBackwardTile;
 template <>
 struct RelativeBackwardTile<64> {
-    static constexpr int rows = 64, cols = 128, stages = 2, works = 2, unit_cols = 64, cluster = 1, g_stages = 1,
-                         time_buckets = 84;
+    static constexpr int rows = 64, cols = 128, stages = 4, works = 2, unit_cols = 64, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 192, query_registers = 72, loader_registers = 56;
     static constexpr bool keys_in_registers = false, split = false, relative = true;
 };
 template <>
 struct RelativeBackwardTile<128> {
-    static constexpr int rows = 64, cols = 64, stages = 3, works = 1, unit_cols = 64, cluster = 2, g_stages = 2,
-                         time_buckets = 78;
+    static constexpr int rows = 64, cols = 64, stages = 3, works = 1, unit_cols = 64, cluster = 2, g_stages = 2;
     static constexpr int key_registers = 184, query_registers = 88, loader_registers = 56;
     static constexpr bool keys_in_registers = false, split = true, relative = true;
 };

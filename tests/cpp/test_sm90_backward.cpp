@@ -3,7 +3,6 @@
 #include "emulator.h"
 
 #include "attention/sm90/backward.h"
-#include "attention/time_bucket.h"
 
 #include <cmath>
 #include <cstdio>
@@ -28,9 +27,7 @@ struct Case {
     int group = 1;
     int before = 0, after = 0;  // rows outside the sequences
     int dim_qk = 0, dim_v = 0;
-    // The relative bias, with RELATIVE.
-    enum class Times { kRising, kTied, kShuffled, kMilliseconds, kExtreme, kNone } times = Times::kRising;
-    int reach = 1000, num_buckets = 64;  // reach < 0: no position table
+    int reach = 1000;  // of the position table, with RELATIVE
     bool table_per_head = false;
 };
 
@@ -85,24 +82,6 @@ void compare_table(const Case& c, const char* what, const std::vector<float>& go
                            std::to_string(got[i]) + ", not " + std::to_string(expected[i]));
 }
 
-// Times of one sequence; those of queries follow those of keys where the two are as many.
-void draw_times(Case::Times kind, std::mt19937& random, int64_t* queries, int len_q, int64_t* keys, int len_k) {
-    std::lognormal_distribution<double> gaps(kind == Case::Times::kMilliseconds ? 13.3 : 6.4, 2.0);
-    const int longest = std::max(len_q, len_k) + 1;
-    std::vector<int64_t> times(static_cast<size_t>(longest), 1'600'000'000);
-    for (int i = 1; i < longest; ++i) {
-        const int64_t gap = kind == Case::Times::kTied ? random() % 8 / 6 : static_cast<int64_t>(gaps(random));
-        times[i] = times[i - 1] + gap;
-    }
-    if (kind == Case::Times::kShuffled) std::shuffle(times.begin(), times.end(), random);
-    if (kind == Case::Times::kExtreme)
-        for (int64_t& t : times)
-            t = static_cast<int64_t>((uint64_t{random()} << 32 | random()) >> (random() % 3 * 31)) *
-                (random() % 2 ? 1 : -1);
-    std::copy_n(times.begin() + (longest - len_q), len_q, queries);
-    std::copy_n(times.begin() + (longest - 1 - len_k), len_k, keys);
-}
-
 // The gradients' bits.
 template <int kHeadDim, class Mask, class Config>
 std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
@@ -142,29 +121,15 @@ std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
             for (int j = 0; j < s.len_k; ++j) draw(k, s.k_begin + j, h, c.dim_qk), draw(v, s.k_begin + j, h, c.dim_v);
         }
     }
-    const bool of_time = RELATIVE && c.times != Case::Times::kNone, of_position = RELATIVE && c.reach >= 0;
-    std::vector<int64_t> query_times(static_cast<size_t>(p.total_q), INT64_MIN), key_times(p.total_k, INT64_MAX);
-    const int tables = c.table_per_head ? c.heads : 1, positions = of_position ? 2 * c.reach + 1 : 0;
-    const int buckets = of_time ? c.num_buckets + 1 : 0;
-    std::vector<float> position(static_cast<size_t>(tables * positions)), time(static_cast<size_t>(tables * buckets));
+    const int tables = c.table_per_head ? c.heads : 1, entries = RELATIVE ? 2 * c.reach + 1 : 0;
+    std::vector<float> position(static_cast<size_t>(tables * entries)), dposition(position.size(), NAN);
     for (float& x : position) x = 0.5f * normal(random);
-    for (float& x : time) x = 0.5f * normal(random);
-    std::vector<float> dposition(position.size(), NAN), dtime(time.size(), NAN);
-    std::vector<int64_t> table_accum((position.size() + time.size()) * kExactWords, 0);
-    if (of_position) {
+    std::vector<int64_t> table_accum(position.size() * kExactWords, 0);
+    if (RELATIVE) {
         p.relative.position = position.data(), p.relative.reach = c.reach, p.dposition = dposition.data();
-        if (c.table_per_head) p.relative.position_head_stride = p.dposition_head_stride = positions;
+        if (c.table_per_head) p.relative.position_head_stride = p.dposition_head_stride = entries;
+        p.table_accum = table_accum.data();
     }
-    if (of_time) {
-        p.relative.time = time.data(), p.relative.num_buckets = c.num_buckets, p.dtime = dtime.data();
-        if (c.table_per_head) p.relative.time_head_stride = p.dtime_head_stride = buckets;
-        p.relative.query_times = query_times.data(), p.relative.key_times = key_times.data();
-        for (int b = 0; b < p.batch; ++b) {
-            const Sequence s(p, b);
-            draw_times(c.times, random, &query_times[s.q_begin], s.len_q, &key_times[s.k_begin], s.len_k);
-        }
-    }
-    if (RELATIVE) p.table_accum = table_accum.data();
     // For this tile: dq_scratch_elements() asks for the one that serves such a batch, which may be another.
     const int64_t sums = p.max_seqlen_k > Config::cluster * Config::cols ? sm90::dq_tiles<Config>(p) : 0;
     std::vector<float> scratch(static_cast<size_t>(sums * (Config::rows * kHeadDim + Config::cluster)), NAN);
@@ -176,8 +141,7 @@ std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
     std::vector<char> used_q(static_cast<size_t>(p.total_q), 0), used_k(static_cast<size_t>(p.total_k), 0);
     std::vector<double> want_q(p.total_q * c.heads * c.dim_qk, 0.0), want_k(p.total_k * c.heads * c.dim_qk, 0.0);
     std::vector<double> want_v(p.total_k * c.heads * c.dim_v, 0.0);
-    std::vector<double> want_position(position.size(), 0.0), want_time(time.size(), 0.0),
-        sizes_position = want_position, sizes_time = want_time;
+    std::vector<double> want_position(position.size(), 0.0), sizes_position = want_position;
     for (int b = 0; b < p.batch; ++b) {
         const Sequence s(p, b);
         for (int h = 0; h < c.heads; ++h) {
@@ -195,24 +159,17 @@ std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
                     for (int d = 0; d < c.dim_v; ++d)
                         dp += static_cast<float>(dout.at(row, h, d)) * static_cast<float>(v.at(key, h, d));
                     x *= p.alpha;
-                    size_t at_position = 0, at_time = 0;
-                    if (of_position) {
+                    size_t entry = 0;
+                    if (RELATIVE) {
                         const int distance = clamp_to(i + s.len_k - s.len_q - j, -c.reach, c.reach);
-                        at_position = static_cast<size_t>(h % tables * positions + c.reach + distance);
-                        x += position[at_position];
-                    }
-                    if (of_time) {
-                        const int bucket = time_bucket(time_difference(query_times[row], key_times[key]));
-                        at_time = static_cast<size_t>(h % tables * buckets + std::min(bucket, c.num_buckets));
-                        x += time[at_time];
+                        entry = static_cast<size_t>(h % tables * entries + c.reach + distance);
+                        x += position[entry];
                     }
                     const double sigmoid = 1 / (1 + std::exp(-x)), weight = x * sigmoid * p.inv_scaling;
                     const double of_score = sigmoid * (1 + x * (1 - sigmoid)) * p.inv_scaling * dp;
                     const double g = p.alpha * of_score;
-                    if (of_position)
-                        want_position[at_position] += of_score,
-                            sizes_position[at_position] += std::abs(dp) * p.inv_scaling;
-                    if (of_time) want_time[at_time] += of_score, sizes_time[at_time] += std::abs(dp) * p.inv_scaling;
+                    if (RELATIVE)
+                        want_position[entry] += of_score, sizes_position[entry] += std::abs(dp) * p.inv_scaling;
                     for (int d = 0; d < c.dim_qk; ++d) {
                         want_q[(row * c.heads + h) * c.dim_qk + d] += g * static_cast<float>(k.at(key, h, d));
                         want_k[(key * c.heads + h) * c.dim_qk + d] += g * static_cast<float>(q.at(row, h, d));
@@ -227,11 +184,7 @@ std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
     compare(c, "dk", p, dk, want_k, used_k, p.total_k, c.dim_qk);
     compare(c, "dv", p, dv, want_v, used_k, p.total_k, c.dim_v);
     compare_table(c, "dposition", dposition, want_position, sizes_position);
-    compare_table(c, "dtime", dtime, want_time, sizes_time);
     std::vector<uint16_t> bits;
-    for (const std::vector<float>* table : {&dposition, &dtime})
-        for (const float& x : *table)
-            for (int part = 0; part < 2; ++part) bits.push_back(reinterpret_cast<const uint16_t*>(&x)[part]);
     for (const Packed* x : {&dq, &dk, &dv})
         for (const bf16& value : x->values) bits.push_back(value.bits);
     return bits;
@@ -253,28 +206,23 @@ const std::vector<Case> kTargetCases = {
 };
 
 const std::vector<Case> kRelativeCases = [] {
-    using Times = Case::Times;
     std::vector<Case> cases;
-    const auto add = [&](Case c, const char* name, Times times, int reach, int num_buckets, bool table_per_head) {
-        c.name = name, c.times = times, c.reach = reach, c.num_buckets = num_buckets, c.table_per_head = table_per_head;
+    const auto add = [&](Case c, const char* name, int reach, bool table_per_head) {
+        c.name = name, c.reach = reach, c.table_per_head = table_per_head;
         cases.push_back(c);
     };
     const Case causal{"", {200, 1, 129, 0, 70}, {200, 1, 129, 0, 70}},
         &full = kWindowCases[2], &window = kWindowCases[3], &delta_q = kWindowCases[4];
-    const Case &more_queries = kWindowCases[5], &used = kWindowCases[6];
-    add(causal, "relative", Times::kRising, 400, 64, false);
-    add(causal, "relative_positions", Times::kNone, 50, 0, true);
-    add(causal, "relative_times", Times::kRising, -1, 128, true);
-    add(causal, "relative_milliseconds", Times::kMilliseconds, 0, 128, false);
-    add(causal, "relative_shuffled", Times::kShuffled, 100, 64, false);
-    add(causal, "relative_extreme", Times::kExtreme, 130, 147, false);
-    add(full, "relative_full", Times::kRising, 64, 64, true);
-    add(full, "relative_full_tied", Times::kTied, 10, 20, false);
-    add(full, "relative_full_extreme", Times::kExtreme, 10, 300, false);
-    add(window, "relative_window", Times::kRising, 40, 30, false);
-    add(delta_q, "relative_delta_q", Times::kTied, 130, 64, true);
-    add(more_queries, "relative_more_queries", Times::kRising, 100, 64, false);
-    add(used, "relative_used", Times::kRising, 100, 0, true);
+    add(causal, "relative", 400, false);
+    add(causal, "relative_heads", 50, true);
+    add(causal, "relative_one", 0, false);
+    add(causal, "relative_edge", 199, true);
+    add(full, "relative_full", 64, true);
+    add(full, "relative_full_short", 10, false);
+    add(window, "relative_window", 40, false);
+    add(delta_q, "relative_delta_q", 130, true);
+    add(kWindowCases[5], "relative_more_queries", 100, false);
+    add(kWindowCases[6], "relative_used", 100, true);
     return cases;
 }();
 

@@ -6,7 +6,7 @@
 // A block of threads stays and takes up one work after another: one head's `cols` keys of one sequence, whose K and V lie
 // in shared memory while the query rows that keep any of them pass by, `rows` at a time. Seven roles:
 //   loader (warp 0)       writes the work down, fetches K and V
-//   a thread (warp 1)     fetches Q and dO tile by tile; with a relative bias a warp, with notes (backward_bias.h)
+//   a thread (warp 1)     fetches Q and dO tile by tile; with a relative bias a warp (backward_bias.h)
 //   two threads           await this block's turns at tiles of dQ, and pass them on (warps 2 and 3, backward_q.h)
 //   cleaner (warp 3)      writes 0 to the rows that no product reaches, in the end
 //   a query warpgroup     dQ = G K of each tile, added up over the blocks in turn (backward_q.h)
@@ -98,7 +98,6 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
 
 template <class T, int kHeadDim, class Mask, class Bias>
 void run_backward(const BackwardParams& p, void* stream) {
-    // Deterministic calls with a relative bias: sm80 (api.cpp).
     if constexpr (Bias::kKind == BiasKind::kRelative)
         launch_backward<T, kHeadDim, Mask, RelativeBackwardTile<kHeadDim>>(p, stream);
     else

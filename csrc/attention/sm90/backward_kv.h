@@ -159,6 +159,12 @@ struct Keys<Tile, kSteps, true> {
     }
 };
 
+// The distance of the first of 16 keys and of a tile's first query.
+template <class Mask>
+__device__ __forceinline__ int corner_of(const KeyWork<Mask>& work, int t, int strip) {
+    return work.walk[t] + work.mask.offset - work.col0 - 16 * strip;
+}
+
 // A key warpgroup's registers over one work, and what it does with one query tile after another.
 template <class T, int kHeadDim, class Mask, class Config>
 struct KeyGroup {
@@ -180,7 +186,7 @@ struct KeyGroup {
     __device__ __forceinline__ KeyGroup(const BackwardParams& p, const Shared& shared, int group, int number)
         : p(p), shared(shared), group(group), number(number), keys(shared.k(number), 64 * group),
           values(shared.v(number), 64 * group),
-          relative(shared.bias(), 4 * group + threadIdx.x / 32 % 4, number, p, shared.work(number).head) {
+          relative(shared.bias(), 4 * group + threadIdx.x / 32 % 4, p, shared.work(number).head) {
         dk.clear();
         dv.clear();
     }
@@ -201,7 +207,7 @@ struct KeyGroup {
         const Mask mask = shared.work(number).mask;
         hold(s);
         if constexpr (Config::relative) {
-            relative.add_half(s, shared.bias().notes[stage], p, shared.work(number), row0);
+            add_half_bias(s, shared.bias(), stage, relative.strip, half_alpha);
             half_alpha = 1.0f;
         }
         if (mask.is_full(row0, kRows, first_key, 64))
@@ -228,10 +234,9 @@ struct KeyGroup {
         multiply<T, kSteps>(dk, gradients, columns(shared.q(stage)));
         commit_products();
     }
-    // Of a tile whose G is there, beside products: the sums of the tables' gradients.
-    __device__ __forceinline__ void add_to_tables(int t, int stage) {
-        if constexpr (Config::relative)
-            relative.add(dp, shared.bias().notes[stage], p, shared.work(number), shared.work(number).walk[t]);
+    // Of a tile whose G is there, beside products: the sums of the position table's gradient.
+    __device__ __forceinline__ void add_to_table(int t) {
+        if constexpr (Config::relative) relative.add(dp, p, corner_of(shared.work(number), t, relative.strip));
     }
     __device__ __forceinline__ void finish_sums() {
         wait_products<0>();
@@ -247,19 +252,15 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
                                          int group) {
     RingPosition<Config::stages> q;
     RingPosition<Config::g_stages> g;
-    [[maybe_unused]] BiasTables<typename BackwardShared<kHeadDim, Mask, Config>::Bias> tables{shared.bias()};
-    [[maybe_unused]] const int strip = 4 * group + threadIdx.x / 32 % 4;
-    if constexpr (Config::relative) clear_time_sums(shared.bias(), strip);
     for (RingPosition<2> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
         if (shared.work(k.stage).last) break;
-        if constexpr (Config::relative) tables.take_head(p, shared.work(k.stage).head, strip);
         const int tiles = __shfl_sync(0xffffffff, shared.work(k.stage).walk.tiles, 0);
         if (Config::keys_in_registers) shared.v_full(k.stage).wait(k.phase);
         KeyGroup<T, kHeadDim, Mask, Config> own(p, shared, group, k.stage);
         const float half_alpha = 0.5f * p.alpha;
         if constexpr (Config::relative) {
-            // One loop body for all tiles: its code is long.
+            // One loop body for all tiles: the code is long.
             shared.v_full(k.stage).wait(k.phase);
             if (tiles > 0) {
                 shared.q_full(q.stage).wait(q.phase);
@@ -282,7 +283,7 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
                 const bool last = t == tiles - 1;
                 if (!last) shared.q_full(q.stage).wait(q.phase);
                 own.start_s(last ? stage : q.stage);
-                own.add_to_tables(t, stage);
+                own.add_to_table(t);
                 own.finish_sums();
                 arrive_in_cluster<Config::cluster>(shared.q_empty(stage));
             }
@@ -328,13 +329,12 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
         const int head = shared.work(k.stage).head, first_key = shared.work(k.stage).col0 + 64 * group;
         const int num_rows = shared.work(k.stage).mask.len_k - first_key;
         const int64_t packed_key = int64_t{shared.work(k.stage).k_begin} + first_key;
-        if constexpr (Config::relative) own.relative.finish(p, head);
+        if constexpr (Config::relative) own.relative.finish(p);
         arrive_as_warp(shared.k_empty(k.stage));
         store_product(own.dv, p.inv_scaling, p.dv.at<T>(packed_key, head), p.dv.row_stride, num_rows, p.dim_v);
         store_product(own.dk, 0.5f * p.alpha * p.inv_scaling, p.dk.at<T>(packed_key, head), p.dk.row_stride, num_rows,
                       p.dim_qk);
     }
-    if constexpr (Config::relative) tables.flush(p, strip);
 }
 
 }  // namespace hstu::attention::sm90

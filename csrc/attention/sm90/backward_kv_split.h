@@ -57,17 +57,12 @@ template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void own_values(const BackwardParams& p,
                                            const BackwardShared<kHeadDim, Mask, Config>& shared) {
     constexpr int kRows = Config::rows;
-    using Bias = typename BackwardShared<kHeadDim, Mask, Config>::Bias;
-    using Relative = std::conditional_t<Config::relative, KeyBias<Bias>, NoKeySums>;
     RingPosition<Config::stages> q;
     RingPosition<Config::g_stages> g;
-    [[maybe_unused]] BiasTables<Bias> tables{shared.bias()};
     for (RingPosition<2> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
         if (shared.work(k.stage).last) break;
-        if constexpr (Config::relative) tables.take_head(p, shared.work(k.stage).head, -1);
         const int tiles = __shfl_sync(0xffffffff, shared.work(k.stage).walk.tiles, 0);
-        [[maybe_unused]] const Relative relative(shared.bias(), threadIdx.x / 32 % 4, k.stage);
         const auto keys = rows(shared.k(k.stage));
         HalvedSum<kHeadDim> dv;
         Accumulator<kRows> s;
@@ -85,7 +80,7 @@ __device__ __forceinline__ void own_values(const BackwardParams& p,
             const Mask mask = shared.work(k.stage).mask;
             float half_alpha = 0.5f * p.alpha;
             if constexpr (Config::relative) {
-                relative.add_half(s, shared.bias().notes[q.stage], p, shared.work(k.stage), row0);
+                add_half_bias(s, shared.bias(), q.stage, threadIdx.x / 32 % 4, half_alpha);
                 half_alpha = 1.0f;
             }
             if (mask.is_full(row0, kRows, col0, Config::cols))
@@ -119,15 +114,11 @@ __device__ __forceinline__ void own_gradients(const BackwardParams& p,
     using Relative = std::conditional_t<Config::relative, KeySums<Bias>, NoKeySums>;
     RingPosition<Config::stages> q;
     RingPosition<Config::g_stages> g;
-    [[maybe_unused]] BiasTables<Bias> tables{shared.bias()};
-    [[maybe_unused]] const int strip = threadIdx.x / 32 % 4;
-    if constexpr (Config::relative) clear_time_sums(shared.bias(), strip);
     for (RingPosition<2> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
         if (shared.work(k.stage).last) break;
-        if constexpr (Config::relative) tables.take_head(p, shared.work(k.stage).head, strip);
         const int tiles = __shfl_sync(0xffffffff, shared.work(k.stage).walk.tiles, 0);
-        [[maybe_unused]] Relative relative(shared.bias(), strip, k.stage, p, shared.work(k.stage).head);
+        [[maybe_unused]] Relative relative(shared.bias(), threadIdx.x / 32 % 4, p, shared.work(k.stage).head);
         const auto values = rows(shared.v(k.stage));
         HalvedSum<kHeadDim> dk;
         Accumulator<kRows> dp;
@@ -149,8 +140,7 @@ __device__ __forceinline__ void own_gradients(const BackwardParams& p,
             hand_out_gradients(gradients, shared, g.stage, threadIdx.x / 32 % 4 * 16);
             hold(gradients);
             dk.template start<T>(gradients, shared.q(q.stage));
-            if constexpr (Config::relative)
-                relative.add(dp, shared.bias().notes[q.stage], p, shared.work(k.stage), shared.work(k.stage).walk[t]);
+            if constexpr (Config::relative) relative.add(dp, p, corner_of(shared.work(k.stage), t, relative.strip));
             dk.finish();
             hold(gradients);
             arrive_in_cluster<Config::cluster>(shared.q_empty(q.stage));
@@ -159,11 +149,10 @@ __device__ __forceinline__ void own_gradients(const BackwardParams& p,
         const int head = shared.work(k.stage).head, col0 = shared.work(k.stage).col0;
         const int num_rows = shared.work(k.stage).mask.len_k - col0;
         const int64_t packed_key = int64_t{shared.work(k.stage).k_begin} + col0;
-        if constexpr (Config::relative) relative.finish(p, head);
+        if constexpr (Config::relative) relative.finish(p);
         arrive_as_warp(shared.k_empty(k.stage));
         dk.store(0.5f * p.alpha * p.inv_scaling, p.dk.at<T>(packed_key, head), p.dk.row_stride, num_rows, p.dim_qk);
     }
-    if constexpr (Config::relative) tables.flush(p, strip);
 }
 
 }  // namespace hstu::attention::sm90

@@ -57,7 +57,7 @@ struct BackwardShared {
     static constexpr int kBarriers = 2 * kStages + 24;
     static constexpr int kWork = kTiles + 8 * kBarriers;
     static constexpr int kBatch = kWork + 2 * sizeof(KeyWork<Mask>);
-    using Bias = BackwardBias<kCols, kRows, kStages, Config::time_buckets>;
+    using Bias = BackwardBias<kCols, kRows, kStages>;
     static constexpr int kBias = (kBatch + static_cast<int>(sizeof(SortedBatch)) + 15) / 16 * 16;
     static constexpr int kBytes = Config::relative ? kBias + sizeof(Bias) : kBatch + sizeof(SortedBatch);
     static_assert(kBytes <= 227 << 10);
@@ -193,7 +193,7 @@ __device__ __forceinline__ void load_works(const BackwardParams& p, const Backwa
     }
 }
 
-// One thread: fetches Q and dO tile by tile; with a relative bias a warp, which also writes notes on them. Waits for
+// One thread: fetches Q and dO tile by tile; with a relative bias a warp, which also writes windows. Waits for
 // work_full and q_empty.
 template <int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void load_queries(const BackwardParams& p, const BackwardMaps& maps,
@@ -202,17 +202,13 @@ __device__ __forceinline__ void load_queries(const BackwardParams& p, const Back
     using Rows = RowsIn<typename Shared::QTile, Shared::kCluster>;
     const int rank = blockIdx.x % Shared::kCluster;
     RingPosition<Config::stages> q;
-    QueryDescriber<typename Shared::Bias> describer;
     for (RingPosition<2> k;; k.next()) {
         shared.work_full(k.stage).wait(k.phase);
         if (shared.work(k.stage).last) break;
         const TileWalk walk = shared.work(k.stage).walk;
         const SequenceRows rows{shared.work(k.stage).head, shared.work(k.stage).q_begin,
                                 shared.work(k.stage).mask.len_q};
-        if constexpr (Config::relative)
-            describer.begin_work(shared.bias().key_times[k.stage], p, shared.work(k.stage));
-        else
-            shared.k_empty(k.stage).arrive();
+        if (!Config::relative) shared.k_empty(k.stage).arrive();
         for (int t = 0; t < walk.tiles; ++t, q.next()) {
             const Barrier full = shared.q_full(q.stage);
             // Of a cluster's blocks one fetches Q for both, the other dO.
@@ -226,7 +222,7 @@ __device__ __forceinline__ void load_queries(const BackwardParams& p, const Back
             }
             if constexpr (Config::relative) {
                 __syncwarp();
-                describer.describe(shared.bias().notes[q.stage], p, shared.work(k.stage), walk[t]);
+                write_window(shared.bias(), q.stage, p, shared.work(k.stage), walk[t]);
                 arrive_as_warp(full);
             }
         }
