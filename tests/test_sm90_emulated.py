@@ -47,6 +47,17 @@ def test_backward(head_dim: int, tile: str, dim_qk: int, dim_v: int, tmp_path: P
     )
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "dim_qk", "dim_v"), [(64, 40, 64), pytest.param(128, 72, 128, marks=pytest.mark.slow)]
+)
+def test_backward_with_relative_bias(head_dim: int, dim_qk: int, dim_v: int, tmp_path: Path) -> None:
+    """By position: all masks, distances within and beyond the table, tables shared or per head."""
+    cpp_program.run(
+        "test_sm90_backward.cpp", tmp_path, emulated=True, HEAD_DIM=head_dim, TILE="RelativeBackwardTile",
+        DIM_QK=dim_qk, DIM_V=dim_v, RELATIVE="true",
+    )  # fmt: skip
+
+
 def test_relative_bias(tmp_path: Path) -> None:
     """What the bias warps write, pair by pair: all kinds of times and tables, queries or keys as rows."""
     cpp_program.run("test_sm90_relative.cpp", tmp_path, emulated=True)

@@ -280,9 +280,16 @@ int64_t scratch_of(Arch arch, int head_dim, const BackwardParams& p) {
     return arch == Arch::kSm90 ? sm90::dq_scratch_elements(p, head_dim) : sm80::dq_accum_elements(p, head_dim);
 }
 
-const Cell& cell_of(Direction direction, const Params& p, DType dtype, MaskKind mask) {
+const Cell& cell_of(Direction direction, const Params& p, DType dtype, MaskKind mask, int capability) {
     const BiasKind bias = p.relative ? BiasKind::kRelative : p.rab.data ? BiasKind::kRab : BiasKind::kNone;
-    return find_cell(direction, compute_capability(p.device), dtype, max_of(p.dim_qk, p.dim_v), mask, bias);
+    return find_cell(direction, capability, dtype, max_of(p.dim_qk, p.dim_v), mask, bias);
+}
+
+// The sm90 family's backward knows no time table, and adds up the position table's gradient in no fixed order.
+const Cell& backward_cell_of(const BackwardParams& p, DType dtype, MaskKind mask) {
+    const int capability = compute_capability(p.device);
+    const bool sm80_alone = p.relative && (p.relative.time != nullptr || p.deterministic);
+    return cell_of(Direction::kBackward, p, dtype, mask, sm80_alone ? min_of(capability, 80) : capability);
 }
 #else
 [[noreturn]] void fail_without_cuda() {
@@ -322,7 +329,7 @@ void forward(const Inputs& inputs, const Tensor& out, Execution execution) {
         return cpu::forward(p, inputs.q.dtype, mask);
     }
 #if HSTU_EXT_CUDA
-    const Cell& cell = cell_of(Direction::kForward, p, inputs.q.dtype, mask);
+    const Cell& cell = cell_of(Direction::kForward, p, inputs.q.dtype, mask, compute_capability(p.device));
     const DeviceGuard guard(p.device);
     if (is_empty(p)) return zero(p.out, p.total_q, p.heads * p.dim_v, execution.stream);
     cell.forward(p, execution.stream);
@@ -357,7 +364,7 @@ void backward(const Inputs& inputs, const Gradients& gradients, bool determinist
         return cpu::backward(p, q.dtype, mask);
     }
 #if HSTU_EXT_CUDA
-    const Cell& cell = cell_of(Direction::kBackward, p, q.dtype, mask);
+    const Cell& cell = backward_cell_of(p, q.dtype, mask);
     const DeviceGuard guard(p.device);
     if (is_empty(p)) {
         zero(p.dq, p.total_q, p.heads * p.dim_qk, execution.stream);

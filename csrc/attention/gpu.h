@@ -18,6 +18,13 @@ using fp16 = __half;
 
 __device__ __forceinline__ int lane() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp() { return threadIdx.x >> 5; }
+// The lane, unknown to be the same as before: what is computed from it in a loop stays there instead of taking registers
+// outside of it.
+__device__ __forceinline__ int lane_anew() {
+    int x = lane();
+    asm volatile("" : "+r"(x));
+    return x;
+}
 
 // At an address in the shared window.
 __device__ __forceinline__ float load_shared(uint32_t from) {

@@ -80,7 +80,7 @@ struct Params {
     int num_threads = 1;  // CPU only
 };
 
-constexpr int kExactWords = 10;                // 64-bit words of an exact sum in fp32 (sm80/exact_sum.h)
+constexpr int kExactWords = 10;                // 64-bit words of an exact sum in fp32 (exact_sum.h)
 constexpr int kTableCopies = 2 * kExactWords;  // copies of the tables' gradients in as much memory
 
 struct BackwardParams : Params {

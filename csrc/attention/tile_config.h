@@ -192,25 +192,25 @@ template <>
 struct BackwardTile<32> {
     static constexpr int rows = 128, cols = 128, stages = 4, works = 2, unit_cols = 32, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 192, query_registers = 88, loader_registers = 40;
-    static constexpr bool keys_in_registers = true, split = false;
+    static constexpr bool keys_in_registers = true, split = false, relative = false;
 };
 template <>
 struct BackwardTile<64> {
     static constexpr int rows = 64, cols = 128, stages = 4, works = 2, unit_cols = 64, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 192, query_registers = 88, loader_registers = 40;
-    static constexpr bool keys_in_registers = true, split = false;
+    static constexpr bool keys_in_registers = true, split = false, relative = false;
 };
 template <>
 struct BackwardTile<128> {
     static constexpr int rows = 64, cols = 128, stages = 2, works = 1, unit_cols = 64, cluster = 2, g_stages = 2;
     static constexpr int key_registers = 208, query_registers = 72, loader_registers = 24;
-    static constexpr bool keys_in_registers = false, split = false;
+    static constexpr bool keys_in_registers = false, split = false, relative = false;
 };
 template <>
 struct BackwardTile<256> {
     static constexpr int rows = 64, cols = 64, stages = 2, works = 1, unit_cols = 128, cluster = 2, g_stages = 1;
     static constexpr int key_registers = 192, query_registers = 104, loader_registers = 24;
-    static constexpr bool keys_in_registers = false, split = true;
+    static constexpr bool keys_in_registers = false, split = true, relative = false;
 };
 
 // The same for batches whose mean length is at most up_to, where fewer rows a tile or, without the cluster, fewer keys
@@ -223,15 +223,31 @@ template <>
 struct ShortBackwardTile<32> {
     static constexpr int rows = 64, cols = 128, stages = 4, works = 2, unit_cols = 32, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 192, query_registers = 88, loader_registers = 40;
-    static constexpr bool keys_in_registers = true, split = false;
+    static constexpr bool keys_in_registers = true, split = false, relative = false;
     static constexpr int up_to = 1024;
 };
 template <>
 struct ShortBackwardTile<128> {
     static constexpr int rows = 64, cols = 128, stages = 3, works = 1, unit_cols = 64, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 208, query_registers = 72, loader_registers = 24;
-    static constexpr bool keys_in_registers = false, split = false;
+    static constexpr bool keys_in_registers = false, split = false, relative = false;
     static constexpr int up_to = 128;
+};
+
+// With a relative bias by position.
+template <int kHeadDim>
+struct RelativeBackwardTile;
+template <>
+struct RelativeBackwardTile<64> {
+    static constexpr int rows = 64, cols = 128, stages = 4, works = 2, unit_cols = 64, cluster = 1, g_stages = 2;
+    static constexpr int key_registers = 184, query_registers = 88, loader_registers = 56;
+    static constexpr bool keys_in_registers = false, split = false, relative = true;
+};
+template <>
+struct RelativeBackwardTile<128> {
+    static constexpr int rows = 64, cols = 64, stages = 3, works = 1, unit_cols = 64, cluster = 2, g_stages = 2;
+    static constexpr int key_registers = 184, query_registers = 88, loader_registers = 56;
+    static constexpr bool keys_in_registers = false, split = true, relative = true;
 };
 
 }  // namespace hstu::attention::sm90

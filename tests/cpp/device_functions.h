@@ -17,6 +17,7 @@ To bits_as(From from) {
     return to;
 }
 inline int __float_as_int(float x) { return bits_as<int>(x); }
+inline uint32_t __float_as_uint(float x) { return bits_as<uint32_t>(x); }
 inline float __int_as_float(int x) { return bits_as<float>(x); }
 inline float __ll2float_rn(int64_t x) { return static_cast<float>(x); }
 inline float __ull2float_rz(uint64_t x) {

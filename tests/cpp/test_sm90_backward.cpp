@@ -9,6 +9,10 @@
 #include <string>
 #include <vector>
 
+#ifndef RELATIVE
+#define RELATIVE false
+#endif
+
 using namespace hstu;
 using namespace hstu::attention;
 
@@ -23,6 +27,8 @@ struct Case {
     int group = 1;
     int before = 0, after = 0;  // rows outside the sequences
     int dim_qk = 0, dim_v = 0;
+    int reach = 1000;  // of the position table, with RELATIVE
+    bool table_per_head = false;
 };
 
 struct Packed {
@@ -67,6 +73,15 @@ void compare(const Case& c, const char* what, const Params& p, Packed& got, cons
         emulated::fail(std::string(c.name) + ": " + what + " is wrong by " + std::to_string(std::sqrt(error / norm)));
 }
 
+// sizes: the sums of abs(dP / N), as slopes are rounded to half precision. An entry without terms is exactly 0.
+void compare_table(const Case& c, const char* what, const std::vector<float>& got, const std::vector<double>& expected,
+                   const std::vector<double>& sizes) {
+    for (size_t i = 0; i < got.size(); ++i)
+        if (!(std::abs(got[i] - expected[i]) <= 4e-3 * sizes[i]))
+            emulated::fail(std::string(c.name) + ": entry " + std::to_string(i) + " of " + what + " is " +
+                           std::to_string(got[i]) + ", not " + std::to_string(expected[i]));
+}
+
 // The gradients' bits.
 template <int kHeadDim, class Mask, class Config>
 std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
@@ -106,6 +121,15 @@ std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
             for (int j = 0; j < s.len_k; ++j) draw(k, s.k_begin + j, h, c.dim_qk), draw(v, s.k_begin + j, h, c.dim_v);
         }
     }
+    const int tables = c.table_per_head ? c.heads : 1, entries = RELATIVE ? 2 * c.reach + 1 : 0;
+    std::vector<float> position(static_cast<size_t>(tables * entries)), dposition(position.size(), NAN);
+    for (float& x : position) x = 0.5f * normal(random);
+    std::vector<int64_t> table_accum(position.size() * kExactWords, 0);
+    if (RELATIVE) {
+        p.relative.position = position.data(), p.relative.reach = c.reach, p.dposition = dposition.data();
+        if (c.table_per_head) p.relative.position_head_stride = p.dposition_head_stride = entries;
+        p.table_accum = table_accum.data();
+    }
     // For this tile: dq_scratch_elements() asks for the one that serves such a batch, which may be another.
     const int64_t sums = p.max_seqlen_k > Config::cluster * Config::cols ? sm90::dq_tiles<Config>(p) : 0;
     std::vector<float> scratch(static_cast<size_t>(sums * (Config::rows * kHeadDim + Config::cluster)), NAN);
@@ -117,6 +141,7 @@ std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
     std::vector<char> used_q(static_cast<size_t>(p.total_q), 0), used_k(static_cast<size_t>(p.total_k), 0);
     std::vector<double> want_q(p.total_q * c.heads * c.dim_qk, 0.0), want_k(p.total_k * c.heads * c.dim_qk, 0.0);
     std::vector<double> want_v(p.total_k * c.heads * c.dim_v, 0.0);
+    std::vector<double> want_position(position.size(), 0.0), sizes_position = want_position;
     for (int b = 0; b < p.batch; ++b) {
         const Sequence s(p, b);
         for (int h = 0; h < c.heads; ++h) {
@@ -134,8 +159,17 @@ std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
                     for (int d = 0; d < c.dim_v; ++d)
                         dp += static_cast<float>(dout.at(row, h, d)) * static_cast<float>(v.at(key, h, d));
                     x *= p.alpha;
+                    size_t entry = 0;
+                    if (RELATIVE) {
+                        const int distance = clamp_to(i + s.len_k - s.len_q - j, -c.reach, c.reach);
+                        entry = static_cast<size_t>(h % tables * entries + c.reach + distance);
+                        x += position[entry];
+                    }
                     const double sigmoid = 1 / (1 + std::exp(-x)), weight = x * sigmoid * p.inv_scaling;
-                    const double g = p.alpha * sigmoid * (1 + x * (1 - sigmoid)) * p.inv_scaling * dp;
+                    const double of_score = sigmoid * (1 + x * (1 - sigmoid)) * p.inv_scaling * dp;
+                    const double g = p.alpha * of_score;
+                    if (RELATIVE)
+                        want_position[entry] += of_score, sizes_position[entry] += std::abs(dp) * p.inv_scaling;
                     for (int d = 0; d < c.dim_qk; ++d) {
                         want_q[(row * c.heads + h) * c.dim_qk + d] += g * static_cast<float>(k.at(key, h, d));
                         want_k[(key * c.heads + h) * c.dim_qk + d] += g * static_cast<float>(q.at(row, h, d));
@@ -149,6 +183,7 @@ std::vector<uint16_t> check(const Case& c, unsigned seed, bool deterministic) {
     compare(c, "dq", p, dq, want_q, used_q, p.total_q, c.dim_qk);
     compare(c, "dk", p, dk, want_k, used_k, p.total_k, c.dim_qk);
     compare(c, "dv", p, dv, want_v, used_k, p.total_k, c.dim_v);
+    compare_table(c, "dposition", dposition, want_position, sizes_position);
     std::vector<uint16_t> bits;
     for (const Packed* x : {&dq, &dk, &dv})
         for (const bf16& value : x->values) bits.push_back(value.bits);
@@ -170,6 +205,34 @@ const std::vector<Case> kTargetCases = {
     {"target_more_queries", {150, 100}, {60, 3}, 1, -1, 0, {}, {}, {0, 2}, {20, 0}, 3},
 };
 
+const std::vector<Case> kRelativeCases = [] {
+    std::vector<Case> cases;
+    const auto add = [&](Case c, const char* name, int reach, bool table_per_head) {
+        c.name = name, c.reach = reach, c.table_per_head = table_per_head;
+        cases.push_back(c);
+    };
+    const Case causal{"", {200, 1, 129, 0, 70}, {200, 1, 129, 0, 70}},
+        &full = kWindowCases[2], &window = kWindowCases[3], &delta_q = kWindowCases[4];
+    add(causal, "relative", 400, false);
+    add(causal, "relative_heads", 50, true);
+    add(causal, "relative_one", 0, false);
+    add(causal, "relative_edge", 199, true);
+    add(full, "relative_full", 64, true);
+    add(full, "relative_full_short", 10, false);
+    add(window, "relative_window", 40, false);
+    add(delta_q, "relative_delta_q", 130, true);
+    add(kWindowCases[5], "relative_more_queries", 100, false);
+    add(kWindowCases[6], "relative_used", 100, true);
+    return cases;
+}();
+
+template <class Mask>
+void check_once(const Case& c) {
+    emulated::late = c.reach % 20 != 0;
+    emulated::multiprocessor_count = 3;
+    check<HEAD_DIM, Mask, sm90::TILE<HEAD_DIM>>(c, 8, false);
+}
+
 template <class Mask>
 void check_orders(const Case& c) {
     using Config = sm90::TILE<HEAD_DIM>;
@@ -187,6 +250,12 @@ void check_orders(const Case& c) {
 }  // namespace
 
 int main() {
+    if (RELATIVE) {
+        for (Case c : kRelativeCases) c.dim_qk = DIM_QK, c.dim_v = DIM_V, check_once<WindowMask>(c);
+        for (Case c : kTargetCases) c.dim_qk = DIM_QK, c.dim_v = DIM_V, c.reach = 90, check_once<TargetMask>(c);
+        std::printf("d%d, relative bias: ok\n", HEAD_DIM);
+        return 0;
+    }
     for (Case c : kWindowCases) c.dim_qk = DIM_QK, c.dim_v = DIM_V, check_orders<WindowMask>(c);
     for (Case c : kTargetCases) c.dim_qk = DIM_QK, c.dim_v = DIM_V, check_orders<TargetMask>(c);
     std::printf("d%d: ok\n", HEAD_DIM);

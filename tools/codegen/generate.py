@@ -37,7 +37,7 @@ LEGAL: dict[str, tuple[str | int, ...]] = {
 }
 # What sm90 has; sm80 serves the rest, on Hopper too.
 SM90_MASKS, SM90_BIASES = ("window", "target"), ("none", "relative")
-SM90_RELATIVE: dict[str, tuple[int, ...]] = {"fwd": (64, 128), "bwd": ()}  # head dimensions
+SM90_RELATIVE: dict[str, tuple[int, ...]] = {"fwd": (64, 128), "bwd": (64, 128)}  # head dimensions
 ELEMENTS = {"bf16": "bf16", "fp16": "fp16"}
 DTYPES = {"bf16": "DType::kBFloat16", "fp16": "DType::kFloat16"}
 

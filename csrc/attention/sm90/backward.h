@@ -6,7 +6,7 @@
 // A block of threads stays and takes up one work after another: one head's `cols` keys of one sequence, whose K and V lie
 // in shared memory while the query rows that keep any of them pass by, `rows` at a time. Seven roles:
 //   loader (warp 0)       writes the work down, fetches K and V
-//   a thread (warp 1)     fetches Q and dO tile by tile
+//   a thread (warp 1)     fetches Q and dO tile by tile; with a relative bias a warp (backward_bias.h)
 //   two threads           await this block's turns at tiles of dQ, and pass them on (warps 2 and 3, backward_q.h)
 //   cleaner (warp 3)      writes 0 to the rows that no product reaches, in the end
 //   a query warpgroup     dQ = G K of each tile, added up over the blocks in turn (backward_q.h)
@@ -15,9 +15,11 @@
 //                         (backward_kv.h; at head dimension 256 they share 64 keys: backward_kv_split.h)
 // Nothing is cleared or converted by a pass of its own but the counters of the turns. The factors alpha / N and 1 / N
 // are applied at the end.
+// A relative bias is added by the key warpgroups, who also add up its gradients (backward_sums.h).
 #pragma once
 
 #include "attention/bias.h"
+#include "attention/finish_tables.h"
 #include "attention/sm90/backward_kv_split.h"
 #include "attention/sm90/backward_q.h"
 #include "attention/sm90/cluster_launch.h"
@@ -41,7 +43,7 @@ __global__ void __launch_bounds__(4 * kWarpgroup, 1)
     if (warp < 4) {
         lower_registers<Config::loader_registers>();
         if (warp == 0) load_works(p, maps, schedule, shared);
-        if (warp == 1 && lane() == 0) load_queries(maps, shared);
+        if (warp == 1 && (Config::relative || lane() == 0)) load_queries(p, maps, shared);
         if (warp == 2 && lane() == 0) await_turns(p, shared);
         if (warp == 3) {
             if (lane() == 0) pass_turns(p, shared);
@@ -91,12 +93,16 @@ void launch_backward(const BackwardParams& p, void* stream_handle) {
         launch.together = true;  // blocks wait for one another's turns
     }
     launch.template run<kKernel>(static_cast<int>(min_of<int64_t>(schedule.places(), clusters)), p, maps, schedule);
+    if constexpr (Config::relative) finish_tables(p, stream);
 }
 
 template <class T, int kHeadDim, class Mask, class Bias>
 void run_backward(const BackwardParams& p, void* stream) {
-    static_assert(Bias::kKind == BiasKind::kNone);
-    with_backward_tile<kHeadDim>(p, [&](auto tile) { launch_backward<T, kHeadDim, Mask, decltype(tile)>(p, stream); });
+    if constexpr (Bias::kKind == BiasKind::kRelative)
+        launch_backward<T, kHeadDim, Mask, RelativeBackwardTile<kHeadDim>>(p, stream);
+    else
+        with_backward_tile<kHeadDim>(p,
+                                     [&](auto tile) { launch_backward<T, kHeadDim, Mask, decltype(tile)>(p, stream); });
 }
 
 }  // namespace hstu::attention::sm90

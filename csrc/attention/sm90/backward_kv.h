@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/activation.h"
+#include "attention/sm90/backward_sums.h"
 #include "attention/sm90/backward_work.h"
 
 namespace hstu::attention::sm90 {
@@ -120,15 +121,16 @@ __device__ __forceinline__ void activate(const Accumulator<kRows>& s, Fragments<
     }
 }
 
-// dP^T -> 2 G^T N as a left operand.
+// dP^T -> 2 G^T N, also as a left operand.
 template <class T, int kRows>
-__device__ __forceinline__ void apply_slopes(const Accumulator<kRows>& dp, const Slopes<kRows>& slopes,
+__device__ __forceinline__ void apply_slopes(Accumulator<kRows>& dp, const Slopes<kRows>& slopes,
                                              Fragments<kRows / 16>& gradients) {
 #pragma unroll
     for (int i = 0; i < kRows / 4; ++i) {
         const float2 slope = __half22float2(slopes.x[i]);
-        const float low = dp.x[2 * i], high = dp.x[2 * i + 1];
-        gradients.x[i / 4][i % 4] = pack<T>(fmaf(slope.x, low, low), fmaf(slope.y, high, high));
+        float &low = dp.x[2 * i], &high = dp.x[2 * i + 1];
+        low = fmaf(slope.x, low, low), high = fmaf(slope.y, high, high);
+        gradients.x[i / 4][i % 4] = pack<T>(low, high);
     }
 }
 
@@ -157,13 +159,21 @@ struct Keys<Tile, kSteps, true> {
     }
 };
 
+// The distance of the first of 16 keys and of a tile's first query.
+template <class Mask>
+__device__ __forceinline__ int corner_of(const KeyWork<Mask>& work, int t, int strip) {
+    return work.walk[t] + work.mask.offset - work.col0 - 16 * strip;
+}
+
 // A key warpgroup's registers over one work, and what it does with one query tile after another.
 template <class T, int kHeadDim, class Mask, class Config>
 struct KeyGroup {
     using Shared = BackwardShared<kHeadDim, Mask, Config>;
     using Operand = Keys<typename Shared::KTile, kHeadDim / 16, Config::keys_in_registers>;
+    using Relative = std::conditional_t<Config::relative, KeySums<typename Shared::Bias>, NoKeySums>;
     static constexpr int kRows = Config::rows, kSteps = kRows / 16;
 
+    const BackwardParams& p;
     const Shared& shared;     // the mask and the walk are read there again and again: registers are what is short
     const int group, number;  // which 64 keys, of which work in shared memory
     Operand keys, values;
@@ -171,10 +181,12 @@ struct KeyGroup {
     Accumulator<kRows> s, dp;
     Slopes<kRows> slopes;
     Fragments<kSteps> weights, gradients;
+    Relative relative;
 
-    __device__ __forceinline__ KeyGroup(const Shared& shared, int group, int number)
-        : shared(shared), group(group), number(number), keys(shared.k(number), 64 * group),
-          values(shared.v(number), 64 * group) {
+    __device__ __forceinline__ KeyGroup(const BackwardParams& p, const Shared& shared, int group, int number)
+        : p(p), shared(shared), group(group), number(number), keys(shared.k(number), 64 * group),
+          values(shared.v(number), 64 * group),
+          relative(shared.bias(), 4 * group + threadIdx.x / 32 % 4, p, shared.work(number).head) {
         dk.clear();
         dv.clear();
     }
@@ -190,10 +202,14 @@ struct KeyGroup {
         commit_products();
     }
     // S is there: P and the slopes.
-    __device__ __forceinline__ void use_s(int t, float half_alpha) {
+    __device__ __forceinline__ void use_s(int t, int stage, float half_alpha) {
         const int row0 = shared.work(number).walk[t], first_key = shared.work(number).col0 + 64 * group;
         const Mask mask = shared.work(number).mask;
         hold(s);
+        if constexpr (Config::relative) {
+            add_half_bias(s, shared.bias(), stage, relative.strip, half_alpha);
+            half_alpha = 1.0f;
+        }
         if (mask.is_full(row0, kRows, first_key, 64))
             activate<T, false>(s, weights, slopes, mask, row0, first_key, half_alpha);
         else
@@ -218,6 +234,10 @@ struct KeyGroup {
         multiply<T, kSteps>(dk, gradients, columns(shared.q(stage)));
         commit_products();
     }
+    // Of a tile whose G is there, beside products: the sums of the position table's gradient.
+    __device__ __forceinline__ void add_to_table(int t) {
+        if constexpr (Config::relative) relative.add(dp, p, corner_of(shared.work(number), t, relative.strip));
+    }
     __device__ __forceinline__ void finish_sums() {
         wait_products<0>();
         hold(dv);
@@ -237,16 +257,45 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
         if (shared.work(k.stage).last) break;
         const int tiles = __shfl_sync(0xffffffff, shared.work(k.stage).walk.tiles, 0);
         if (Config::keys_in_registers) shared.v_full(k.stage).wait(k.phase);
-        KeyGroup<T, kHeadDim, Mask, Config> own(shared, group, k.stage);
+        KeyGroup<T, kHeadDim, Mask, Config> own(p, shared, group, k.stage);
         const float half_alpha = 0.5f * p.alpha;
-        if (tiles > 0) {
+        if constexpr (Config::relative) {
+            // One loop body for all tiles: the code is long.
+            shared.v_full(k.stage).wait(k.phase);
+            if (tiles > 0) {
+                shared.q_full(q.stage).wait(q.phase);
+                own.start_s(q.stage);
+                wait_products<0>();
+            }
+            for (int t = 0; t < tiles; ++t) {
+                const int stage = q.stage;
+                own.use_s(t, stage, half_alpha);
+                own.start_dp(stage);
+                own.start_dv(stage);
+                wait_products<0>();
+                hold(own.dv);
+                hold(own.weights);
+                own.use_dp(g);
+                g.next();
+                q.next();
+                own.start_dk(stage);
+                // The last tile's S once more instead of a next one's, as ptxas wants the same products on every way.
+                const bool last = t == tiles - 1;
+                if (!last) shared.q_full(q.stage).wait(q.phase);
+                own.start_s(last ? stage : q.stage);
+                own.add_to_table(t);
+                own.finish_sums();
+                arrive_in_cluster<Config::cluster>(shared.q_empty(stage));
+            }
+            arrive_as_warp(shared.v_empty(k.stage));
+        } else if (tiles > 0) {
             shared.q_full(q.stage).wait(q.phase);
             own.start_s(q.stage);
             shared.v_full(k.stage).wait(k.phase);
             wait_products<0>();
             for (int t = 0; t < tiles - 1; ++t) {
                 const int stage = q.stage;
-                own.use_s(t, half_alpha);
+                own.use_s(t, stage, half_alpha);
                 own.start_dp(stage);
                 own.start_dv(stage);
                 wait_products<0>();
@@ -262,7 +311,7 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
                 arrive_in_cluster<Config::cluster>(shared.q_empty(stage));
                 own.finish_sums();
             }
-            own.use_s(tiles - 1, half_alpha);
+            own.use_s(tiles - 1, q.stage, half_alpha);
             own.start_dp(q.stage);
             own.start_dv(q.stage);
             wait_products<1>();
@@ -280,6 +329,7 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
         const int head = shared.work(k.stage).head, first_key = shared.work(k.stage).col0 + 64 * group;
         const int num_rows = shared.work(k.stage).mask.len_k - first_key;
         const int64_t packed_key = int64_t{shared.work(k.stage).k_begin} + first_key;
+        if constexpr (Config::relative) own.relative.finish(p);
         arrive_as_warp(shared.k_empty(k.stage));
         store_product(own.dv, p.inv_scaling, p.dv.at<T>(packed_key, head), p.dv.row_stride, num_rows, p.dim_v);
         store_product(own.dk, 0.5f * p.alpha * p.inv_scaling, p.dk.at<T>(packed_key, head), p.dk.row_stride, num_rows,

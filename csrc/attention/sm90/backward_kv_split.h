@@ -78,10 +78,15 @@ __device__ __forceinline__ void own_values(const BackwardParams& p,
             hold(s);
             const int row0 = shared.work(k.stage).walk[t], col0 = shared.work(k.stage).col0;
             const Mask mask = shared.work(k.stage).mask;
+            float half_alpha = 0.5f * p.alpha;
+            if constexpr (Config::relative) {
+                add_half_bias(s, shared.bias(), q.stage, threadIdx.x / 32 % 4, half_alpha);
+                half_alpha = 1.0f;
+            }
             if (mask.is_full(row0, kRows, col0, Config::cols))
-                activate<T, false>(s, weights, slopes, mask, row0, col0, 0.5f * p.alpha);
+                activate<T, false>(s, weights, slopes, mask, row0, col0, half_alpha);
             else
-                activate<T, true>(s, weights, slopes, mask, row0, col0, 0.5f * p.alpha);
+                activate<T, true>(s, weights, slopes, mask, row0, col0, half_alpha);
             hold(weights);
             dv.template start<T>(weights, shared.dout(q.stage));
             shared.g_empty(g.stage).wait(g.phase ^ 1);
@@ -105,12 +110,15 @@ template <class T, int kHeadDim, class Mask, class Config>
 __device__ __forceinline__ void own_gradients(const BackwardParams& p,
                                               const BackwardShared<kHeadDim, Mask, Config>& shared) {
     constexpr int kRows = Config::rows;
+    using Bias = typename BackwardShared<kHeadDim, Mask, Config>::Bias;
+    using Relative = std::conditional_t<Config::relative, KeySums<Bias>, NoKeySums>;
     RingPosition<Config::stages> q;
     RingPosition<Config::g_stages> g;
     for (RingPosition<2> k;; k.next()) {
         shared.k_full(k.stage).wait(k.phase);
         if (shared.work(k.stage).last) break;
         const int tiles = __shfl_sync(0xffffffff, shared.work(k.stage).walk.tiles, 0);
+        [[maybe_unused]] Relative relative(shared.bias(), threadIdx.x / 32 % 4, p, shared.work(k.stage).head);
         const auto values = rows(shared.v(k.stage));
         HalvedSum<kHeadDim> dk;
         Accumulator<kRows> dp;
@@ -132,6 +140,7 @@ __device__ __forceinline__ void own_gradients(const BackwardParams& p,
             hand_out_gradients(gradients, shared, g.stage, threadIdx.x / 32 % 4 * 16);
             hold(gradients);
             dk.template start<T>(gradients, shared.q(q.stage));
+            if constexpr (Config::relative) relative.add(dp, p, corner_of(shared.work(k.stage), t, relative.strip));
             dk.finish();
             hold(gradients);
             arrive_in_cluster<Config::cluster>(shared.q_empty(q.stage));
@@ -140,6 +149,7 @@ __device__ __forceinline__ void own_gradients(const BackwardParams& p,
         const int head = shared.work(k.stage).head, col0 = shared.work(k.stage).col0;
         const int num_rows = shared.work(k.stage).mask.len_k - col0;
         const int64_t packed_key = int64_t{shared.work(k.stage).k_begin} + col0;
+        if constexpr (Config::relative) relative.finish(p);
         arrive_as_warp(shared.k_empty(k.stage));
         dk.store(0.5f * p.alpha * p.inv_scaling, p.dk.at<T>(packed_key, head), p.dk.row_stride, num_rows, p.dim_qk);
     }

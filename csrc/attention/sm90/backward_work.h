@@ -2,6 +2,7 @@
 // loader of keys, the loader of queries and the cleaner.
 #pragma once
 
+#include "attention/sm90/backward_bias.h"
 #include "attention/sm90/pipeline.h"
 #include "attention/sm90/product.h"
 #include "attention/sm90/schedule.h"
@@ -56,7 +57,9 @@ struct BackwardShared {
     static constexpr int kBarriers = 2 * kStages + 24;
     static constexpr int kWork = kTiles + 8 * kBarriers;
     static constexpr int kBatch = kWork + 2 * sizeof(KeyWork<Mask>);
-    static constexpr int kBytes = kBatch + sizeof(SortedBatch);
+    using Bias = BackwardBias<kCols, kRows, kStages>;
+    static constexpr int kBias = (kBatch + static_cast<int>(sizeof(SortedBatch)) + 15) / 16 * 16;
+    static constexpr int kBytes = Config::relative ? kBias + sizeof(Bias) : kBatch + sizeof(SortedBatch);
     static_assert(kBytes <= 227 << 10);
 
     unsigned char* start;  // a multiple of 1024
@@ -90,9 +93,10 @@ struct BackwardShared {
     __device__ Barrier work_full(int work) const { return pair_barrier(22 + work); }  // the work alone
     __device__ KeyWork<Mask>& work(int number) const { return reinterpret_cast<KeyWork<Mask>*>(start + kWork)[number]; }
     __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
+    __device__ Bias& bias() const { return *reinterpret_cast<Bias*>(start + kBias); }
 
     __device__ void init_barriers() const {
-        for (int i = 0; i < kStages; ++i) q_full(i).init(1), q_empty(i).init(8 * kCluster);
+        for (int i = 0; i < kStages; ++i) q_full(i).init(Config::relative ? 2 : 1), q_empty(i).init(8 * kCluster);
         for (int i = 0; i < 2; ++i) {
             g_full(i).init(kCols / 16), g_empty(i).init(4 * kCluster);
             turn_came(i).init(1), turn_taken(i).init(4), turn_over(i).init(4), turn_passed(i).init(1);
@@ -189,9 +193,10 @@ __device__ __forceinline__ void load_works(const BackwardParams& p, const Backwa
     }
 }
 
-// One thread: fetches Q and dO tile by tile. Waits for work_full and q_empty.
+// One thread: fetches Q and dO tile by tile; with a relative bias a warp, which also writes windows. Waits for
+// work_full and q_empty.
 template <int kHeadDim, class Mask, class Config>
-__device__ __forceinline__ void load_queries(const BackwardMaps& maps,
+__device__ __forceinline__ void load_queries(const BackwardParams& p, const BackwardMaps& maps,
                                              const BackwardShared<kHeadDim, Mask, Config>& shared) {
     using Shared = BackwardShared<kHeadDim, Mask, Config>;
     using Rows = RowsIn<typename Shared::QTile, Shared::kCluster>;
@@ -203,17 +208,25 @@ __device__ __forceinline__ void load_queries(const BackwardMaps& maps,
         const TileWalk walk = shared.work(k.stage).walk;
         const SequenceRows rows{shared.work(k.stage).head, shared.work(k.stage).q_begin,
                                 shared.work(k.stage).mask.len_q};
-        shared.k_empty(k.stage).arrive();
+        if (!Config::relative) shared.k_empty(k.stage).arrive();
         for (int t = 0; t < walk.tiles; ++t, q.next()) {
             const Barrier full = shared.q_full(q.stage);
             // Of a cluster's blocks one fetches Q for both, the other dO.
             const Rows first(rank == 0 ? maps.q : maps.dout, rows, walk[t]);
             shared.q_empty(q.stage).wait(q.phase ^ 1);
-            full.arrive_expecting(2 * Shared::QTile::kBytes);
-            first.start(rank == 0 ? shared.q(q.stage) : shared.dout(q.stage), full.address);
-            if constexpr (Shared::kCluster == 1)
-                Rows(maps.dout, rows, walk[t]).start(shared.dout(q.stage), full.address);
+            if (!Config::relative || lane() == 0) {
+                full.arrive_expecting(2 * Shared::QTile::kBytes);
+                first.start(rank == 0 ? shared.q(q.stage) : shared.dout(q.stage), full.address);
+                if constexpr (Shared::kCluster == 1)
+                    Rows(maps.dout, rows, walk[t]).start(shared.dout(q.stage), full.address);
+            }
+            if constexpr (Config::relative) {
+                __syncwarp();
+                write_window(shared.bias(), q.stage, p, shared.work(k.stage), walk[t]);
+                arrive_as_warp(full);
+            }
         }
+        if constexpr (Config::relative) arrive_as_warp(shared.k_empty(k.stage));
     }
 }
 

@@ -142,7 +142,10 @@ __device__ __forceinline__ void raise_counter(int* counter) {
     asm volatile("fence.acq_rel.gpu;" ::: "memory");
     asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
-// Adds to 16 bytes of global memory.
+// Adds to global memory, without waiting for what was there.
+__device__ __forceinline__ void add_to_global(float* to, float x) {
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to), "f"(x) : "memory");
+}
 __device__ __forceinline__ void add_to_global(float4* to, float4 x) {
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z),
                  "f"(x.w)

@@ -23,7 +23,7 @@ auto with_backward_tile(const BackwardParams& p, const F& f) {
 }
 
 // fp32 elements of BackwardParams::dq_accum: the sums of every tile, then its counters of turns. None where one
-// cluster sees every key of a sequence.
+// cluster sees every key of a sequence. As many as any tile wants that may serve the batch, with a relative bias or without.
 inline int64_t dq_scratch_elements(const BackwardParams& p, int head_dim) {
     const auto wanted = [&](auto tile) -> int64_t {
         using Config = decltype(tile);
@@ -33,8 +33,8 @@ inline int64_t dq_scratch_elements(const BackwardParams& p, int head_dim) {
     };
     switch (head_dim) {
         case 32: return with_backward_tile<32>(p, wanted);
-        case 64: return with_backward_tile<64>(p, wanted);
-        case 128: return with_backward_tile<128>(p, wanted);
+        case 64: return max_of(with_backward_tile<64>(p, wanted), wanted(RelativeBackwardTile<64>{}));
+        case 128: return max_of(with_backward_tile<128>(p, wanted), wanted(RelativeBackwardTile<128>{}));
         default: return with_backward_tile<256>(p, wanted);
     }
 }

@@ -333,8 +333,9 @@ inline int __reduce_min_sync(unsigned, int value) {
 inline int __reduce_max_sync(unsigned mask, int value) { return -__reduce_min_sync(mask, -value); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
-inline int atomicAdd(int* address, int value) {
-    const int before = *address;
+template <class T>
+T atomicAdd(T* address, T value) {
+    const T before = *address;
     *address += value;
     return before;
 }

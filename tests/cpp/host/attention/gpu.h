@@ -108,7 +108,6 @@ template <class T, class U>
 void atomicAdd(T* to, U value) {
     *to += static_cast<T>(value);
 }
-inline uint32_t __float_as_uint(float x) { return bits_as<uint32_t>(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
 inline void __syncwarp() { warp_on_host::next(); }

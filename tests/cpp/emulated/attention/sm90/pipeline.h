@@ -91,6 +91,7 @@ inline void await_counter(const int* counter, int least) {
     emulated::wait_until("a counter", [=] { return *counter >= least; });
 }
 inline void raise_counter(int* counter) { ++*counter; }
+inline void add_to_global(float* to, float x) { *to += x; }
 inline void add_to_global(float4* to, float4 x) { to->x += x.x, to->y += x.y, to->z += x.z, to->w += x.w; }
 
 }  // namespace hstu::attention::sm90

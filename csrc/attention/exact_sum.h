@@ -7,7 +7,7 @@
 
 #include "attention/params.h"
 
-namespace hstu::attention::sm80 {
+namespace hstu::attention {
 
 __device__ __forceinline__ void add_exactly(int64_t* words, float x) {
     const auto add = [&](int k, int64_t value) {
@@ -46,4 +46,4 @@ __device__ __forceinline__ float exact_sum(const int64_t* words) {
     return static_cast<float>(negative ? -sum : sum);
 }
 
-}  // namespace hstu::attention::sm80
+}  // namespace hstu::attention
