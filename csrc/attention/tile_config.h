@@ -233,7 +233,7 @@ struct RelativeBackwardTile;
 template <>
 struct RelativeBackwardTile<64> {
     static constexpr int rows = 64, cols = 128, stages = 4, works = 2, unit_cols = 64, cluster = 1, g_stages = 2;
-    static constexpr int key_registers = 192, query_registers = 72, loader_registers = 56;
+    static constexpr int key_registers = 184, query_registers = 88, loader_registers = 56;
     static constexpr bool keys_in_registers = false, split = false, relative = true;
 };
 template <>
