@@ -44,6 +44,13 @@ def test_links_no_torch_and_no_cuda_library() -> None:
     assert not re.findall(r"lib(?:torch|c10|cuda|cudart|nvrtc)\S*", libraries)
 
 
+@pytest.mark.skipif(shutil.which("nm") is None or sys.platform != "linux", reason="needs nm of Linux")
+def test_exports_its_init_function_alone() -> None:
+    command = ["nm", "--dynamic", "--defined-only", "--format=posix", _C.__file__]
+    symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert [line.split()[0] for line in symbols] == ["PyInit__C"]
+
+
 def test_the_compiled_module_imports_without_torch() -> None:
     code = f"""
 import importlib.util, sys

@@ -34,6 +34,7 @@ def test_forward(head_dim: int, tile: str, dim_qk: int, dim_v: int, tmp_path: Pa
     [
         (64, "BackwardTile", 40, 64),
         pytest.param(32, "BackwardTile", 24, 32, marks=pytest.mark.slow),
+        pytest.param(32, "ShortBackwardTile", 24, 32, marks=pytest.mark.slow),
         pytest.param(128, "BackwardTile", 72, 128, marks=pytest.mark.slow),
         pytest.param(128, "ShortBackwardTile", 128, 72, marks=pytest.mark.slow),
         pytest.param(256, "BackwardTile", 40, 136, marks=pytest.mark.slow),

@@ -123,9 +123,9 @@ struct CompactBackwardTile<256> {
 namespace hstu::attention::sm90 {
 
 // consumers: warpgroups of 64 query rows each; stages: K and V tiles in flight; q_stages: Q tiles.
-// Registers: (loader + consumers * consumer + bias) * 128 <= 65536.
+// Registers: loader + consumers * consumer + bias <= 504 for 384 threads, 512 for 512.
 struct ForwardTileWithoutBias {
-    static constexpr int bias_cols = 0, bias_stages = 0, bias_registers = 0;
+    static constexpr int bias_stages = 0, bias_registers = 0;
 };
 template <int kHeadDim>
 struct ForwardTile;
@@ -144,7 +144,7 @@ struct ForwardTile<128> : ForwardTileWithoutBias {
 template <>
 struct ForwardTile<256> : ForwardTileWithoutBias {
     static constexpr int consumers = 2, cols = 80, stages = 2, q_stages = 1;
-    static constexpr int loader_registers = 56, consumer_registers = 224;
+    static constexpr int loader_registers = 40, consumer_registers = 232;
 };
 
 // The same for batches whose mean length is at most up_to, where fewer query rows a block waste less.
@@ -167,18 +167,17 @@ struct ShortForwardTile<128> : ForwardTileWithoutBias {
     static constexpr int up_to = 2048;
 };
 
-// With a relative bias, which a warpgroup of its own hands to each consumer in parts of 64 x bias_cols pairs; bias_stages:
-// such parts in shared memory, a consumer, together no more than a tile.
+// With a relative bias; bias_stages: places for values of times, of 16 x 32 pairs, a consumer warp.
 template <int kHeadDim>
 struct RelativeForwardTile;
 template <>
 struct RelativeForwardTile<64> {
-    static constexpr int consumers = 2, cols = 128, stages = 3, q_stages = 3, bias_cols = 64, bias_stages = 2;
+    static constexpr int consumers = 2, cols = 128, stages = 3, q_stages = 3, bias_stages = 3;
     static constexpr int loader_registers = 56, consumer_registers = 184, bias_registers = 88;
 };
 template <>
 struct RelativeForwardTile<128> {
-    static constexpr int consumers = 2, cols = 64, stages = 3, q_stages = 2, bias_cols = 32, bias_stages = 2;
+    static constexpr int consumers = 2, cols = 64, stages = 3, q_stages = 2, bias_stages = 2;
     static constexpr int loader_registers = 56, consumer_registers = 184, bias_registers = 88;
 };
 
@@ -214,17 +213,25 @@ struct BackwardTile<256> {
     static constexpr bool keys_in_registers = false, split = true, relative = false;
 };
 
-// The same for batches whose mean length is at most up_to, where half of a cluster would have no keys.
+// The same for batches whose mean length is at most up_to, where fewer rows a tile or, without the cluster, fewer keys
+// waste less.
 template <int kHeadDim>
 struct ShortBackwardTile : BackwardTile<kHeadDim> {
     static constexpr int up_to = 0;
+};
+template <>
+struct ShortBackwardTile<32> {
+    static constexpr int rows = 64, cols = 128, stages = 4, works = 2, unit_cols = 32, cluster = 1, g_stages = 2;
+    static constexpr int key_registers = 192, query_registers = 88, loader_registers = 40;
+    static constexpr bool keys_in_registers = true, split = false, relative = false;
+    static constexpr int up_to = 1024;
 };
 template <>
 struct ShortBackwardTile<128> {
     static constexpr int rows = 64, cols = 128, stages = 3, works = 1, unit_cols = 64, cluster = 1, g_stages = 2;
     static constexpr int key_registers = 208, query_registers = 72, loader_registers = 24;
     static constexpr bool keys_in_registers = false, split = false, relative = false;
-    static constexpr int up_to = 200;
+    static constexpr int up_to = 128;
 };
 
 // With a relative bias by position.

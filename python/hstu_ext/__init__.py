@@ -1,6 +1,6 @@
 """HSTU attention for generative recommenders: compiled CPU and CUDA kernels for any PyTorch."""
 
-import torch as _torch  # noqa: F401  (before _C: torch 2.11 crashed in its own import behind it)
+import torch as _torch  # noqa: F401  (before _C, whatever libstdc++ that was linked with)
 
 from hstu_ext._C import MissingKernelError, build_info, cells
 from hstu_ext.bias import RelativeBias

@@ -132,6 +132,7 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
             float4* const slots =
                 reinterpret_cast<float4*>(p.dq_accum + visit.tile * Scratch::kTile) + threadIdx.x % kWarpgroup;
             const bool reduced = !p.deterministic && !visit.first() && !visit.last();
+            const bool ahead = kAhead && !visit.first() && !reduced;
             const auto await_turn = [&] {
                 shared.turn_came(came.stage).wait(came.phase);
                 arrive_as_warp(shared.turn_taken(came.stage));
@@ -143,7 +144,7 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                 float4* const unit_slots = slots + unit * (64 * kUnitCols / 4);
                 Accumulator<kUnitCols> dq;
                 dq.clear();
-                if (kAhead && visit.last() && !visit.first()) {  // the sums come before G does
+                if (ahead) {  // the sums come before G does
                     if (unit == 0) await_turn();
                     load_sums(dq, unit_slots);
                 }
@@ -162,7 +163,7 @@ __device__ __forceinline__ void add_up_queries(const BackwardParams& p,
                     arrive_in_cluster<kCluster>(shared.g_empty(g.stage));
                     if (t == work.walk.tiles - 1 && lane() == 0) shared.k_empty(k.stage).arrive();
                 }
-                if (!(kAhead && visit.last()) && !visit.first()) {
+                if (!ahead && !visit.first()) {
                     if (unit == 0) await_turn();
                     if (!reduced) load_sums(dq, unit_slots);
                 }

@@ -10,14 +10,15 @@
 //   cleaner (warp 2)   writes 0 to the rows of `out` that nobody else writes
 //   consumers          S(t + 1) = Q K(t + 1)^T and O += P(t) V(t) run on the tensor cores while S(t + 1), once it is
 //                      there, becomes P(t + 1) in registers;                            wait for q_full, k_full, v_full
-//   describer (warp 3) with a relative bias: which time buckets a tile can have;        waits for q_full, described_empty
-//   bias warps         write down what consumers add to S, tile after tile (relative.h; wait for q_full, described_full,
-//                      consumers wait for bias_full);                                   bias_empty
+//   bias warps         with a relative bias: write down what consumers need for it, tile after tile (relative.h);
+//                                                                                       wait for work_full, described_empty,
+//                      consumers wait for described_full and values_full too            values_empty
 // Rows past the end of a sequence are read as 0 and silu(0) = 0, so only tiles that the mask cuts are tested element by
 // element. Q has q_stages buffers: the next work's Q (and K, V, as stages come free) arrives during this one's products.
 #pragma once
 
 #include "attention/sm90/forward_consumer.h"
+#include "attention/sm90/forward_relative.h"
 #include "attention/sm90/forward_work.h"
 #include "attention/tile_config.h"
 #include "common/cuda_launch.h"
@@ -26,10 +27,16 @@ namespace hstu::attention::sm90 {
 
 template <class Config>
 constexpr int kThreads = (Config::consumers + 1 + kBiased<Config>)*kWarpgroup;
+// What the warpgroups raise and lower their registers to must fit what the launch takes: raise_registers() waits for it.
+template <class Config>
+constexpr bool kRegistersFit =
+    (Config::loader_registers + Config::consumers * Config::consumer_registers + Config::bias_registers) * kWarpgroup <=
+    65536 / kThreads<Config> / 8 * 8 * kThreads<Config>;
 template <class T, int kHeadDim, class Mask, class Config>
 __global__ void __launch_bounds__(kThreads<Config>, 1)
     forward_kernel(const __grid_constant__ Params p, const __grid_constant__ ForwardMaps maps,
                    const __grid_constant__ Schedule schedule) {
+    static_assert(kRegistersFit<Config>);
     using Shared = ForwardShared<kHeadDim, Mask, Config>;
     extern __shared__ __align__(1024) unsigned char shared_memory[];
     const Shared shared(shared_memory);
@@ -44,9 +51,6 @@ __global__ void __launch_bounds__(kThreads<Config>, 1)
         if (warp == 0) load_works<T>(p, maps, schedule, shared);
         if (warp == 1 && Config::q_stages > 1) store_works(maps, shared);
         if (warp == 2) clean<T, kHeadDim, Mask, Config>(p, schedule.levels);
-        if constexpr (kBiased<Config>) {
-            if (warp == 3) describe_works(p, shared);
-        }
     } else if (kBiased<Config> && warp / 4 > Config::consumers) {
         if constexpr (kBiased<Config>) {
             lower_registers<Config::bias_registers>();
@@ -55,7 +59,9 @@ __global__ void __launch_bounds__(kThreads<Config>, 1)
         }
     } else {
         raise_registers<Config::consumer_registers>();
-        if constexpr (Config::q_stages == 1)
+        if constexpr (kBiased<Config>)
+            consume_works_with_bias<T>(p, shared, warp / 4 - 1);
+        else if constexpr (Config::q_stages == 1)
             consume_works_of_one_place<T>(p, shared, warp / 4 - 1);
         else
             consume_works<T>(p, shared, warp / 4 - 1);

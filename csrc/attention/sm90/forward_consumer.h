@@ -7,52 +7,24 @@
 
 namespace hstu::attention::sm90 {
 
-// S -> P N = silu(alpha S), 0 where masked.
+// S -> P N = silu(alpha S), 0 where masked. In tiles of 128 keys the factor of every eight elements waits, by way of a
+// zero that the compiler does not know, for a tanh of the eight before: else it would put all multiplications first and
+// nothing into the time from one tanh to the next.
 template <bool kMasked, int kCols, class Mask>
 __device__ __forceinline__ void activate(Accumulator<kCols>& s, const Mask& mask, int row0, int col0,
                                          float half_alpha) {
     const typename Mask::Row rows[2] = {mask.row(row0), mask.row(row0 + 8)};
+    const int zero = mask.len_q >> 31;
+    float factor = half_alpha, tanh_before = 0.0f;
 #pragma unroll
     for (int i = 0; i < kCols / 2; ++i) {
+        if (kCols >= 128 && i % 8 == 0 && i > 0)
+            factor = __int_as_float(__float_as_int(half_alpha) | (__float_as_int(tanh_before) & zero));
         float x = s.x[i];
         if constexpr (kMasked) x = rows[i / 2 % 2].keeps(col0 + i / 4 * 8 + i % 2) ? x : 0.0f;
-        s.x[i] = silu_of_twice(half_alpha * x);
-    }
-}
-
-// Half the bias of 32 columns of S: positions, and times as a constant or as values.
-struct HalfBias {
-    float2 positions[5];  // WindowReader's pairs of blocks n - 1
-    float constant;
-    bool written;
-    float4 times[4];
-};
-// Adds it to half of alpha S on the columns from `first` on; 0 where masked.
-template <bool kMasked, int kCols, class Mask>
-__device__ __forceinline__ void add_bias(Accumulator<kCols>& s, int first, const HalfBias& bias, const Mask& mask,
-                                         int row0, int col0, float half_alpha) {
-    const typename Mask::Row rows[2] = {mask.row(row0), mask.row(row0 + 8)};
-    const auto position = [&](int i) {
-        const float2 pair = bias.positions[i / 4 - i / 2 % 2 + 1];
-        return i % 2 ? pair.y : pair.x;
-    };
-    float* const x = s.x + first / 2;
-    if (bias.written) {
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            const float4 four = bias.times[i / 4];
-            x[i] = fmaf(half_alpha, x[i], position(i)) + (i % 4 == 0   ? four.x
-                                                          : i % 4 == 1 ? four.y
-                                                          : i % 4 == 2 ? four.z
-                                                                       : four.w);
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < 16; ++i) x[i] = fmaf(half_alpha, x[i], position(i) + bias.constant);
-    }
-    if constexpr (kMasked) {
-#pragma unroll
-        for (int i = 0; i < 16; ++i) x[i] = rows[i / 2 % 2].keeps(col0 + first + i / 4 * 8 + i % 2) ? x[i] : 0.0f;
+        const float h = factor * x, tanh_here = fast_tanh(h);
+        if (i % 8 == 0) tanh_before = tanh_here;
+        s.x[i] = fmaf(h, tanh_here, h);
     }
 }
 
@@ -146,6 +118,55 @@ __device__ __forceinline__ void convert(Fragments<kCols / 16>& weights, const Ac
     for (int step = 0; step < kCols / 16; ++step) convert_step<T>(weights, s, step);
 }
 
+// The last two beside one another, O += P V of one tile and S -> P N of the next; the first product is under way. The
+// tensor cores take up a product whose left operand is in registers only when the one before it is nearly over, and the
+// warp waits for that: so the products stand between pieces of the activation. `always` is true, which the compiler does
+// not know: its branches keep the pieces apart. A piece leaves h and tanh(h) to the next, so as not to wait for results.
+template <class T, bool kMasked, int kHeadDim, int kCols, class Mask, class V>
+__device__ __forceinline__ void activate_beside_values(Accumulator<kCols>& s, const Mask& mask, int row0, int col0,
+                                                       float half_alpha, Accumulator<kHeadDim>& out,
+                                                       const Fragments<kCols / 16>& weights, const V& values,
+                                                       bool always) {
+    constexpr int kSteps = kCols / 16;
+    const typename Mask::Row rows[2] = {mask.row(row0), mask.row(row0 + 8)};
+    float tanhs[2][8];
+    const auto begin = [&](int step) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            float& x = s.x[8 * step + j];
+            if (kMasked && !rows[j / 2 % 2].keeps(col0 + 16 * step + j / 4 * 8 + j % 2)) x = 0.0f;
+            x *= half_alpha;
+            tanhs[step % 2][j] = fast_tanh(x);
+        }
+    };
+    const auto end = [&](int step) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            float& h = s.x[8 * step + j];
+            h = fmaf(h, tanhs[step % 2][j], h);
+        }
+    };
+    begin(0);
+#pragma unroll
+    for (int step = 1; step < kSteps; ++step) {
+        multiply_step<T>(out, weights, values, step);
+        if (step + 1 == kSteps) commit_products();
+        if (always) begin(step), end(step - 1);
+    }
+    end(kSteps - 1);
+}
+
+// Finished rows on their way through Q's place to the storer.
+template <class T, int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ void hand_rows_over(const Accumulator<kHeadDim>& out,
+                                               const ForwardShared<kHeadDim, Mask, Config>& shared, int group,
+                                               int q_stage, float factor) {
+    write_rows<T>(out, shared.q(q_stage), group, factor);
+    fence_async();
+    __syncwarp();
+    if (lane() == 0) shared.o_full(q_stage).arrive();
+}
+
 // One warpgroup's stream of products. Its tiles follow one another across works: the scores of the next work's first tile
 // are computed while the values of this work's last tile are added.
 template <class T, int kHeadDim, class Mask, class Config>
@@ -157,10 +178,6 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     const bool signals = threadIdx.x % kWarpgroup == 0;
     RingPosition<Config::stages> kv;
     RingPosition<Config::q_stages> q;
-    RingPosition<max_of(1, Config::bias_stages)> bias;
-    HalfBias half_bias;
-    BiasNote note;
-    int window = 0;  // the tile's, of two
     Accumulator<kCols> s;
     Accumulator<kHeadDim> out;
     Fragments<kCols / 16> weights;
@@ -170,64 +187,13 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     int row0;
 
     const auto begin_scores = [&] { start_scores<T>(s, shared, group, q.stage, kv); };
-    // The bias of 32 columns is read while those before it are activated, the first while S is computed.
-    [[maybe_unused]] const auto read_bias = [&](int first) {
-        if constexpr (kBiased<Config>) {
-            const int in_part = first % Config::bias_cols, warp = threadIdx.x / 32 % 4;
-            if (in_part == 0) {
-                shared.bias_full(group, bias.stage).wait(bias.phase);
-                note = shared.bias_notes(group, bias.stage)[warp];
-            }
-            const auto positions = shared.positions(group);
-#pragma unroll
-            for (int n = 0; n < 5; ++n) half_bias.positions[n] = positions.pair(window, first / 8 + n - 1);
-            half_bias.constant = note.constant[in_part / 32];
-            half_bias.written = note.written >> in_part / 32 & 1;
-            if (half_bias.written) {
-                const float4* from = shared.bias(group, bias.stage) + warp * (Config::bias_cols * 4) + lane();
-#pragma unroll
-                for (int n = 0; n < 4; ++n) half_bias.times[n] = from[(in_part / 8 + n) * 32];
-            }
-        }
-    };
-    const auto activate_with_bias = [&](int row, int col, auto masked) {
-#pragma unroll
-        for (int first = 0; first < kCols; first += 32) {
-            add_bias<decltype(masked)::value>(s, first, half_bias, mask, row, col, half_alpha);
-            if ((first + 32) % max_of(1, Config::bias_cols) == 0) {
-                __syncwarp();
-                if (lane() == 0) shared.bias_empty(group, bias.stage).arrive();
-                bias.next();
-            }
-            if (first + 32 < kCols)
-                read_bias(first + 32);
-            else
-                window ^= 1;
-#pragma unroll
-            for (int i = first / 2; i < first / 2 + 16; ++i) s.x[i] = silu_of_twice(s.x[i]);
-        }
-    };
     const auto activate_scores = [&](int t) {
         hold(s);
         if (signals) shared.k_empty(kv.stage).arrive();
-        if constexpr (kBiased<Config>) {
-            const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
-            // Behind the last key there is a bias too.
-            if (mask.is_full(row0, 64, walk[t], kCols) && walk[t] + kCols <= mask.len_k)
-                activate_with_bias(row, col, std::false_type{});
-            else
-                activate_with_bias(row, col, std::true_type{});
-        } else {
-            activate_tile(s, mask, row0, walk[t], half_alpha);
-        }
+        activate_tile(s, mask, row0, walk[t], half_alpha);
     };
     // Rows go through Q's place to the storer.
-    const auto hand_over = [&](int q_stage) {
-        write_rows<T>(out, shared.q(q_stage), group, p.inv_scaling);
-        fence_async();
-        __syncwarp();
-        if (lane() == 0) shared.o_full(q_stage).arrive();
-    };
+    const auto hand_over = [&](int q_stage) { hand_rows_over<T>(out, shared, group, q_stage, p.inv_scaling); };
 
     // The next work, if there is one.
     const auto take = [&] {
@@ -240,7 +206,6 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
 
     if (!take()) return;
     begin_scores();
-    read_bias(0);
     wait_products<0>();
     activate_scores(0);
     convert<T>(weights, s);
@@ -262,7 +227,6 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
         kv.next();
         begin_scores();
         start_values<T>(out, weights, shared, before);
-        read_bias(0);
         wait_products<1>();
         activate_scores(t);
         wait_products<0>();
@@ -316,6 +280,23 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
         release_k();
         activate_tile(s, mask, row0, walk[t], half_alpha);
     };
+    const auto begin_values = [&](RingPosition<Config::stages> at) {
+        shared.v_full(at.stage).wait(at.phase);
+        begin_products();
+        multiply_step<T>(out, weights, columns(shared.v(at.stage)), 0);
+        commit_products();
+    };
+    const auto activate_scores_beside_values = [&](RingPosition<Config::stages> at) {
+        hold(s);
+        release_k();
+        const int row = row0 + Accumulator<kCols>::row(), col = walk[t] + Accumulator<kCols>::col();
+        const auto values = columns(shared.v(at.stage));
+        const bool always = p.batch > 0;
+        if (mask.is_full(row0, 64, walk[t], kCols))
+            activate_beside_values<T, false>(s, mask, row, col, half_alpha, out, weights, values, always);
+        else
+            activate_beside_values<T, true>(s, mask, row, col, half_alpha, out, weights, values, always);
+    };
     const auto store = [&] { store_directly(out, finished, p.out.row_stride, finished_rows, p.dim_v, p.inv_scaling); };
     // The work at `q`, if there is one.
     const auto take = [&] {
@@ -339,6 +320,11 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
         }
         return false;
     };
+    // On to the next tile; is there one that these rows need?
+    const auto next = [&] {
+        ++t, kv.next();
+        return t < walk.tiles && needed();
+    };
     const auto owes = [&] { finished = to, finished_rows = mask.len_q - row0; };
 
     out.clear();
@@ -358,15 +344,19 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
         convert<T>(weights, s);
         out.clear();
         owes();
-        for (;;) {
-            const RingPosition<Config::stages> before = kv;
-            ++t, kv.next();
-            if (t < walk.tiles && needed()) {
+        RingPosition<Config::stages> before = kv;
+        for (bool goes = next();;) {
+            if (goes) {
                 begin_scores();
-                start_values<T>(out, weights, shared, before);
+                begin_values(before);
                 wait_products<1>();
-                activate_scores();
-                end_values(before);
+                activate_scores_beside_values(before);
+                // What the next scores wait for, before the values end.
+                const RingPosition<Config::stages> ending = before;
+                before = kv;
+                goes = next();
+                if (goes) shared.k_full(kv.stage).wait(kv.phase);
+                end_values(ending);
                 convert<T>(weights, s);
                 continue;
             }
@@ -377,6 +367,8 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
             wait_products<0>();
             activate_scores();
             convert<T>(weights, s);
+            before = kv;
+            goes = next();
         }
         q.next();
         more = take();

@@ -32,23 +32,27 @@ struct WorkWithBias : Work<Mask> {
 template <class Config>
 constexpr bool kBiased = Config::bias_stages > 0;
 
+constexpr int kDescribed = 3;  // tiles in shared memory that are described
+
 template <int kHeadDim, class Mask, class Config>
 struct ForwardShared {
     static constexpr int kRows = 64 * Config::consumers, kQ = Config::q_stages, kKv = Config::stages;
     using QTile = Tile<kRows, kHeadDim>;
     using KTile = Tile<Config::cols, kHeadDim>;
     using WorkHere = std::conditional_t<kBiased<Config>, WorkWithBias<Mask>, Work<Mask>>;
-    using Bias = BiasShared<Config::consumers, Config::cols>;
-    static constexpr int kBiasTiles = Config::consumers * Config::bias_stages, kBiasFloats = 64 * Config::bias_cols;
+    using Bias = BiasShared<Config::consumers, Config::cols, kQ, kDescribed>;
+    static constexpr int kValues = 4 * Config::consumers * Config::bias_stages, kValuesBytes = 16 * kPieceCols * 4;
     static constexpr int kBiases = kQ * QTile::kBytes + 2 * kKv * KTile::kBytes;
-    static constexpr int kNotes = kBiases + kBiasTiles * kBiasFloats * 4;
-    static constexpr int kTiles = kNotes + kBiasTiles * 4 * sizeof(BiasNote);
-    static constexpr int kBarriers = 3 * kQ + 4 * kKv + 2 * kBiasTiles + 4 * kBiased<Config>;
+    static constexpr int kTiles = kBiases + kValues * kValuesBytes;
+    static constexpr int kBarriers = 3 * kQ + 4 * kKv + 2 * kValues + (kQ + 2 * kDescribed) * kBiased<Config>;
     static constexpr int kWork = kTiles + 8 * kBarriers;
     static constexpr int kBatch = kWork + kQ * sizeof(WorkHere);
     static constexpr int kTables = (kBatch + static_cast<int>(sizeof(SortedBatch)) + 15) / 16 * 16;
     static constexpr int kBytes = kBiased<Config> ? kTables + sizeof(Bias) : kBatch + sizeof(SortedBatch);
-    static_assert(kBytes <= 227 << 10 && Config::bias_stages * Config::bias_cols <= Config::cols);
+    static_assert(kBytes <= 227 << 10);
+
+    // Who says that K and V are read: a consumer's first thread or, where its warps differ in what they do, each of them.
+    static constexpr int kSignals = Config::consumers * (kBiased<Config> ? 4 : 1);
 
     unsigned char* start;  // a multiple of 1024
 
@@ -66,23 +70,21 @@ struct ForwardShared {
     __device__ Barrier k_empty(int stage) const { return barrier(3 * kQ + kKv + stage); }
     __device__ Barrier v_full(int stage) const { return barrier(3 * kQ + 2 * kKv + stage); }
     __device__ Barrier v_empty(int stage) const { return barrier(3 * kQ + 3 * kKv + stage); }
-    __device__ Barrier bias_full(int group, int stage) const {
-        return barrier(3 * kQ + 4 * kKv + group * Config::bias_stages + stage);
+    // Of a consumer warp, by its number among all.
+    __device__ Barrier values_full(int warp, int stage) const {
+        return barrier(3 * kQ + 4 * kKv + warp * Config::bias_stages + stage);
     }
-    __device__ Barrier bias_empty(int group, int stage) const {
-        return {bias_full(group, stage).address + 8 * kBiasTiles};
+    __device__ Barrier values_empty(int warp, int stage) const {
+        return {values_full(warp, stage).address + 8 * kValues};
     }
-    __device__ Barrier described_full(int tile) const { return {bias_empty(0, 0).address + 8 * (kBiasTiles + tile)}; }
-    __device__ Barrier described_empty(int tile) const { return {described_full(tile).address + 16}; }
-    __device__ BiasNote* bias_notes(int group, int stage) const {
-        return reinterpret_cast<BiasNote*>(start + kNotes) + (group * Config::bias_stages + stage) * 4;
+    __device__ Barrier work_full(int stage) const { return barrier(3 * kQ + 4 * kKv + 2 * kValues + stage); }
+    __device__ Barrier described_full(int tile) const { return {work_full(kQ + tile).address}; }
+    __device__ Barrier described_empty(int tile) const { return {work_full(kQ + kDescribed + tile).address}; }
+    // 16 rows and a piece's columns of times: [kPieceCols / 8 blocks of columns][32 lanes].
+    __device__ float4* values(int warp, int stage) const {
+        return reinterpret_cast<float4*>(start + kBiases + (warp * Config::bias_stages + stage) * kValuesBytes);
     }
-    // A consumer's tile of the bias: [4 warps][bias_cols / 8 blocks of columns][32 lanes].
-    __device__ float4* bias(int group, int stage) const {
-        return reinterpret_cast<float4*>(start + kBiases) + (group * Config::bias_stages + stage) * (kBiasFloats / 4);
-    }
-    __device__ WindowReader<Bias> positions(int group) const { return {bias_tables(), group}; }
-    __device__ Bias& bias_tables() const { return *reinterpret_cast<Bias*>(start + kTables); }
+    __device__ Bias& bias() const { return *reinterpret_cast<Bias*>(start + kTables); }
     __device__ WorkHere& work(int stage) const { return reinterpret_cast<WorkHere*>(start + kWork)[stage]; }
     __device__ SortedBatch& batch() const { return *reinterpret_cast<SortedBatch*>(start + kBatch); }
 
@@ -93,10 +95,14 @@ struct ForwardShared {
         }
         for (int i = 0; i < kKv; ++i) {
             k_full(i).init(1), v_full(i).init(1);
-            k_empty(i).init(Config::consumers), v_empty(i).init(Config::consumers);
+            k_empty(i).init(kSignals), v_empty(i).init(kSignals);
         }
-        for (int i = 0; i < kBiasTiles; ++i) bias_full(0, i).init(4), bias_empty(0, i).init(4);
-        for (int i = 0; i < 2 * kBiased<Config>; ++i) described_full(i).init(1), described_empty(i).init(4);
+        if constexpr (kBiased<Config>) {
+            for (int i = 0; i < kValues; ++i) values_full(0, i).init(1), values_empty(0, i).init(1);
+            for (int i = 0; i < kQ; ++i) work_full(i).init(1);
+            for (int i = 0; i < kDescribed; ++i)
+                described_full(i).init(4), described_empty(i).init(4 + 4 * Config::consumers);
+        }
         fence_barrier_init();
     }
 };
@@ -132,13 +138,27 @@ __device__ __forceinline__ void load_works(const Params& p, const ForwardMaps& m
                 const SequenceRows k_rows{head, static_cast<int>(seq.k_begin), seq.len_k};
                 shared.q_empty(q.stage).wait(q.phase ^ 1);
                 static_cast<Work<Mask>&>(shared.work(q.stage)) = {mask, walk, head, q_rows.begin, row0, false};
-                if constexpr (kBiased<Config>) shared.work(q.stage).k_begin = k_rows.begin;
+                if constexpr (kBiased<Config>) {
+                    shared.work(q.stage).k_begin = k_rows.begin;
+                    shared.work_full(q.stage).arrive();
+                }
                 shared.q_full(q.stage).arrive_expecting(Shared::QTile::kBytes);
                 load_rows(shared.q(q.stage), shared.q_full(q.stage).address, maps.q, q_rows, row0);
+                const auto fetch_k = [&](RingPosition<Config::stages> at, int t) {
+                    shared.k_empty(at.stage).wait(at.phase ^ 1);
+                    shared.k_full(at.stage).arrive_expecting(Shared::KTile::kBytes);
+                    load_rows(shared.k(at.stage), shared.k_full(at.stage).address, maps.k, k_rows, walk[t]);
+                };
+                // Of two places, consumers free that of the next K before that of V.
+                constexpr bool kAhead = Config::stages == 2;
+                if (kAhead) fetch_k(kv, 0);
                 for (int t = 0; t < walk.tiles; ++t, kv.next()) {
-                    shared.k_empty(kv.stage).wait(kv.phase ^ 1);
-                    shared.k_full(kv.stage).arrive_expecting(Shared::KTile::kBytes);
-                    load_rows(shared.k(kv.stage), shared.k_full(kv.stage).address, maps.k, k_rows, walk[t]);
+                    if (!kAhead) fetch_k(kv, t);
+                    if (kAhead && t + 1 < walk.tiles) {
+                        RingPosition<Config::stages> next = kv;
+                        next.next();
+                        fetch_k(next, t + 1);
+                    }
                     shared.v_empty(kv.stage).wait(kv.phase ^ 1);
                     shared.v_full(kv.stage).arrive_expecting(Shared::KTile::kBytes);
                     load_rows(shared.v(kv.stage), shared.v_full(kv.stage).address, maps.v, k_rows, walk[t]);
@@ -153,6 +173,7 @@ __device__ __forceinline__ void load_works(const Params& p, const ForwardMaps& m
     if (lane() == 0) {
         shared.q_empty(q.stage).wait(q.phase ^ 1);
         shared.work(q.stage).last = true;
+        if constexpr (kBiased<Config>) shared.work_full(q.stage).arrive();
         shared.q_full(q.stage).arrive();
     }
 }
@@ -197,77 +218,6 @@ __device__ __forceinline__ void clean(const Params& p, int row_blocks) {
             zero_unused_rows<T>(p.out, of_turn(head), p.dim_v, of_turn(b), p.batch, p.total_q, of_turn(seq.q_begin),
                                 of_turn(seq.alloc_q), of_turn(seq.len_q), of_turn(row0), kRows,
                                 of_turn(static_cast<int>(last_block)), Team(lane(), 32));
-        }
-    }
-}
-
-template <class Mask>
-__device__ __forceinline__ RelativeSides<false> sides_of(const Params& p, const WorkWithBias<Mask>& work) {
-    return {p.relative, work.head, work.q_begin, work.k_begin, work.mask.len_q, work.mask.len_k};
-}
-
-// Finds out about the times of the works' tiles.
-template <int kHeadDim, class Mask, class Config>
-__device__ __forceinline__ void describe_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared) {
-    using Describer = TileDescriber<typename ForwardShared<kHeadDim, Mask, Config>::Bias, false>;
-    RingPosition<Config::q_stages> q;
-    RingPosition<2> at;
-    shared.q_full(0).wait(0);
-    if (shared.work(0).last) return;
-    Describer describer(shared.bias_tables(), sides_of(p, shared.work(0)));
-    for (;; q.next()) {
-        shared.q_full(q.stage).wait(q.phase);
-        const WorkWithBias<Mask>& work = shared.work(q.stage);
-        if (work.last) return;
-        const TileWalk walk = work.walk;
-        const int row = work.row0 + 16 * Describer::strip_of_lane();
-        describer.begin_block(sides_of(p, work), work.row0,
-                              row < work.mask.len_q ? work.mask.kv_range(row, 16) : Spans{}, walk[0]);
-        for (int t = 0; t < walk.tiles; ++t, at.next()) {
-            shared.described_empty(at.stage).wait(at.phase ^ 1);
-            describer.describe_tile(at.stage, walk[t], walk[t + 1]);
-            __syncwarp();
-            if (lane() == 0) shared.described_full(at.stage).arrive();
-        }
-    }
-}
-
-// The bias of the consumers' tiles, in the order in which they come to them.
-template <int kHeadDim, class Mask, class Config>
-__device__ __forceinline__ void bias_works(const Params& p, const ForwardShared<kHeadDim, Mask, Config>& shared) {
-    using Bias = BiasWarps<typename ForwardShared<kHeadDim, Mask, Config>::Bias, false>;
-    constexpr int kBlocks = Config::bias_cols / 8, kPieces = Config::bias_cols / kPieceCols;
-    constexpr int kSteps = Config::cols / Config::bias_cols * Config::consumers;
-    const int warp = threadIdx.x / 32 % 4;
-    RingPosition<Config::q_stages> q;
-    RingPosition<Config::bias_stages> at;
-    RingPosition<2> described;
-    shared.q_full(0).wait(0);
-    if (shared.work(0).last) return;
-    Bias bias(shared.bias_tables(), sides_of(p, shared.work(0)), 1);
-    for (;; q.next()) {
-        shared.q_full(q.stage).wait(q.phase);
-        const WorkWithBias<Mask>& work = shared.work(q.stage);
-        if (work.last) return;
-        const TileWalk walk = work.walk;
-        bias.begin_block(sides_of(p, work), work.row0, walk[0]);
-        for (int t = 0; t < walk.tiles; ++t, described.next()) {
-            bias.begin_tile(described.stage, walk[t], walk[t + 1]);
-            shared.described_full(described.stage).wait(described.phase);
-            auto next = bias.template read<kPieces>(0, 0);
-#pragma unroll 1
-            for (int step = 0; step < kSteps; ++step) {
-                const auto part = next;
-                const int group = step % Config::consumers, after = (step + 1) % kSteps;
-                next = bias.template read<kPieces>(after % Config::consumers, after / Config::consumers * kPieces);
-                shared.bias_empty(group, at.stage).wait(at.phase ^ 1);
-                bias.write(part, shared.bias(group, at.stage) + warp * (kBlocks * 32),
-                           shared.bias_notes(group, at.stage) + warp);
-                __syncwarp();
-                if (lane() == 0) shared.bias_full(group, at.stage).arrive();
-                if (group == Config::consumers - 1) at.next();
-            }
-            if (lane() == 0) shared.described_empty(described.stage).arrive();
         }
     }
 }

@@ -162,6 +162,12 @@ __device__ __forceinline__ void multiply_step(Accumulator<kCols>& acc, const Fra
     Fma::fma(a.x[step][0], a.x[step][1], a.x[step][2], a.x[step][3], b.at(step), acc.x[I]..., scale);
 }
 
+// acc += A B over k-step `step` of 16.
+template <class T, int kCols, class A, class B>
+__device__ __forceinline__ void multiply_step(Accumulator<kCols>& acc, const A& a, const B& b, int step) {
+    multiply_step<T>(acc, a, b, step, ScaleOut::One, std::make_index_sequence<kCols / 2>{});
+}
+
 // acc += A B (acc = A B with kReplace) over k-steps [0, kSteps) of 16.
 template <class T, int kSteps, bool kReplace = false, int kCols, class A, class B>
 __device__ __forceinline__ void multiply(Accumulator<kCols>& acc, const A& a, const B& b) {

@@ -42,6 +42,9 @@ struct uint4 {
 struct alignas(8) float2 {
     float x, y;
 };
+struct alignas(8) int2 {
+    int x, y;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -346,7 +349,7 @@ void __stcg(T* to, T value) {
     *to = value;
 }
 
-inline float __saturatef(float x) { return x > 0 ? std::min(x, 1.0f) : 0.0f; }
+inline float __log2f(float x) { return std::log2(x); }
 template <class T>
 void __stcs(T* to, T value) {
     *to = value;

@@ -96,11 +96,12 @@ template <class Registers>
 void hold(Registers&) {}
 
 template <int kCols, int kSteps, class B>
-void add_product(Accumulator<kCols>& acc, const float (&left)[2][16 * kSteps], const B& b, bool replace) {
+void add_product(Accumulator<kCols>& acc, const float (&left)[2][16 * kSteps], const B& b, bool replace,
+                 int first = 0) {
     for (int i = 0; i < kCols / 2; ++i) {
         const int col = i / 4 * 8 + lane() % 4 * 2 + i % 2;
         float sum = replace ? 0.0f : acc.x[i];
-        for (int k = 0; k < 16 * kSteps; ++k) sum += left[i / 2 % 2][k] * b.at(col, k);
+        for (int k = 0; k < 16 * kSteps; ++k) sum += left[i / 2 % 2][k] * b.at(col, first + k);
         acc.x[i] = sum;
     }
 }
@@ -115,8 +116,8 @@ void multiply(Accumulator<kCols>& acc, const SharedOperand<Tile, kColumns>& a, c
     });
 }
 template <class T, int kSteps, bool kReplace = false, int kCols, int kFragments, class B>
-void multiply(Accumulator<kCols>& acc, const Fragments<kFragments>& a, const B& b) {
-    emulated::fiber().products.push_back([&acc, &a, b] {
+void multiply(Accumulator<kCols>& acc, const Fragments<kFragments>& a, const B& b, int first = 0) {
+    emulated::fiber().products.push_back([&acc, &a, b, first] {
         emulated::Warp& warp = emulated::warp();
         warp.pointers[lane()] = &a.x[0][0];
         emulated::sync_warp();
@@ -124,14 +125,18 @@ void multiply(Accumulator<kCols>& acc, const Fragments<kFragments>& a, const B& 
         for (int half = 0; half < 2; ++half)
             for (int k = 0; k < 16 * kSteps; ++k) {
                 const uint32_t* from = warp.pointers[lane() / 4 * 4 + k % 8 / 2];
-                const uint32_t word = from[k / 16 * 4 + k % 16 / 8 * 2 + half];
+                const uint32_t word = from[(first + k) / 16 * 4 + k % 16 / 8 * 2 + half];
                 __nv_bfloat16 value;
                 value.bits = static_cast<uint16_t>(k % 2 ? word >> 16 : word);
                 left[half][k] = static_cast<float>(value);
             }
         emulated::sync_warp();
-        add_product<kCols, kSteps>(acc, left, b, kReplace);
+        add_product<kCols, kSteps>(acc, left, b, kReplace, first);
     });
+}
+template <class T, int kCols, int kFragments, class B>
+void multiply_step(Accumulator<kCols>& acc, const Fragments<kFragments>& a, const B& b, int step) {
+    multiply<T, 1>(acc, a, b, 16 * step);
 }
 
 }  // namespace hstu::attention::sm90
