@@ -67,7 +67,8 @@ def problems_of(cell: str) -> list[Any]:
     assert match, cell
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[match[1]]
     dim, mask, rab = int(match[2]), match[3], "heads" if match[4] == "_rab" else ""
-    biases = ("position+time", "position+time+heads") if match[4] == "_relative" else ("", "")
+    tables = "position" if "_bwd_sm90_" in cell else "position+time"  # what the cell itself serves
+    biases = (tables, tables + "+heads") if match[4] == "_relative" else ("", "")
     lengths = (130, 1, 0, 65)
     more: dict[str, Any] = {
         "window": {"window": (70, 0)},
