@@ -220,11 +220,8 @@ struct ShortBackwardTile : BackwardTile<kHeadDim> {
     static constexpr int up_to = 0;
 };
 template <>
-struct ShortBackwardTile<32> {
-    static constexpr int rows = 64, cols = 128, stages = 4, works = 2, unit_cols = 32, cluster = 1, g_stages = 2;
-    static constexpr int key_registers = 192, query_registers = 88, loader_registers = 40;
-    static constexpr bool keys_in_registers = true, split = false, relative = false;
-    static constexpr int up_to = 1024;
+struct ShortBackwardTile<32> : BackwardTile<32> {
+    static constexpr int rows = 64, up_to = 1024;
 };
 template <>
 struct ShortBackwardTile<128> {

@@ -234,6 +234,21 @@ struct KeyGroup {
         multiply<T, kSteps>(dk, gradients, columns(shared.q(stage)));
         commit_products();
     }
+    // From S, which is there, to dV and, under way, dK. q and g go on to the next tile.
+    __device__ __forceinline__ void pass_tile(int t, float half_alpha, RingPosition<Config::stages>& q,
+                                              RingPosition<Config::g_stages>& g) {
+        const int stage = q.stage;
+        use_s(t, stage, half_alpha);
+        start_dp(stage);
+        start_dv(stage);
+        wait_products<0>();
+        hold(dv);
+        hold(weights);
+        use_dp(g);
+        g.next();
+        q.next();
+        start_dk(stage);
+    }
     // Of a tile whose G is there, beside products: the sums of the position table's gradient.
     __device__ __forceinline__ void add_to_table(int t) {
         if constexpr (Config::relative) relative.add(dp, p, corner_of(shared.work(number), t, relative.strip));
@@ -269,16 +284,7 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
             }
             for (int t = 0; t < tiles; ++t) {
                 const int stage = q.stage;
-                own.use_s(t, stage, half_alpha);
-                own.start_dp(stage);
-                own.start_dv(stage);
-                wait_products<0>();
-                hold(own.dv);
-                hold(own.weights);
-                own.use_dp(g);
-                g.next();
-                q.next();
-                own.start_dk(stage);
+                own.pass_tile(t, half_alpha, q, g);
                 // The last tile's S once more instead of a next one's, as ptxas wants the same products on every way.
                 const bool last = t == tiles - 1;
                 if (!last) shared.q_full(q.stage).wait(q.phase);
@@ -295,16 +301,7 @@ __device__ __forceinline__ void own_keys(const BackwardParams& p, const Backward
             wait_products<0>();
             for (int t = 0; t < tiles - 1; ++t) {
                 const int stage = q.stage;
-                own.use_s(t, stage, half_alpha);
-                own.start_dp(stage);
-                own.start_dv(stage);
-                wait_products<0>();
-                hold(own.dv);
-                hold(own.weights);
-                own.use_dp(g);
-                g.next();
-                q.next();
-                own.start_dk(stage);
+                own.pass_tile(t, half_alpha, q, g);
                 shared.q_full(q.stage).wait(q.phase);
                 own.start_s(q.stage);
                 wait_products<1>();

@@ -167,6 +167,17 @@ __device__ __forceinline__ void hand_rows_over(const Accumulator<kHeadDim>& out,
     if (lane() == 0) shared.o_full(q_stage).arrive();
 }
 
+// A consumer warpgroup's mask, walk and first row of the work at q, if there is one.
+template <int kHeadDim, class Mask, class Config>
+__device__ __forceinline__ bool take_work(const ForwardShared<kHeadDim, Mask, Config>& shared, int group,
+                                          RingPosition<Config::q_stages> q, Mask& mask, TileWalk& walk, int& row0) {
+    shared.q_full(q.stage).wait(q.phase);
+    const Work<Mask>& work = shared.work(q.stage);
+    if (work.last) return false;
+    mask = work.mask, walk = work.walk, row0 = work.row0 + 64 * group;
+    return true;
+}
+
 // One warpgroup's stream of products. Its tiles follow one another across works: the scores of the next work's first tile
 // are computed while the values of this work's last tile are added.
 template <class T, int kHeadDim, class Mask, class Config>
@@ -195,14 +206,7 @@ __device__ __forceinline__ void consume_works(const Params& p, const ForwardShar
     // Rows go through Q's place to the storer.
     const auto hand_over = [&](int q_stage) { hand_rows_over<T>(out, shared, group, q_stage, p.inv_scaling); };
 
-    // The next work, if there is one.
-    const auto take = [&] {
-        shared.q_full(q.stage).wait(q.phase);
-        const Work<Mask>& work = shared.work(q.stage);
-        if (work.last) return false;
-        mask = work.mask, walk = work.walk, row0 = work.row0 + 64 * group;
-        return true;
-    };
+    const auto take = [&] { return take_work(shared, group, q, mask, walk, row0); };
 
     if (!take()) return;
     begin_scores();
@@ -300,12 +304,10 @@ __device__ __forceinline__ void consume_works_of_one_place(const Params& p,
     const auto store = [&] { store_directly(out, finished, p.out.row_stride, finished_rows, p.dim_v, p.inv_scaling); };
     // The work at `q`, if there is one.
     const auto take = [&] {
-        shared.q_full(0).wait(q.phase);
-        const Work<Mask>& work = shared.work(0);
-        if (work.last) return false;
-        mask = work.mask, walk = work.walk, row0 = work.row0 + 64 * group, t = 0;
+        if (!take_work(shared, group, q, mask, walk, row0)) return false;
+        t = 0;
         keys = row0 < mask.len_q ? mask.kv_range(row0, 64) : Spans{};
-        to = p.out.at<T>(work.q_begin + row0, work.head);
+        to = p.out.at<T>(shared.work(0).q_begin + row0, shared.work(0).head);
         return true;
     };
     const auto needed = [&] { return overlaps(keys, walk[t], kCols); };

@@ -127,14 +127,7 @@ __device__ __forceinline__ void consume_works_with_bias(const Params& p,
             activate_with_constants<true>(s, constants, mask, row, col, half_alpha);
     };
     const auto hand_over = [&](int q_stage) { hand_rows_over<T>(out, shared, group, q_stage, p.inv_scaling); };
-    // The next work, if there is one.
-    const auto take = [&] {
-        shared.q_full(q.stage).wait(q.phase);
-        const WorkWithBias<Mask>& work = shared.work(q.stage);
-        if (work.last) return false;
-        mask = work.mask, walk = work.walk, row0 = work.row0 + 64 * group;
-        return true;
-    };
+    const auto take = [&] { return take_work(shared, group, q, mask, walk, row0); };
 
     if (!take()) return;
     read_bias();
